@@ -1,11 +1,11 @@
 """Read and write a golden file: Hugging Face's results for comparisons without transformers.
 
-A golden file is one safetensors file. For image i, the file contains `i.pixel_values` (N, P)
-float32, the processor's rows in grid order. The file contains each stage of the tower as `i.STAGE`,
-in the dtype of the run. The metadata is one key of sorted JSON, because safetensors writes several
-keys in random order. The JSON has the schema version, package versions, processor, attention, dtype
-and both configs. The JSON also has the model with its commit, and the fingerprint of every weight.
-For each image, the JSON has the id, SHA-256, size, grid, and each stage's error against the float64
+A golden file is one safetensors file. For image i, it contains `i.pixel_values` (N, P) float32, the
+processor's rows in grid order, and each stage of the tower as `i.STAGE`, in the dtype of the run.
+The metadata is one key of sorted JSON, because safetensors writes several keys in random order. The
+JSON contains the schema version, package versions, processor, attention implementation, dtype and
+both configs. It also contains the model with its commit, and the fingerprint of every weight. For
+each image, it records the id, SHA-256, size, grid, and each stage's error against the float64
 oracle. A SHA-256 over metadata and tensors detects an incomplete or edited file.
 """
 
@@ -47,8 +47,8 @@ OPTIONS = {  # settings that the command line can change
 class Case:
     """Hold one image with Hugging Face's results.
 
-    `size_px` is the image's (height, width). `errors` is the error of Hugging Face's stages against
-    the float64 oracle, or None before the measurement.
+    `size_px` is the image's (height, width). `errors` are the errors of Hugging Face's stages
+    against the float64 oracle, or None before the measurement.
     """
 
     id: str
@@ -62,7 +62,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Golden:
-    """Hold a golden file with a valid hash, and read an image's tensors on request."""
+    """Hold a golden file whose hash is valid, and read an image's tensors on request."""
 
     path: Path
     facts: Mapping[str, Any]
@@ -97,7 +97,8 @@ class Golden:
     def check_fits(
         self, encoder: VisionEncoder, *, processor: str, attention: str | None = None
     ) -> None:
-        """Raise ComparisonError with the difference for a different config, dtype or processor."""
+        """Raise ComparisonError if config, dtype, processor or `attention` differs, with the
+        difference."""
         here: dict[str, Any] = {"dtype": dtype_name(encoder.dtype), "processor": processor}
         if attention is not None:
             here["attention"] = attention
@@ -142,9 +143,9 @@ def write_golden(
 ) -> None:
     """Write a golden file completely or not at all, with the same bytes for the same cases.
 
-    `reference` records how Hugging Face ran: attention, processor, versions, device. Raises
-    ComparisonError for a case with NaN or infinity, and ExportError if the folder cannot be
-    written.
+    `reference` records how Hugging Face's tower ran: attention implementation, processor, versions
+    and device. Raises ComparisonError for a case with NaN or infinity, and ExportError if the
+    folder cannot be written.
     """
     for case in cases:
         for stage, error in (case.errors or {}).items():

@@ -1,6 +1,6 @@
 """Run Hugging Face's processors and tower, stage by stage, as the reference of a comparison.
 
-Only this module of a comparison imports transformers, and only when it runs.
+Of a comparison's modules, only this one imports transformers, and only when it runs.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -139,8 +139,8 @@ def process_pairs(frames: Sequence[NDArray[np.uint8]], config: ImageConfig, name
     """Return a video's rows, which Hugging Face's Pillow processor cuts frame by frame.
 
     Hugging Face's video processor needs torchvision. Both processors put a frame's values at the
-    same positions of a row. The image processor repeats one image for both frames. Therefore each
-    row joins the first frame of one result with the second frame of the next.
+    same positions of a row, but the image processor repeats one image for both frames. Therefore
+    each row joins the first frame of one result with the second frame of the next.
     """
     height, width = frames[0].shape[:2]
     exact = replace(config, min_pixels=height * width, max_pixels=height * width)
@@ -184,9 +184,9 @@ def hf_tower(
 ) -> Any:
     """Build Hugging Face's tower from tensors by published name, without random weights.
 
-    The function casts parameters to `dtype`. The rotary frequencies stay in float32, because a cast
-    of the whole module would change the frequencies. Raises ArgumentError for an attention that is
-    not installed.
+    The function casts only the parameters to `dtype`, because a cast of the whole module would
+    change the rotary frequencies, which stay in float32. Raises ArgumentError if transformers
+    rejects the attention implementation, or for FlashAttention in float32.
     """
     check_transformers()
     if "flash" in attention and dtype == torch.float32:

@@ -41,7 +41,7 @@ def compare_case(
     *,
     frames: SampledFrames | None = None,
 ) -> ImageComparison:
-    """Run our tower on the case's input, and measure each stage when the oracle computes it.
+    """Run our tower on the case's input, and measure each stage as the oracle computes it.
 
     `pixels` are the results of `compare_pixels`. `patches` are our own pixels, or None. `frames`
     describes a video's frames.
@@ -96,7 +96,7 @@ def _step_errors(ours: Tensor, theirs: Tensor, truth: Tensor, t: int) -> tuple[S
 def compare_pixels(
     processor: str, patches: Patches, theirs: Processed, config: ImageConfig
 ) -> Preprocessing:
-    """Compare our grid and our pixels with the grid and the pixels of a Hugging Face processor."""
+    """Compare our grid and pixels with those of a Hugging Face processor."""
     [grid] = patches.grids
     grid_thw = (theirs.grid.t, theirs.grid.h, theirs.grid.w)
     if grid != theirs.grid:
@@ -122,7 +122,7 @@ def _feature_maps(
 ) -> FeatureMaps:
     """Return four stages in raster order, and the image of the processor's pixels.
 
-    For a video, return the stages of the first pair of frames, and some pairs' merged tokens.
+    For a video, return the stages of the first pair of frames, and the merged tokens of some pairs.
     """
     config, grid = encoder.config, case.grid
     h, w, merge = grid.h, grid.w, config.spatial_merge_size

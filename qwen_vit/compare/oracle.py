@@ -3,7 +3,7 @@
 Read this file for the plain mathematics. The oracle uses neither the package's network nor
 transformers, so it shares no error with either. In float64 (the default) every step is in float64,
 including RMSNorm statistics, rotary angles and softmax. The oracle converts one weight at a time
-and computes one stage at a time. A large tower therefore needs little more memory than its
+and computes one stage at a time, so even a large tower needs little more memory than its
 activations.
 
 C channels, H heads, D head dim, N patches.
@@ -43,7 +43,7 @@ class Oracle:
     >>> for stage, values in oracle.stages(pixel_values, [(1, 32, 32)]):  # doctest: +SKIP
     ...     print(stage, values.shape)
 
-    `tensors` have their published names without prefix. `config` is a VisionConfig. `dtype` is
+    `tensors` have their published names, without the prefix. `config` is a VisionConfig. `dtype` is
     float64, or float32 for comparisons. Source: "Qwen2.5-VL Technical Report" (arXiv:2502.13923),
     section 2.1.
     """

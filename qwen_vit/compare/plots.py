@@ -55,7 +55,7 @@ class StageMaps:
         return cls(name, colours.paint(ours), colours.paint(theirs), error.numpy())
 
     def draws(self, largest: float | None = None) -> dict[str, Callable[..., Any]]:
-        """Return, by panel title, the functions of axes and a layout that draw the panels.
+        """Return the functions that draw the panels on axes with a layout, by panel title.
 
         `largest` is the error at the end of the scale. The default is the map's largest error.
         """
@@ -84,7 +84,7 @@ def steps_png(maps: FeatureMaps, layout: StripLayout) -> list[bytes]:
     """Draw a column for each pair of frames, with the image, our map, Hugging Face's map and the
     error.
 
-    All columns have the same colours and error scale, so that readers can compare them.
+    All columns share the same colours and error scale, so that readers can compare them.
     """
     colours = PrincipalColours.fit([each.theirs for each in maps.steps])
     drawn = [StageMaps.of("merger", each.ours, each.theirs, colours) for each in maps.steps]
@@ -134,7 +134,7 @@ def windows_png(maps: FeatureMaps, layout: StripLayout, image: ImageComparison, 
 
 
 def drift_png(image: ImageComparison, comparison: Comparison, *, is_dark: bool | None) -> bytes:
-    """Plot each stage's relative error, on white or transparent for a light or a dark page."""
+    """Plot each stage's relative error: on white, or transparent for a light or a dark page."""
     ink = INK[bool(is_dark)]
     style = {
         "axes.edgecolor": ink, "axes.labelcolor": ink, "text.color": ink, "xtick.color": ink,

@@ -1,7 +1,7 @@
 """Write a comparison as one self-contained page with verdict, maps and all measurements.
 
 As for `qwen-vit show`, matplotlib draws the pictures and Jinja2 fills in the page. The extra `show`
-installs both libraries. This module imports both libraries only to write a page.
+installs both libraries, and this module imports them only to write a page.
 """
 
 import os
@@ -109,8 +109,8 @@ def write_report(
 ) -> Path:
     """Write the page and the pictures into a folder, replace an older report, and return the page.
 
-    The page contains all pictures, so that you can send it alone. The page shows `command`, so
-    that readers can regenerate the page. The default day is today. Raises ArgumentError for a
+    The page contains all pictures, so that you can send it alone, and shows `command`, so that
+    readers can regenerate it. The default of `today` is the current day. Raises ArgumentError for a
     comparison without `keep_maps`, and ExportError if the folder cannot be written.
     """
     sections = []

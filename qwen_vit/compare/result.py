@@ -1,4 +1,5 @@
-"""Hold the result of a comparison with Hugging Face, per image and stage, and give it as JSON."""
+"""Hold the result of a comparison with Hugging Face, per image and stage, and convert it to
+JSON."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +18,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """Hold the difference between our pixels and the pixels of one Hugging Face processor.
+    """Hold the difference between our pixels and those of one Hugging Face processor.
 
     `values_differ` counts the pixel values, out of `values`, with a different grey level.
     `largest_levels` is the largest difference, out of 255. Both numbers are None if the grids
@@ -64,8 +65,8 @@ class Stage:
 class FrameChoice:
     """Hold the frames that a reference samples from a video.
 
-    If `is_run`, the installed library chose the frames. Otherwise the rule in `video.sampling`
-    chose the frames. `is_judged` is True for the reference that `sampling` follows.
+    If `is_run`, the installed library chose the frames; otherwise the rule in `video.sampling` did.
+    `is_judged` is True for the reference that `sampling` follows.
     """
 
     reference: str  # the library and its version
@@ -76,7 +77,7 @@ class FrameChoice:
 
     @property
     def passed(self) -> bool:
-        """Return whether the frames equal our frames."""
+        """Return whether the frames equal ours."""
         return self.indices is not None and not self.differ
 
 
@@ -115,8 +116,8 @@ class StepMaps:
 class FeatureMaps:
     """Hold the data of a report's pictures: the tower's input and some stages in raster order.
 
-    For a video, the pictures show the first pair of frames. `steps` has some pairs from the whole
-    video.
+    For a video, the pictures show the first pair of frames. `steps` contains some pairs from the
+    whole video.
     """
 
     rgb: Tensor  # (height, width, 3) uint8
@@ -170,7 +171,8 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Return whether every stage of every image is within tolerance, without skipped images."""
+        """Return whether every stage of every image is within tolerance and no image was
+        skipped."""
         return not self.skipped and not any(image.problems for image in self.images)
 
     @property

@@ -1,9 +1,9 @@
 """Compare our encoder, Hugging Face's encoder and float64 on a checkpoint and some images.
 
-For every image, this module compares the processors' pixels, then the towers stage by stage. The
-module compares our stages with Hugging Face's stages, and both with a float64 oracle. Hugging
-Face's results come from a run on this machine or from a golden file. For one image at a time,
-memory contains all stages of each tower in the tower's dtype, and one stage of the oracle.
+For every image, this module compares the processors' pixels, then the towers stage by stage: our
+stages with Hugging Face's, and both with a float64 oracle. Hugging Face's results come from a run
+on this machine or from a golden file. For one image at a time, memory holds all stages of each
+tower in the tower's dtype, and one stage of the oracle.
 """
 
 import os
@@ -45,8 +45,8 @@ __all__ = ["compare", "compare_checkpoint", "compare_with_golden"]
 
 
 class _Prepared(NamedTuple):
-    """Hold an image or video before our tower runs: Hugging Face's results and the pixels of
-    both."""
+    """Hold Hugging Face's results for an image or video and both sides' pixels, before our tower
+    runs."""
 
     case: Case
     pixels: Sequence[Preprocessing]
@@ -69,9 +69,10 @@ def compare_checkpoint(
 ) -> Comparison:
     """Load a checkpoint and compare it with a golden file or Hugging Face, for `qwen-vit compare`.
 
-    `loading` has further arguments of `VisionEncoder.from_pretrained`. The function checks the
-    arguments and the golden file before it reads the weights. Raises the errors of `compare` and
-    `compare_with_golden`.
+    `loading` takes further arguments for `VisionEncoder.from_pretrained`. The function checks the
+    arguments and the golden file before it reads the weights. Raises ArgumentError if both `golden`
+    and `save_golden` are given, or neither images nor `golden`. Also raises the errors of
+    `from_pretrained`, `load_golden`, `compare` and `compare_with_golden`.
     """
     if golden is not None and save_golden is not None:
         raise ArgumentError(
@@ -121,12 +122,12 @@ def compare(
     >>> compare(encoder, ["tests/photographs/chelsea.png"]).passed
     True
 
-    `processor` makes the pixels for both towers. The result also reports other installed
+    `processor` computes the pixels for both towers. The result also reports other installed
     processors. `save_golden` writes Hugging Face's results to a file. `keep_maps` keeps the data
-    for a report. The function skips and reports unreadable images. Paths of video files are videos.
-    `video` sets their sampling, and the processor gets the resized frames. Raises ArgumentError if
-    transformers or the attention is not installed. Raises ComparisonError if no image is left to
-    save.
+    for a report. The function skips and reports unreadable images. Paths may also name videos:
+    `video` sets their sampling, and the processor receives the resized frames. Raises ArgumentError
+    if transformers is missing or rejects the attention implementation. Raises ComparisonError if no
+    image is left to save.
     """
     check_transformers()
     config = encoder.config
@@ -176,7 +177,7 @@ class _LiveReference:
     video: VideoOptions
 
     def case_of(self, name: str) -> _Prepared:
-        """Return Hugging Face's results for an image or video, and the difference of our pixels."""
+        """Return Hugging Face's results for an image or video, and how our pixels differ."""
         if is_video_file(name):
             return self._case_of_video(name)
         config = self.encoder.image_config
@@ -228,13 +229,13 @@ def compare_with_golden(
     """Compare our tower with Hugging Face's results in a golden file, without transformers.
 
     With `images`, the function compares only these images, and also our own pixels. The golden file
-    must have each image, by SHA-256. `video` sets the sampling of videos. Without `images`, the
+    must contain each image, by SHA-256. `video` sets the sampling of videos. Without `images`, the
     function compares every image of the golden file, from the stored pixel values. If weights
-    differ from the golden file's weights, the function still compares, and names the weights. The
-    function skips and reports unreadable images.
+    differ from those of the golden file, the function still compares, and names them. It skips and
+    reports unreadable images.
 
-    Raises ComparisonError for a golden file with another configuration, dtype, processor or
-    requested attention. Raises ComparisonError for an image that the golden file does not contain.
+    Raises ComparisonError if the configuration, dtype, processor or requested attention
+    implementation differs from the golden file's, and for an image that the file does not contain.
     """
     golden.check_fits(encoder, processor=processor, attention=attention)
     chosen = _chosen(golden, images)

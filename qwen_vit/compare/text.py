@@ -75,8 +75,7 @@ def reference_line(facts: dict[str, Any]) -> str:
 def closer_line(comparison: Comparison) -> str:
     """Return which tower is closer to float64, or an empty line if an error is not finite.
 
-    The line is also empty if the weights differ from the golden file's weights, because the models
-    differ.
+    The line is also empty if the weights differ from the golden file's, because the models differ.
     """
     if not comparison.has_same_weights:
         return ""
@@ -188,7 +187,7 @@ def _image_lines(image: ImageComparison, comparison: Comparison) -> list[str]:
 
 
 def frame_lines(frames: SampledFrames) -> list[str]:
-    """Return lines on the sampled frames, and on each reference's differences.
+    """Return a line on the sampled frames, and one on each reference's differences.
 
     >>> from qwen_vit.compare.result import FrameChoice
     >>> chosen = FrameChoice("qwen-vl-utils 0.0.14", True, True, (0, 20, 39, 59), 0)

@@ -135,10 +135,10 @@ def judge(
 
     `distance` is our relative error against Hugging Face's result. `ours` and `theirs` are the two
     errors against the float64 oracle. `recorded` is Hugging Face's error in a golden file. In
-    float32 the tolerance bounds `distance`. In bfloat16, the tolerance bounds the ratio of `ours`
-    to `theirs`: by 1.01, or by 1.5 with `quantization`. A reference with too large an error fails
-    the stage. The limit is 1e-4 in float32. In bfloat16, the limit is the error of a result of
-    zeros. For a golden file, the limit is `recorded`, apart from rounding.
+    float32 the tolerance bounds `distance`. In bfloat16 it bounds the ratio of `ours` to `theirs`:
+    by 1.01, or by 1.5 with `quantization`. A stage also fails if the reference's own error is too
+    large. The limit is 1e-4 in float32, and the error of a result of zeros in bfloat16. For a
+    golden file, the limit is `recorded`, apart from rounding.
     """
     is_fp32 = dtype == torch.float32
     own_error = theirs if recorded is None else recorded

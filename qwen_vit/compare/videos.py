@@ -1,5 +1,4 @@
-"""Compare a video's frames with the references' frames, and prepare our rows and Hugging Face's
-rows."""
+"""Compare a video's frames with the references' frames, and prepare our rows and Hugging Face's."""
 
 from dataclasses import dataclass
 from hashlib import file_digest
@@ -57,8 +56,8 @@ def digest_of(name: str) -> str:
 def compare_frames(
     timeline: Timeline, options: VideoOptions, seconds: tuple[float, ...], name: str
 ) -> SampledFrames:
-    """Compare our frames with both references' frames. Installed libraries choose their frames
-    themselves."""
+    """Compare our frames with those of both references. An installed library chooses its frames
+    itself."""
     ours, _ = sample_frames(timeline, options, name)
     choices = []
     for reference in REFERENCES:
@@ -85,7 +84,8 @@ class _Reference:
     rule: Sampling
 
     def takes(self, options: VideoOptions) -> bool:
-        """Return whether the library has these options. transformers accepts only whole videos."""
+        """Return whether the library supports these options. transformers accepts only whole
+        videos."""
         return self.rule == "qwen" or not options.is_part
 
     def choose(

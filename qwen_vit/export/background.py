@@ -21,8 +21,8 @@ class BackgroundWriter:
     4
 
     `submit` waits while unfinished jobs keep more than `max_bytes`. After a job fails, no later job
-    runs. A later `submit`, or the end of the block, raises the job's exception. If the block itself
-    raises, submitted jobs still run.
+    runs, and the next `submit` or the end of the block raises the job's exception. If the block
+    itself raises, submitted jobs still run.
     """
 
     def __init__(self, max_bytes: int) -> None:

@@ -25,13 +25,13 @@ class InputChanges:
     """Compare the images of a new listing with the images of an export's listings.
 
     Attributes:
-        new: images that no listing of the export has.
+        new: images that are in no listing of the export.
         moved: images whose place changed, each with the old place.
         replaced: objects in a store whose version changed.
         gone: images of the export that the new listing lacks.
         same: images whose place is unchanged.
-        is_reordered: whether the same images have a new order, on which a first listing's shards
-            depend.
+        is_reordered: whether the same images are in a new order. The shards of a first listing
+            depend on the order.
     """
 
     new: list[Item] = field(default_factory=list)
@@ -87,7 +87,7 @@ class InputChanges:
     def changed(self, folder: ExportFolder, listings: Listings, limits: ImageLimits) -> list[Item]:
         """Return the images whose content changed after they were exported.
 
-        The method reads only files that are newer than the listing. It returns each newer file of a
+        The method reads only files that are newer than the listing. It returns a newer file of a
         failed image without a comparison, because the shard has no digest of that image.
         """
         listed_ns = [os.stat(listing.path).st_mtime_ns for listing in listings.all]
@@ -142,7 +142,8 @@ def _digest(item: Item, limits: ImageLimits) -> str:
 
 
 def open_if_whole(folder: ExportFolder, shard: int) -> FeatureFile | None:
-    """Return a shard, or None if the file is missing or damaged and the export must write it again.
+    """Return a shard, or None if its file is missing or damaged, so that the export must write it
+    again.
 
     >>> open_if_whole(as_folder("no-such-folder"), 0) is None  # doctest: +SKIP
     True

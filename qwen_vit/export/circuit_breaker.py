@@ -22,7 +22,7 @@ class CircuitBreaker:
     >>> breaker.failed
     0
 
-    A limit of 0 never stops the export. The methods raise ExportError to stop the export.
+    A limit of 0 never stops the export. To stop it, the methods raise ExportError.
     """
 
     limit: int

@@ -22,8 +22,8 @@ MAX_UNWRITTEN_BYTES = RING_BYTES // 4 * 3  # of copies, so that the ring has roo
 
 
 class HostCopy(NamedTuple):
-    """Keep rows that the GPU copies to the CPU, for several images. `event` marks the end of the
-    copy."""
+    """Hold the rows of several images while the GPU copies them to the CPU. `event` marks the end
+    of the copy."""
 
     rows: dict[str, Tensor]  # by tensor, in the order of the images
     is_finite: Tensor  # each row of image_embeds: a NaN in a layer reaches image_embeds
@@ -112,8 +112,8 @@ class PinnedRing:
     torch.Size([1000])
     >>> ring.release()
 
-    torch's allocator of pinned memory keeps a block of every requested size. Exports of images with
-    many sizes therefore grew by hundreds of megabytes. One thread allocates, and another thread may
+    torch's allocator of pinned memory keeps a block of every requested size, so exports of images
+    with many sizes grew by hundreds of megabytes. One thread allocates, and another thread may
     release.
     """
 

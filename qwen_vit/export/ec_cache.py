@@ -20,8 +20,8 @@ class CacheWriter:
     >>> cache = CacheWriter(plan, "cache")  # doctest: +SKIP
     >>> cache.add(done)  # doctest: +SKIP
 
-    The constructor checks the folder. The object reads a shard of an earlier run again unless the
-    cache lists the shard's entries. The name of that list follows from the export and the shard.
+    The constructor checks the folder. The object rereads a shard of an earlier run unless the cache
+    lists the shard's entries. The name of that list follows from the export and the shard.
 
     Raises ExportError if the folder cannot be written or belongs to another model. Raises
     ArgumentError if no language model accepts the export's rows.

@@ -58,13 +58,13 @@ class Estimate:
     """Estimate the size and duration of an export, from the images' headers.
 
     Attributes:
-        images: the number of images in the whole export. An image that the export encoded again
-            counts once.
+        images: the number of images in the whole export, each counted once even if the export
+            encoded it again.
         unreadable: the number of unfinished images with an unreadable header or too many pixels.
         rows: the number of rows in the whole export.
         bytes: the number of bytes in all files of the whole export.
-        seconds: the encoder time for the unfinished images, in seconds, or None without a timed
-            image.
+        seconds: the encoder time for the unfinished images, in seconds, or None if no image was
+            timed.
         is_sample: whether the counts come from a sample of the images.
         done: the number of images whose features are in existing shards.
         failed: the number of images that failed earlier, from existing shards.
@@ -97,7 +97,8 @@ def estimate_export(
 ) -> Estimate:
     """Count images, rows and bytes, and time a few images. Write nothing.
 
-    The function counts unfinished images from their headers, and other images from their shards.
+    The counts of unfinished images come from the images' headers, and those of other images from
+    the shards.
 
     >>> encoder = VisionEncoder.from_pretrained("tiny")
     >>> estimate_export(encoder, ["tests/photographs/rocket.jpg"]).rows
@@ -128,7 +129,7 @@ def estimate_export(
 
 
 def estimate_plan(encoder: VisionEncoder, plan: ExportPlan) -> Estimate:
-    """Estimate a plan from a sample of its images, except the encoder time."""
+    """Estimate a plan from a sample of its images, without the encoder time."""
     sample = plan.listing.spread(SAMPLE)
     if any(item.row is not None for item in sample):
         sample = plan.listing.spread(SAMPLE_OF_ROWS)
@@ -153,7 +154,7 @@ def target_size(height: int, width: int, config: ImageConfig, name: str) -> tupl
     >>> target_size(100, 200, ImageConfig.from_json({}), "a.jpg")
     (112, 196)
 
-    Raises ImageError if the image has no such size, for example for a ratio above 200.
+    Raises ImageError if there is no such size, for example for a ratio above 200.
     """
     return smart_resize(
         height,
@@ -185,8 +186,8 @@ class _Work:
 
 
 class _Counts:
-    """Count an export's images. Headers describe the unfinished images, and shards describe the
-    other images."""
+    """Count an export's images: unfinished images from their headers, and other images from their
+    shards."""
 
     def __init__(self, encoder: VisionEncoder, options: ExportOptions) -> None:
         self._encoder, self._options = encoder, options
@@ -198,7 +199,7 @@ class _Counts:
         self._missing = self._unreadable = self._rows = self._bytes = 0
 
     def add(self, item: Item, shard: int = 0, is_current: bool = True) -> None:
-        """Count an unfinished image. An image that a later shard replaces still takes time and
+        """Count an unfinished image. Even an image that a later shard replaces takes time and
         bytes."""
         self._images += is_current
         self._take_for_sample(item)
@@ -226,7 +227,7 @@ class _Counts:
         self._bytes += os.stat(str(file.path)).st_size
 
     def estimate(self) -> Estimate:
-        """Return the estimate, except the encoder time."""
+        """Return the estimate, without the encoder time."""
         return Estimate(
             self._images, self._unreadable, self._rows, self._bytes, None, done=self._done,
             failed=self._failed, missing=self._missing,
@@ -253,7 +254,7 @@ def _is_on_disk(source: str) -> bool:
 
 def _patches(item: Item, config: ImageConfig, options: ExportOptions) -> int | None:
     """Return the patch count of an image or video from its header, or None if `encode` would reject
-    the file."""
+    it."""
     try:
         if item.is_video:
             return patches_by_header(item, options.video, options.video_limits, config)
@@ -275,9 +276,9 @@ def _seconds(
     The first timing loads kernels. The start is the part of the first timing that exceeds the rates
     of the other timings.
 
-    On a CPU, a batch of one small image takes 10 times as long per patch as a full batch. Exports
-    have batches of both kinds. Each timing has more images than the previous timing, until the
-    timings have taken TIMING_S.
+    On a CPU, a batch of one small image takes 10 times as long per patch as a full batch, and
+    exports contain both kinds. Each timing has more images than the last, until the timings have
+    taken TIMING_S.
     """
     if not work.patches:
         return 0.0
@@ -340,8 +341,8 @@ def _rates(few: tuple[float, _Work], many: tuple[float, _Work]) -> tuple[float, 
 
 
 def _size_in_header(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
-    """Return height and width from the file's header, before any rotation, which does not change
-    the tokens."""
+    """Return height and width from the file's header, before any rotation. A rotation does not
+    change the number of tokens."""
     if item.size is not None and item.size > HEAD_BYTES:  # in a tar: it reads only the head
         size = _open_header(replace(item, size=HEAD_BYTES), limits)
         if size is not None:

@@ -1,8 +1,8 @@
 """Write an export to a folder on a disk or in object storage.
 
-The writer appends to files on a disk. In a local folder, the writer creates each file in its final
-folder. For object storage, files are in a scratch folder of this machine until `publish` uploads
-each whole file. Every other part of an export is the same for both kinds of folders.
+The writer appends to files on a disk: for a local export, in the export's own folder. For object
+storage, it writes to a scratch folder of this machine, from which `publish` uploads each whole
+file. Every other part of an export is the same for both kinds of folders.
 """
 
 import os
@@ -23,7 +23,7 @@ OTHER_FOLDER = Wording("pass another folder", shell="pass another --out")
 
 
 class ChangedError(ExportError):
-    """Report that another process wrote the file after this process read the file."""
+    """Report that another process wrote the file after this process had read it."""
 
 
 class ExportFolder(ABC):
@@ -63,16 +63,16 @@ class ExportFolder(ABC):
     def write(self, name: str, data: bytes, replaces: str | None) -> str | None:
         """Write a small file, and return its version.
 
-        The file replaces the version `replaces`. With None, the file is new. Raises ChangedError if
-        another process changed the file.
+        The file replaces the version `replaces`, or must be new if `replaces` is None. Raises
+        ChangedError if another process changed the file.
         """
 
     @abstractmethod
     def publish(self, name: str, *, replace: bool = False, keep: bool = False) -> None:
         """Move a finished file from `scratch` to its place in the export.
 
-        Without `replace`, an existing file at that place remains. With `keep`, `scratch` keeps a
-        copy.
+        Without `replace`, an existing file at that place remains. With `keep`, a copy remains in
+        `scratch`.
         """
 
     @abstractmethod

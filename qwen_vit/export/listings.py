@@ -1,7 +1,7 @@
 """Combine an export's first listing with the listings of its extensions and retries.
 
 Each listing begins a new shard, so the shards of earlier listings keep their bytes. An image
-belongs to the last listing that contains the image. A later listing replaces images that failed or
+belongs to the last listing that contains it, because a later listing replaces images that failed or
 changed.
 """
 
@@ -21,7 +21,8 @@ __all__ = ["CurrentImages", "Listings"]
 class Listings:
     """Combine listings in order, with the ids that each listing withdraws.
 
-    A withdrawn id named a failure to list an input, such as a temporarily unreadable folder.
+    A withdrawn id stood for an input that could not be listed, such as a temporarily unreadable
+    folder.
     """
 
     all: tuple[Listing, ...]
@@ -34,7 +35,7 @@ class Listings:
 
     @cached_property
     def current(self) -> "CurrentImages":
-        """Return which lines are current."""
+        """Return the index of current images."""
         return CurrentImages(self)
 
     @property
@@ -48,11 +49,11 @@ class Listings:
         return sum(listing.n_images for listing in self.all)
 
     def number_of(self, shard: int) -> int:
-        """Return the number of the listing that has a shard."""
+        """Return the number of the listing to which a shard belongs."""
         return next(number for number, end in enumerate(self._ends) if shard < end)
 
     def of(self, shard: int) -> Listing:
-        """Return the listing that has a shard."""
+        """Return the listing to which a shard belongs."""
         return self.all[self.number_of(shard)]
 
     def shard(self, shard: int) -> list[Item]:

@@ -2,8 +2,8 @@
 
 The locks use flock, so the kernel releases the lock of a killed process. Some network disks do not
 show one host's locks to another host, and some have no locks. On such disks, the lock belongs to
-the owner that the lock file names. The owner deletes the name when it releases the lock. On the
-owner's host, the lock also ends with the named process.
+the owner that the lock file names, until the owner deletes the file. On the owner's host, the lock
+also ends with the named process.
 """
 
 import fcntl
@@ -46,9 +46,9 @@ def hold_folder(folder: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
     >>> with hold_folder(Path("export")):  # doctest: +SKIP
     ...     write()
 
-    Different parts of one N may have locks at the same time. Raises ExportError if another process
-    locks the folder, this part, or parts of another N. Also raises ExportError if an owner on
-    another host left a name. The error names the owner.
+    Parts of the same N can be locked at the same time. Raises ExportError if another process has
+    locked the folder, this part, or a part of another N. Also raises ExportError if an owner on
+    another host left its name in a lock file. The error names the owner.
     """
     number, count = part
     with ExitStack() as locks:
@@ -66,7 +66,7 @@ def hold_folder(folder: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
 
 @contextmanager
 def short_lock(folder: Path) -> Iterator[None]:
-    """Wait for the folder's second lock and take it, for short work by one part at a time.
+    """Wait for the folder's second lock and take it, so that one part at a time does short work.
 
     >>> with short_lock(Path("export")):  # doctest: +SKIP
     ...     write_manifest()
@@ -135,7 +135,7 @@ def _acquire(path: Path, kind: int) -> int:
 
 
 def _lock(descriptor: int, kind: int, path: Path) -> bool:
-    """Return whether the disk has locks. If the function returns False, only the owner's name
+    """Lock the file, and return whether the disk has locks. If it has none, only the owner's name
     protects the folder."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)

@@ -1,6 +1,6 @@
 """Write an export's manifest: a row for every image, as Parquet or as JSON lines.
 
-The writer makes the manifest from the shards' headers and the listing, and can make it again at any
+The manifest is computed from the shards' headers and the listing, so it can be written again at any
 time.
 """
 
@@ -32,7 +32,7 @@ class ManifestRow:
 
     `kind` is "image" or "video". A failed file's kind follows from its name. `status` is "ok" or
     "error". Rows `row_begin` to `row_end` of `shard` are the image's features. Sizes are in pixels
-    and the grid is in patches. `sha256` is the hash of the image's own bytes.
+    and the grid is in patches. `sha256` is the hash of the image's or video's encoded bytes.
     """
 
     index: int
@@ -92,8 +92,8 @@ def shard_rows(file: FeatureFile, items: Sequence[Item], first: int) -> list[Man
 
 
 def load_arrow() -> bool:
-    """Return whether the manifest will be Parquet. Call this function early, because pyarrow takes
-    memory."""
+    """Return whether the manifest will be Parquet, and import pyarrow if so. Call it early, because
+    pyarrow takes memory."""
     try:
         import pyarrow.parquet  # type: ignore[import-untyped]
     except ImportError:
@@ -110,9 +110,9 @@ def write_manifest(
     If another machine writes the manifest at the same time, the function writes the manifest again
     from all shards that exist then.
 
-    Parquet stores only Unicode. The function escapes invalid bytes in an id or source, and
-    `id_bytes` has the original id. JSON lines and the listing keep every name unchanged. Raises
-    ExportError if the system does not allow writing.
+    Parquet stores only Unicode, so the function escapes invalid bytes in an id or source, and the
+    column `id_bytes` contains the original id. JSON lines and the listing keep every name
+    unchanged. Raises ExportError if the manifest cannot be written.
     """
     has_arrow = load_arrow()
     name, other = (PARQUET, JSON_LINES) if has_arrow else (JSON_LINES, PARQUET)

@@ -39,21 +39,21 @@ class ExportOptions:
         part: (I, N) selects the shards I, I+N, I+2N and so on.
         max_failures: the number of consecutive failures that stop an export, because they suggest
             one cause. 0 never stops the export.
-        limits: the limits of decoded images.
+        limits: the limits on decoded images.
         exif: "apply" rotates an image by its EXIF orientation, and "ignore" does not rotate images,
             as in `encode`.
         shard_seconds: seconds between saves of an unfinished shard. A killed export loses at most
             this time. None saves only at an interrupt.
         extend: whether to add new and changed images of the inputs to an existing export.
-        retry_failed: whether to encode failed images of an existing export again.
-        accept_versions: whether to resume an export with other versions, or on another kind of GPU,
-            than at its start. Each shard records its versions and GPU.
+        retry_failed: whether to try the failed images of an existing export again.
+        accept_versions: whether to resume an export with other package versions, or on another kind
+            of GPU, than at its start. Each shard records its versions and GPU.
         normalize: whether to divide a mean by its length, as in `encode`.
         layers: the blocks whose dense features the export also stores, as in `encode`.
         column: the column of images in Parquet files. With None, the export reads no Parquet files.
         id_column: the column of ids in Parquet files. With None, a row's id is `file:row`.
-        video: the frames of videos to encode, and the size of the frames.
-        video_limits: the limits of a video.
+        video: which frames of videos to encode, and at what size.
+        video_limits: the limits on a video.
         as_video: whether to encode an animated GIF, WebP or PNG as a video, not as its first frame.
         pages: "first", or "all" to export each page of a TIFF and frame of an animation as an
             image. With "all", the listing reads every image.

@@ -66,9 +66,9 @@ LEFTOVER = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """Hold the values of an export that a worker needs for a shard, without the encoder.
+    """Hold all values of an export that a worker needs for a shard, except the encoder.
 
-    You can pickle a plan. `settings` are the settings of export.json, which every shard repeats in
+    A plan can be pickled. `settings` are the settings of export.json, which every shard repeats in
     its metadata.
     """
 
@@ -123,11 +123,11 @@ class ExportPlan:
         return replace(self, listing=replace(self.listing, all=tuple(listings)))
 
     def settings_of(self, shard: int) -> dict[str, Any]:
-        """Return the settings that a shard repeats if this run makes it."""
+        """Return the settings that a shard repeats if this run writes it."""
         return {**self.settings, **self.made_by, **self.listing.facts_of(shard)}
 
     def has_settings(self, shard: int, metadata: Mapping[str, Any]) -> bool:
-        """Return whether a shard's metadata belongs to this export."""
+        """Return whether a shard's metadata match this export's settings."""
         settings = {**self.settings, **self.listing.facts_of(shard)}
         return is_made_by(metadata, settings, self.accepted)
 
@@ -142,8 +142,8 @@ def open_export(
     >>> with open_export(encoder, ["photos"], Path("out"), ExportOptions()) as plan:
     ...     print(plan.n_images)  # doctest: +SKIP
 
-    Raises ExportError, before it reads any image, if the folder is not an export or another process
-    writes to it. If the inputs or settings differ, the error names the difference. With inputs of
+    Raises ExportError, before reading any image, if the folder is not an export or another process
+    writes to it. If the inputs or settings differ, the error names the differences. With inputs of
     None, the function resumes with the inputs of the existing export and logs their changes.
     """
     paths, folder = None if inputs is None else _paths(inputs), as_folder(folder)
@@ -190,8 +190,8 @@ def _find(
 ) -> Listing | None:
     """Return the listing of the inputs, frozen in `scratch`.
 
-    Without paths, the function lists the existing export's own inputs. It returns None if this
-    machine cannot list the inputs.
+    Without paths, the function lists the existing export's own inputs, and returns None if this
+    machine cannot list them.
     """
     if paths is not None:
         return _list(paths, scratch, options)
@@ -284,7 +284,7 @@ def _columns(options: ExportOptions) -> dict[str, Any]:
 
 
 def reserved_header_bytes(items: Sequence[Item], settings: Mapping[str, Any]) -> int:
-    """Return the bytes to reserve for a shard's header, from the plan and not from the images."""
+    """Return the bytes to reserve for a shard's header, which depend only on the plan."""
     names = [name for item in items for name in (item.id, item.source)]
     text = json.dumps({**settings, "ids": names})
     policy = settings.get("image_policy", {}).get("video") or {}
@@ -295,7 +295,7 @@ def reserved_header_bytes(items: Sequence[Item], settings: Mapping[str, Any]) ->
 
 
 def _check_heads(plan: ExportPlan) -> None:
-    """Raise ExportError, before making shards, if a header cannot name all images of a shard."""
+    """Raise ExportError, before writing shards, if a header cannot name all images of a shard."""
     for shard in plan.shards:
         n_images = plan.listing.shard_length(shard)
         # its names need less than 5,000 bytes
@@ -339,8 +339,8 @@ def plan_dry_run(
 ) -> Iterator[ExportPlan]:  # fmt: skip
     """Return the plan of an export, for an estimate. Remove the plan's files when the block ends.
 
-    For the inputs, the function raises the errors of `open_export`. The function also checks the
-    folder, unless `folder` is None.
+    The function raises the errors of `open_export` for the inputs, and for the folder unless
+    `folder` is None.
     """
     paths = None if inputs is None else _paths(inputs)
     if folder is not None:
@@ -379,7 +379,7 @@ def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listin
 
 
 def remove_leftovers(plan: ExportPlan) -> None:
-    """Remove leftovers of killed runs: temporary files of this part or of no part."""
+    """Remove the leftovers of killed runs: temporary files of this part, and those of no part."""
     shards, part, folder = plan.shards, plan.options.part, plan.folder
     with short_lock(folder.scratch):
         for name in os.listdir(folder.scratch):

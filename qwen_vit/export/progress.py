@@ -24,7 +24,7 @@ MAX_FAILURES_LOGGED = 20
 
 
 class _Lines:
-    """Write whole lines to a log, which cannot overwrite a line as a terminal does."""
+    """Write whole lines to a log, because a log cannot overwrite a line as a terminal does."""
 
     def write(self, text: str) -> None:
         if line := text.strip():

@@ -1,7 +1,7 @@
-"""Run an export on a Ray cluster. Workers make the shards, and this process counts the shards.
+"""Run an export on a Ray cluster. Workers make the shards, and this process counts them.
 
 Ray restarts dead workers, on another node if needed, and retries their tasks. A retry is safe,
-because a shard exists completely or not at all. The bytes depend only on the plan.
+because a shard exists completely or not at all, and its bytes depend only on the plan.
 """
 
 import logging
@@ -64,7 +64,7 @@ def export_on_ray(
     ec_cache: str | os.PathLike[str] | None = None,
     **loading: Any,
 ) -> ExportReport:
-    """Export with one worker for each GPU of a Ray cluster, or for each CPU without GPUs.
+    """Export with one worker for each GPU of a Ray cluster, or for each CPU if it has no GPUs.
 
     >>> export_on_ray("tiny", ["tests/photographs"], "features").exported  # doctest: +SKIP
     3
@@ -72,7 +72,7 @@ def export_on_ray(
     Images, checkpoint and `folder` must have the same paths on every node.
 
     Args:
-        model: as in `VisionEncoder.from_pretrained`, which also gets `loading`.
+        model: as in `VisionEncoder.from_pretrained`, which also receives `loading`.
         inputs: as in `export_features`.
         folder: as in `export_features`.
         options: as in `export_features`.
@@ -172,7 +172,7 @@ class _Description:
 
 
 class _Worker:
-    """Run one encoder in a separate process on any node, which Ray calls."""
+    """Run one encoder in a separate process on any node. Ray calls the methods."""
 
     def __init__(self, load: Callable[[], VisionEncoder], decode_threads: int | None) -> None:
         self._load, self._decode_threads = load, decode_threads
@@ -196,9 +196,9 @@ class _Worker:
         return estimate_plan(self._encoder, plan)
 
     def export(self, plan: ExportPlan, shard: int) -> tuple[DoneShard, dict[str, float]] | None:
-        """Write one shard. Return the shard's rows of the manifest and the waits.
+        """Write one shard. Return its manifest rows and the waits.
 
-        Returns None if a caller called `stop` before the shard was complete.
+        Returns None if `stop` was called before the shard was complete.
         """
         metadata = self._encoder.metadata()
         # the shard's bits may differ with other versions
@@ -305,7 +305,7 @@ class _Workers:
                     ray.kill(actor)
 
     def stop(self) -> None:
-        """Make all workers save the images that they encoded."""
+        """Make all workers save the images that they have encoded."""
         import ray
 
         asked = [actor.stop.options(concurrency_group=CONTROL).remote() for actor in self._actors]
@@ -320,7 +320,7 @@ class _Workers:
 
 
 def _threads_of_a_shard(wanted: int | None, resources: Mapping[str, float]) -> int:
-    """Return the loader threads of one shard: the cores for each GPU, divided by the shards.
+    """Return the loader threads of one shard: the cores per GPU, divided by the shards at a time.
 
     An encoder on a CPU uses the cores itself.
     """
@@ -362,7 +362,7 @@ def _cluster(address: str | None) -> Iterator[None]:
 
 @contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """Restore signal handlers, because Ray's handlers would end the process without a message."""
+    """Restore the signal handlers, because Ray's would end the process without a message."""
     is_main = current_thread() is main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
     before = {number: signal.getsignal(number) for number in numbers}

@@ -51,9 +51,9 @@ class ShardStart(NamedTuple):
 
     An existing shard has `rows` and no images.
 
-    `segments` contain images that an earlier run saved. Records of these images do not follow.
-    `firsts` has the first places of all segments, including damaged segments. `replaces` marks an
-    existing shard that the export makes again.
+    `segments` contain images that an earlier run saved, for which no records follow. `firsts`
+    contains the first places of all segments, including damaged ones. `replaces` marks an existing
+    shard that the export writes again.
     """
 
     shard: int

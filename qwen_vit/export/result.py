@@ -29,8 +29,8 @@ class ExportReport:
         seconds: the duration of this run, in seconds.
         waits: the seconds that this run waited for each stage.
         shards: the number of shards in the whole folder.
-        shards_missing: the number of missing shards in the whole folder, which other parts may
-            still make.
+        shards_missing: the number of missing shards in the whole folder. Other parts may still
+            write them.
     """
 
     folder: AnyPath

@@ -1,4 +1,4 @@
-"""Read the model and options of an existing export, so that a user can resume without naming
+"""Read the model and options of an existing export, so that a user can resume it without repeating
 them."""
 
 import os

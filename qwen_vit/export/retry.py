@@ -24,8 +24,8 @@ def may_work_now(plan: ExportPlan, shard: int, rows: Sequence[ManifestRow]) -> b
     """Return whether a failed image of a finished shard is now readable, after a possibly temporary
     error.
 
-    The export retries an image once if the image was missing, unreadable or too large for the
-    memory. If the image is readable, the export makes its shard again.
+    The export tries an image once more if it was missing, unreadable or too large for the memory.
+    If the image is now readable, the export writes its shard again.
     """
     current = plan.listing.current  # a later listing may have retried an image
     failed = [
@@ -50,7 +50,7 @@ def _works_now(item: Item, code: str, limits: ImageLimits) -> bool:
 
 
 class FailingRun:
-    """Remove the shards of a run of consecutive failures, if the run stops the export.
+    """Remove the shards of a series of consecutive failures, if the series stops the export.
 
     >>> with FailingRun(plan) as run:  # doctest: +SKIP
     ...     for done in export_shards(encoder, plan, plan.shards):
@@ -62,7 +62,7 @@ class FailingRun:
         self._shards: list[int] = []
 
     def add(self, done: DoneShard) -> None:
-        """Count a finished shard, which ends, continues or begins a run of failures."""
+        """Count a finished shard, which ends, continues or begins a series of failures."""
         failed = [row.error_code is not None for row in done.rows]
         self._shards = [*self._shards, done.shard] if all(failed) else [done.shard][: failed[-1]]
 

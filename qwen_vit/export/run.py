@@ -1,9 +1,9 @@
 """Export images to shards of features, in a folder that a later run can resume.
 
 An export first freezes the listing. Line i of the listing belongs to shard i // shard_size. A shard
-is a feature file whose bytes depend only on the listing and the settings. A shard exists completely
-or not at all. A shard contains the features or the error of each of its images. The missing shards
-are therefore the remaining work. Any worker can make the missing shards, at any time, in any order.
+is a feature file whose bytes depend only on the listing and the settings. It exists completely or
+not at all, and contains the features or the error of each of its images. The missing shards are
+therefore the remaining work. Any worker can write them, at any time, in any order.
 """
 
 import logging
@@ -55,7 +55,7 @@ def export_features(
     >>> export_features(encoder, ["tests/photographs"], "features").exported  # doctest: +SKIP
     3
 
-    After an interrupt, a second call makes the missing shards. Read the folder with
+    After an interrupt, a second call writes the missing shards. Read the folder with
     `load_features`.
 
     Args:
@@ -72,8 +72,8 @@ def export_features(
         stop: signals that end the export after the batch in progress, as an interrupt does.
 
     Raises:
-        KeyboardInterrupt: An interrupt ended the export. The export saved the encoded images for
-            the next run.
+        KeyboardInterrupt: An interrupt ended the export, which saved the encoded images for the
+            next run.
         ExportError: The folder contains another export, the inputs or settings differ from the
             export, or the disk is full.
         ImageError: An image failed, with on_error="raise".
@@ -124,8 +124,8 @@ def load_encoder(
     >>> load_encoder("tiny", ExportOptions(dtype="bfloat16"), device="cpu").dtype
     torch.float32
 
-    `loading` has further arguments of `VisionEncoder.from_pretrained`, which may raise its own
-    errors.
+    `loading` takes further arguments for `VisionEncoder.from_pretrained`. Raises the errors of that
+    method.
     """
     is_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     dtype = "auto" if is_cpu or options.dtype is None else options.dtype
@@ -144,7 +144,7 @@ def warn_of_idle(n_shards: int, n_workers: int, workers: str) -> None:
 def make_manifest(plan: ExportPlan) -> AnyPath:
     """Write the manifest of every existing shard, including the shards of other parts.
 
-    The manifest has the current row of each image.
+    The manifest contains the current row of each image.
 
     Raises ExportError if a shard of this part was complete and can no longer be read.
     """

@@ -1,9 +1,9 @@
 """Save the encoded images of an unfinished shard in segments, for the next run.
 
 A segment is a feature file with consecutive images of one shard, including their errors. The file
-name gives the shard's number and the place of the segment's first image in the shard. On an
-interrupt, the writer writes a segment. With `shard_seconds`, the writer also writes a segment every
-`shard_seconds` seconds. The finished shard takes over all segments' rows and replaces the segments.
+name gives the shard's number and the place of the segment's first image in the shard. The writer
+saves a segment at an interrupt and, if `shard_seconds` is set, also every `shard_seconds` seconds.
+The finished shard contains the rows of all its segments, and replaces them.
 """
 
 import logging
@@ -68,7 +68,7 @@ def open_segments(
     folder: ExportFolder, shard: int, firsts: Sequence[int], names: Sequence[str],
     settings: Mapping[str, Any],
 ) -> list[Segment]:  # fmt: skip
-    """Return the consecutive segments from the shard's first image. `names` are the shard's ids.
+    """Return the consecutive segments from the shard's first image on. `names` are the shard's ids.
 
     The function stops before a segment that is damaged or has other settings, and logs the reason.
     """

@@ -108,7 +108,7 @@ def _video_policy(options: ExportOptions) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class StoredExport:
-    """Describe the export in a folder. `save` writes changes."""
+    """Hold the settings and listings of the export in a folder. `save` writes changes."""
 
     folder: ExportFolder
     description: dict[str, Any]
@@ -122,7 +122,7 @@ class StoredExport:
     ) -> Self:  # fmt: skip
         """Create an export of one listing, whose file is still in another folder.
 
-        The new description replaces the description of an export that made no shard.
+        The new description replaces that of an export without shards.
         """
         facts = {"n_images": listing.n_images, "listing_sha256": listing.sha256}
         description = {**settings, **facts, "inputs": dict(inputs)}
@@ -149,7 +149,7 @@ class StoredExport:
         self.place_listing()
 
     def place_listing(self) -> None:
-        """Move the first listing to its place. An existing file at that place has the same
+        """Move the first listing to its place. A file that already exists there has the same
         bytes."""
         first, *later = self.listings.all
         path = self.folder.scratch / LISTING
@@ -168,8 +168,8 @@ class StoredExport:
     ) -> None:
         """Raise an ExportError that names each difference from the current settings and inputs.
 
-        With `options.accept_versions`, the method adds other versions to the accepted versions
-        instead.
+        With `options.accept_versions`, different versions are no error: the method adds them to the
+        accepted versions.
         """
         made_by = {name: settings.get(name) for name in MADE_BY}
         known = [{name: self.description.get(name) for name in MADE_BY}, *self.accepted]
@@ -219,7 +219,7 @@ class StoredExport:
     ) -> None:
         """Append listings of new, changed and failed images, according to the options.
 
-        With `scratch`, the method writes listings into that folder and does not save the
+        With `scratch`, the method writes the listings into that folder and does not save the
         description.
         """
         if options.extend and changes is not None:
@@ -258,7 +258,7 @@ class StoredExport:
     def _append(
         self, kind: str, items: Sequence[Item], withdrawn: Sequence[str], scratch: Path | None
     ) -> None:
-        """Append a listing. The listing's file appears before the description names the file."""
+        """Append a listing. Its file exists before the description names it."""
         if not items and not withdrawn:
             return
         name = listing_name(len(self.listings.all))
@@ -282,8 +282,8 @@ def read_stored(
 ) -> StoredExport | None:
     """Return the export in the folder, or None if the folder has no export.
 
-    `found` is the listing of the inputs, if available. `found` replaces a first listing whose file
-    is damaged, or whose only differences are error messages.
+    `found` is the listing of the inputs, if available. It replaces a first listing whose file is
+    damaged, or that differs only in error messages.
     """
     path = folder / SETTINGS
     if not folder.has(SETTINGS):
@@ -352,7 +352,7 @@ def _read_listings(
 
 
 def has_shards(folder: ExportFolder) -> bool:
-    """Return whether a folder has a finished shard, or a segment of a shard."""
+    """Return whether a folder contains a finished shard or a segment of a shard."""
     return any(SHARD.fullmatch(name) for name in folder.names())
 
 

@@ -1,4 +1,4 @@
-"""Write a shard's file in the writer thread. At an interrupt, save the written images."""
+"""Write a shard's file in the writer thread. After an interrupt, save the images written so far."""
 
 import logging
 import time
@@ -35,9 +35,9 @@ logger = logging.getLogger("qwen_vit")
 class ShardWriter:
     """Write a shard after the segments that earlier runs saved.
 
-    An interrupt in the block saves the written images as another segment. `batch_starts` are the
-    places of the first images of batches. On a CPU, where bits depend on the batch, a segment ends
-    before one of these places.
+    An interrupt in the block saves the images written so far as another segment. `batch_starts` are
+    the places of the first images of batches. On a CPU, where bits depend on the batch, a segment
+    ends before one of these places.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class ShardWriter:
         self._has_rows = []  # an interrupt has nothing more to keep
 
     def _keep(self) -> None:
-        """After an interrupt, save as much as possible of the open file as a segment."""
+        """After an interrupt, save as much of the open file as possible as a segment."""
         end = self.end
         if self._bits_depend_on_batch:
             end = max(place for place in self.batch_starts if place <= end)

@@ -79,9 +79,9 @@ def export_shards(
     ...     print(done.shard, len(done.rows))  # doctest: +SKIP
 
     Loader threads prefetch images, including images of the next shard. A writer thread writes
-    results. All images of a batch belong to one shard, so the bytes do not depend on the threads.
-    The encoder starts the first batches of a shard while the writer thread saves the previous
-    shard. An interrupt saves the encoded images of the open shard: see `segments`.
+    results. All images of a batch belong to one shard, so the bytes do not depend on the timing of
+    threads. The encoder starts the first batches of a shard while the writer thread saves the
+    previous shard. An interrupt saves the encoded images of the open shard: see `segments`.
 
     Args:
         breaker: an object that stops the export after too many consecutive failures.
@@ -89,8 +89,8 @@ def export_shards(
             the function returns.
         decode_threads: loader threads. [default: one per two cores, 2 to 16]
         clock: the timer for this thread's waits.
-        is_stopped: a function that the export calls before each image. True ends the export like an
-            interrupt, without losing a batch.
+        is_stopped: a function that the export calls before each image. If it returns True, the
+            export ends as after an interrupt, without losing a batch.
 
     Raises:
         KeyboardInterrupt: An interrupt ended the export, or `is_stopped` returned True.
@@ -151,8 +151,8 @@ def _write(
     copier: HostCopier,
     clock: StageTimer,
 ) -> Generator[DoneShard | None, None, None]:
-    """Write a shard. Yield None as a pause after the first batches start, and before the writer
-    saves the shard.
+    """Write a shard. Yield None twice: after the first batches start, and before the writer saves
+    the shard.
 
     The caller finishes the previous shard at the first pause, because only one shard may copy
     features. Closing the generator at the second pause waits until the writer has saved the shard.
@@ -305,7 +305,7 @@ def _encode(
 
 
 def _timed(values: Iterator[Value], stage: str, clock: StageTimer) -> Iterator[Value]:
-    """Yield the values, and add the time of each value to the stage."""
+    """Yield the values, and add the time that each value took to the stage."""
     while True:
         with clock.stage(stage):
             try:
@@ -320,8 +320,8 @@ def _in_groups(
 ) -> Iterator[tuple[list[ImageRecord], list[ImageFeatures]]]:
     """Yield images with their features, in groups that the GPU copies together.
 
-    Copying small images one by one would make the export wait for Python. On a CPU there is no
-    copy, so every image is a separate group.
+    Copying small images one by one would make the export wait for Python. On a CPU nothing is
+    copied, so every image is a separate group.
     """
     most = GROUP_IMAGES if device.type == "cuda" else 1
     images: list[ImageRecord] = []

@@ -1,5 +1,5 @@
-"""Handle the signals that end an export. Finish the batch after the first signal, and stop at the
-second signal."""
+"""Handle the signals that end an export: finish the batch after the first, and stop at the
+second."""
 
 import os
 import signal
@@ -21,8 +21,8 @@ class StopSignals:
     False
 
     Within `accepted`, the first signal sets `is_requested`. Any other signal raises
-    KeyboardInterrupt. The process still ignores signals that it ignored before the block. For
-    example, nohup ignores SIGHUP, and shells ignore Ctrl-C for background jobs.
+    KeyboardInterrupt. The process still ignores signals that it ignored before the block, such as
+    SIGHUP under nohup, and Ctrl-C in a shell's background job.
     """
 
     def __init__(self) -> None:

@@ -46,9 +46,9 @@ ASKED_AT_A_TIME = 16  # requests at a time
 class StoreFolder(ExportFolder):
     """Write an export to a prefix in object storage, through a scratch folder on each machine.
 
-    Conditional writes resolve conflicts between machines. A shard, the settings and the manifest
-    never replace another process's file. Locks separate the processes of one machine. If an upload
-    fails, the file remains in `scratch` for the next run.
+    Conditional writes resolve conflicts between machines: an upload never replaces another
+    process's shard, nor settings or a manifest that another process changed. Locks separate the
+    processes of one machine. If an upload fails, the file remains in `scratch` for the next run.
     """
 
     def __init__(self, out: StorePath, scratch: Path | None = None) -> None:
@@ -180,7 +180,8 @@ class StoreFolder(ExportFolder):
             )
 
     def _clean_up(self, part: tuple[int, int]) -> None:
-        """Remove copies of listings that no process on this machine and no later run needs."""
+        """Remove the copies of listings that neither a process on this machine nor a later run
+        needs."""
         own = {"lock", "lock-moment", "lock-{}-of-{}".format(*part)}
         with suppress(OSError), short_lock(self.scratch):
             names = {*os.listdir(self.scratch)} - own
@@ -221,7 +222,8 @@ def _scratch_of(address: str) -> Path:
 
 
 def _make_private(folder: Path) -> None:
-    """Make a folder that no other user may write. Raises ExportError for another user's folder."""
+    """Make a folder to which no other user may write. Raises ExportError for another user's
+    folder."""
     for each in (folder.parent, folder):
         try:
             each.mkdir(mode=0o700, exist_ok=True)

@@ -1,8 +1,7 @@
 """Record the images that a process is decoding, in a file that remains if the process is killed.
 
 An image can end the decoding process, because the system runs out of memory or a decoder crashes. A
-resumed export first decodes such images in a child process. The same image therefore cannot end the
-export again.
+resumed export first decodes such an image in a child process, so it cannot end the export again.
 """
 
 import fcntl
@@ -32,7 +31,7 @@ class UnderWay:
     ...     decode()
 
     `suspects` are lines of the listing, counted from 0. The kernel keeps the file's pages after a
-    process is killed. Only a power cut loses the pages.
+    process is killed; only a power cut loses them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,7 +82,7 @@ class UnderWay:
 
 
 def _left_by_dead_processes(folder: Path) -> frozenset[int]:
-    """Return the lines in the files of ended processes, and remove the files."""
+    """Return the lines in the files of ended processes, and remove these files."""
     lines: set[int] = set()
     for name in os.listdir(folder):
         if UNDER_WAY_NAME.fullmatch(name):

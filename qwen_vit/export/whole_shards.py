@@ -33,10 +33,10 @@ def whole_shard(
 ) -> list[ManifestRow] | None:
     """Return a shard's rows of the manifest, or None if its file is missing or damaged.
 
-    The file's size must equal the size in its header, and its settings must equal the plan's
-    settings. Its images and errors must add up to the images that the listing gives this shard. For
-    a damaged file, the function logs a line that names `then`, the next step. Raises ExportError
-    for a file of a different export.
+    The file's size must equal the size in its header, and its settings must equal the plan's. Its
+    images and errors must add up to the images that the listing assigns to this shard. For a
+    damaged file, the function logs a line with `then`, the next step. Raises ExportError for a file
+    of a different export.
     """
     if not plan.has(shard):
         return None

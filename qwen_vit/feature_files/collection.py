@@ -1,4 +1,4 @@
-"""Access many images' features as a sequence or as subsets, reading rows on demand."""
+"""Access the features of many images as a sequence with subsets, and read rows on demand."""
 
 import operator
 import os
@@ -30,12 +30,11 @@ ImageKeys: TypeAlias = (
 
 
 class Features(ABC):
-    """Access images' features in order, reading rows on demand.
+    """Access the features of images in order, and read rows on demand.
 
     An index is a position or an id. A slice, or a sequence, array or tensor of positions or ids,
-    selects a subset. A mask with one truth value per image also selects a subset. A subset also
-    reads rows on demand. The rows are views of the file in memory. Clone the rows before you write
-    to them.
+    selects a subset, and so does a mask with one truth value per image. A subset also reads rows on
+    demand. The rows may be views of the mapped file, so clone them before you write to them.
     """
 
     metadata: dict[str, Any]
@@ -57,11 +56,12 @@ class Features(ABC):
 
     @abstractmethod
     def content(self) -> Any:
-        """Return the paths, sizes and times of the files, which change with the files."""
+        """Return the files' paths, sizes and times: a value that changes whenever a file
+        changes."""
 
     @abstractmethod
     def read_at(self, place: Any) -> ImageFeatures:
-        """Return the image at a place that `locate` returned."""
+        """Return the features at a place that `locate` returned."""
 
     @overload
     def __getitem__(self, key: int | str) -> ImageFeatures: ...
@@ -108,7 +108,7 @@ class Features(ABC):
         return to_vllm(self)
 
     def to_vllm_chat_part(self) -> list[dict[str, Any]]:
-        """Return a part of a chat message to a vLLM server for each image.
+        """Return one part of a chat message per image, for a vLLM server.
 
         See `downstream.to_vllm_chat_part`.
         """
@@ -149,10 +149,10 @@ class Features(ABC):
         (3584,)
 
         The columns are grid_t, grid_h, grid_w (patches), height, width (pixels) and notes. Unknown
-        sizes are missing values. The column embeds has float32 arrays: (D,) for output="mean", else
-        (n, D). Each column layer_K has float32 arrays (n_patches, C). The table is entirely in
-        memory. Failed images have no row. `errors` names these images. Raises ArgumentError if
-        pandas is not installed.
+        sizes are missing values. The column embeds contains float32 arrays: (D,) for output="mean",
+        else (n, D). Each column layer_K contains float32 arrays (n_patches, C). The whole table is
+        in memory. Failed images have no row; `errors` lists them. Raises ArgumentError if pandas is
+        not installed.
         """
         return tables.to_pandas(self)
 
@@ -163,8 +163,9 @@ class Features(ABC):
         PosixPath('means.parquet')
 
         Arrays become lists, or lists of lists. If an id is not Unicode, the method escapes its
-        invalid bytes, and `id_bytes` has the original id. Raises ArgumentError if pyarrow is not
-        installed. Raises ExportError if there is no image or `path` cannot be written.
+        invalid bytes, and the column id_bytes contains the original id. Raises ArgumentError if
+        pyarrow is not installed. Raises ExportError if there is no image or `path` cannot be
+        written.
         """
         return tables.write_parquet(self, path, overwrite=overwrite)
 
@@ -175,7 +176,7 @@ class Features(ABC):
         ... # doctest: +SKIP
         (3584,)
 
-        datasets writes the table to its cache once for the same files, and maps it into memory.
+        datasets writes the table of the same files to its cache only once, and maps it into memory.
         Raises ArgumentError if datasets is not installed. Raises ExportError if there is no image.
         """
         return tables.to_datasets(self, cache_dir=cache_dir)

@@ -34,7 +34,8 @@ def holds_features(path: str) -> bool:
 
 
 def describe_features(path: str | Path) -> dict[str, Any]:
-    """Return the number of images and rows, the rows' shape and dtype, and the encoder, as JSON.
+    """Return the number of images and rows, the rows' shape and dtype, and the encoder, as JSON
+    values.
 
     >>> describe_features("export")["images_done"]  # doctest: +SKIP
     497
@@ -76,7 +77,7 @@ def describe_features(path: str | Path) -> dict[str, Any]:
 
 
 def feature_files_of(features: FeatureFile | FeatureFolder) -> list[AnyPath]:
-    """Return the files with the rows: one file, or every shard that existed at opening."""
+    """Return the files that contain the rows: one file, or every shard that existed at opening."""
     if isinstance(features, FeatureFile):
         return [features.path]
     return [features.path / shard_name(shard) for shard in features.shards]
@@ -88,7 +89,8 @@ def n_shards_of(features: FeatureFolder) -> int:
 
 
 def _count_rows(features: FeatureFile | FeatureFolder) -> int:
-    """Return the number of rows. A folder may include older rows of images encoded again."""
+    """Return the number of rows. In a folder, the number includes older rows of images encoded
+    again."""
     if isinstance(features, FeatureFile):
         return sum(features.row_counts)
     return sum(

@@ -1,7 +1,7 @@
 """Read a feature file, one image at a time, and check every part.
 
-The file is mapped into memory, so the disk delivers rows at their first use. `schema` describes the
-content.
+The file is mapped into memory, so rows are read from the disk at their first use. `schema`
+describes the format.
 """
 
 from collections.abc import Sequence
@@ -125,7 +125,8 @@ class FeatureFile(Features):
 
     @cached_property
     def _patches(self) -> list[int]:
-        """Return the first row of each image in a layer, and the end of the last image's rows."""
+        """Return the index of each image's first row in a layer, and then the number of all
+        rows."""
         return [0, *self.image_grid_thw.prod(1).cumsum(0).tolist()]
 
     def _read_rows(self, tensor: str, offsets: Sequence[int], place: int) -> Tensor:

@@ -26,7 +26,7 @@ OF_EXPORT = (LISTINGS, "accepted", "inputs")
 
 
 class ListingFacts(NamedTuple):
-    """Describe one listing of an export folder, and the shards of this listing."""
+    """Describe one listing of an export folder, and its shards."""
 
     name: str
     n_images: int
@@ -70,7 +70,8 @@ def listings_of(description: Mapping[str, Any], path: AnyPath) -> list[ListingFa
 def is_made_by(
     metadata: Mapping[str, Any], settings: Mapping[str, Any], accepted: Sequence[Mapping[str, Any]]
 ) -> bool:
-    """Return whether a shard's metadata are an export's settings, with any accepted versions."""
+    """Return whether a shard's metadata match an export's settings, or these with accepted
+    versions."""
     return any(
         all(metadata.get(name) == value for name, value in {**settings, **made_by}.items())
         for made_by in ({}, *accepted)
@@ -98,7 +99,7 @@ def _is_entry(entry: Any) -> bool:
 
 class ListedImages:
     """Find the images of an export's listings. An image belongs to the last listing that contains
-    the image."""
+    it."""
 
     def __init__(self, folder: AnyPath, description: Mapping[str, Any]) -> None:
         self._description = description
@@ -130,11 +131,11 @@ class ListedImages:
         return list(self.shard_of) if len(self._listings) > 1 else self._listings[0][1]
 
     def listing_of(self, shard: int) -> ListingFacts:
-        """Return the listing that has a shard."""
+        """Return the listing to which a shard belongs."""
         return next(facts for facts, _ in self._listings if shard in facts.shards)
 
     def has_settings(self, shard: int, metadata: Mapping[str, Any]) -> bool:
-        """Return whether a shard's metadata belong to this export."""
+        """Return whether a shard's metadata match this export's settings."""
         settings = {n: value for n, value in self._description.items() if n not in OF_EXPORT}
         settings |= self.listing_of(shard).to_json()
         return is_made_by(metadata, settings, self._description.get("accepted", ()))

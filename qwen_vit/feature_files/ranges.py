@@ -45,14 +45,14 @@ class RangedTensors:
         return self._read(info, 0, math.prod(info.shape)).view(info.shape)
 
     def get_slice(self, name: str) -> "_Rows":
-        """Return a tensor that reads rows only for a slice."""
+        """Return a lazy tensor, which reads only the rows of a slice."""
         return _Rows(self, self._info(name))
 
     def _info(self, name: str) -> TensorInfo:
         info = self.tensors[name]
         if info.dtype not in DTYPES:
             raise CheckpointError(
-                f"{name} is of type {info.dtype}", name=str(self._path), expected=", ".join(DTYPES)
+                f"{name} has dtype {info.dtype}", name=str(self._path), expected=", ".join(DTYPES)
             )
         return info
 

@@ -1,7 +1,7 @@
 """Read feature files and export folders on demand, and check every part.
 
-A feature file is mapped into memory, so the disk delivers rows at their first use. `schema`
-describes the content of a file and a folder.
+A feature file is mapped into memory, so rows are read from the disk at their first use. `schema`
+describes the format of files and folders.
 """
 
 import logging
@@ -42,11 +42,10 @@ class FeatureFolder(Features):
     >>> features.is_complete, len(features), len(features.errors)  # doctest: +SKIP
     (True, 999_998, 2)
 
-    The folder contains the images that the export encoded without an error, in the order of the
-    shards. If a later listing replaced an image, the object reads only the last features. The
-    object opens shards on demand, at most 64 at a time. The object lists the folder once, at
-    opening. If a shard does not exist at that time, the object omits the shard, and `is_complete`
-    is False.
+    The object contains the images that the export encoded without an error, in the order of the
+    shards. If a later listing replaced an image, the object reads only the last features. It opens
+    shards on demand, and keeps at most 64 open. It lists the folder once, at opening. If a shard
+    does not exist at that time, the object omits it, and `is_complete` is False.
 
     `load_features` opens an export folder. Raises ExportError if the folder is damaged or has
     another schema.
@@ -96,7 +95,7 @@ class FeatureFolder(Features):
 
     @cached_property
     def errors(self) -> Sequence[FailedImage]:
-        """Return the failed images, in order. The method reads the header of every shard."""
+        """Return the failed images, in order. The property reads the header of every shard."""
         return [
             failed
             for index in self._present
@@ -222,8 +221,8 @@ def load_features(
     qwen_vit.errors.ExportError: no-such-file.safetensors: does not exist. Expected a feature \
 file of `qwen-vit encode` or a folder of `qwen-vit export`. Check the path.
 
-    With `verify`, each read of an image's rows compares the rows with the recorded sha256. A wrong
-    bit raises ExportError. `qwen-vit verify` checks every image of a file or export.
+    With `verify`, each read of an image's rows compares them with the recorded sha256, and raises
+    ExportError if a bit differs. `qwen-vit verify` checks every image of a file or export.
 
     The folder `cache_dir` caches all bytes from an address, so that later reads of the same bytes
     send no request. The environment variable QWEN_VIT_STORE_CACHE sets the default.
@@ -242,7 +241,7 @@ file of `qwen-vit encode` or a folder of `qwen-vit export`. Check the path.
 
 
 def open_features(path: AnyPath, *, verify: bool = False) -> FeatureFile | FeatureFolder:
-    """Open a feature file or an export folder as `load_features` does, without its cache."""
+    """Open a feature file or an export folder as `load_features` does, but without its cache."""
     try:
         if path.is_dir():
             return FeatureFolder(path, verify=verify)

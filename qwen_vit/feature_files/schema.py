@@ -2,19 +2,18 @@
 
 A feature file is one safetensors file. The file contains `image_embeds` (T, D), `image_grid_thw`
 (N, 3) int64 and `image_token_offsets` (N + 1,) int64. Image i has the rows offsets[i] : offsets[i +
-1]. Each block k of `layers` adds `layer_k` (P, C), with t * h * w rows for each image's patches.
-The metadata is a single key with sorted JSON. safetensors would write several keys in random order.
-The same features must give the same bytes.
+1]. Each block k of `layers` adds `layer_k` (P, C), with a row for each of an image's t * h * w
+patches. The metadata is a single key with sorted JSON, because the same features must give the same
+bytes, and safetensors would write several keys in random order.
 
-Every file of schema 2 has the keys of `FILE_FACTS`. The list `images` has an object for each image,
-with the keys of `ItemFacts.to_json`. A value that does not apply or is unknown is null.
-`rows_sha256` has a sha256 for each tensor of rows: the hash of the image's own stored rows.
+Every file of schema 2 has the keys of `FILE_FACTS`. The list `images` contains an object for each
+image, with the keys of `ItemFacts.to_json`. A value that does not apply or is unknown is null.
+`rows_sha256` contains a sha256 for each tensor of rows: the hash of the image's own stored rows.
 
 An export folder contains `export.json`, `listing.jsonl` (one id per line) and feature files called
 shards. Each shard covers `shard_size` lines of the listing. A shard also names failed images, with
 the reasons. Extensions of an export add listings in `listing-0001.jsonl` and so on. The shards of a
-listing follow the shards of the previous listing. An image belongs to the last listing that
-contains the image.
+listing follow those of the previous listing. An image belongs to the last listing that contains it.
 
 Schema 1 had no layers. Only shards described images, with `size_px`, `notes`, `sha256` and
 `source`. qwen_vit still reads schema 1.
@@ -90,7 +89,7 @@ FILE_FACTS = (
 
 @dataclass(frozen=True, slots=True)
 class ItemFacts:
-    """Describe one image or video in a file, without rows. None means an unknown value.
+    """Describe one image or video of a file, apart from its rows. None means unknown.
 
     Attributes:
         id: as in `ImageFeatures`.
@@ -98,11 +97,11 @@ class ItemFacts:
         n_rows: the image's rows in `image_embeds`.
         size_px: the original (height, width).
         notes: the changes that the image policy made.
-        sha256: the hash of the image's own bytes.
+        sha256: the hash of the image's or video's encoded bytes.
         source: the place from which an export read the image.
         kind: "image" or "video".
         exif: "apply" if the loader applied the EXIF orientation, or "ignore".
-        second_per_grid_t: for a video, the seconds of one step of the grid's t.
+        second_per_grid_t: for a video, the seconds per time step of the grid.
         frame_seconds: for a video, the times of its frames, in seconds.
     """
 
@@ -212,7 +211,7 @@ class RowFacts(NamedTuple):
 
 
 def parse_row_facts(metadata: Mapping[str, Any], path: AnyPath, remedy: str) -> RowFacts:
-    """Return the description of the rows of a file with either schema.
+    """Return the description of the rows of a file of either schema.
 
     Raises ExportError with the remedy if the metadata does not describe the rows.
     """
@@ -227,7 +226,8 @@ def parse_row_facts(metadata: Mapping[str, Any], path: AnyPath, remedy: str) -> 
         f"its output is {short_repr(output)}, its normalize {short_repr(normalize)}, and its "
         f"layers are {short_repr(layers)}",
         name=str(path),
-        expected="one of encode's outputs, true or false, and a list of blocks",
+        expected="output 'merged', 'patch' or 'mean'; normalize true or false; layers a list of "
+        "block indices",
         remedy=remedy,
     )
 
@@ -265,7 +265,7 @@ class StoredFacts(NamedTuple):
 
 
 def parse_image_facts(value: Any, path: AnyPath, remedy: str) -> Sequence[StoredFacts]:
-    """Return the facts of each image of a file, or no facts if schema 1 had none.
+    """Return the facts of each image of a file, or none for a file of schema 1 without them.
 
     For any other value, raises ExportError with the remedy.
     """

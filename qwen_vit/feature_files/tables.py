@@ -1,8 +1,8 @@
 """Convert stored features for NumPy, pandas, Parquet and datasets, with a row per image.
 
 The module reads images in order, so a table on disk needs memory for only one batch of rows. A
-table's rows are float32, because neither Arrow nor NumPy has bfloat16. Every bfloat16 value is a
-float32 value.
+table's rows are float32, because neither Arrow nor NumPy has bfloat16. float32 represents every
+bfloat16 value exactly.
 """
 
 import json
@@ -217,8 +217,8 @@ def _record_batch(images: Sequence[ImageFeatures], schema: Any) -> Any:
 def _list_array(arrays: Sequence[NDArray[np.float32]]) -> Any:
     """Convert 1D arrays to lists and 2D arrays to lists of lists, without Python objects.
 
-    Arrow counts a batch's values in int32, and `BATCH_BYTES` limits their number to far fewer
-    values.
+    Arrow counts a batch's values in int32, and `BATCH_BYTES` keeps their number far below that
+    limit.
     """
     import pyarrow as pa
 
@@ -250,7 +250,7 @@ def whole_numbers_in_pandas(schema: Any) -> Any:
 
 
 def unicode_text(text: str) -> str:
-    r"""Return text as Unicode, which Arrow requires. The function escapes invalid bytes.
+    r"""Return text as valid Unicode, which Arrow requires, with invalid bytes escaped.
 
     >>> print(unicode_text(os.fsdecode(b"caf\xe9.jpg")))
     caf\udce9.jpg

@@ -22,14 +22,14 @@ __all__ = ["Verification", "verify_features"]
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """Report the checks of stored features and the problems found.
+    """Count the stored features that a check read, and list the problems that it found.
 
     Attributes:
         images: the number of images that the check read.
         rows: the number of rows of these images.
         digests: the number of images whose rows match the recorded sha256.
-        superseded: the number of older features that the check also read, because the export
-            encoded the images again.
+        superseded: the number of superseded images, whose features the check also read. The export
+            encoded these images again.
         problems: one sentence per problem, or an empty list.
     """
 
@@ -48,10 +48,11 @@ def verify_features(
     >>> verify_features("features.safetensors").problems  # doctest: +SKIP
     ()
 
-    In a file, the function checks headers, ids and offsets. Each image must have the number of rows
-    of its grid. The rows must be finite and match the recorded digests. An export must also match
-    the recorded hash of its listing, and have all shards. The function calls `on_image` for each
-    image. Raises ExportError if the path has no features or a feature file cannot be opened.
+    In each file, the headers, ids and offsets must be valid. Each image must have the number of
+    rows that its grid implies. The rows must be finite and match the recorded digests. An export
+    must also have all its shards, and its listings must match their recorded hashes. The function
+    calls `on_image` for each image. Raises ExportError if the path has no features or a feature
+    file cannot be opened.
     """
     features = open_features(as_path(path))  # a cache would hide what the store has
     check = _Check(on_image)

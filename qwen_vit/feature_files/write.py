@@ -61,7 +61,7 @@ def write_features(
     `metadata` is the result of `VisionEncoder.metadata()`. The bytes depend only on the arguments.
     Raises ExportError for an existing file with `overwrite=False`, and for a folder that cannot be
     written. Also raises ExportError for two images with one id, for rows with NaN or infinity, and
-    for no images.
+    if there are no images.
     """
     path = Path(path)
     check_utf8(path)
@@ -112,7 +112,7 @@ def write_features(
 def _good_features(
     path: Path, features: Sequence[ImageFeatures | FailedImage]
 ) -> list[ImageFeatures]:
-    """Return the features of at least one image without an error, with different ids."""
+    """Return the features without failed images: at least one, and all with different ids."""
     if not features:
         raise ExportError("features is empty", name=str(path), remedy="pass at least one image")
     good = [feature for feature in features if isinstance(feature, ImageFeatures)]
@@ -155,7 +155,7 @@ def _exif(feature: ImageFeatures) -> ExifPolicy:
 
 
 def _columns(path: Path, features: Sequence[ImageFeatures]) -> dict[str, list[Tensor]]:
-    """Return each tensor's name and the images' rows on the CPU, image_embeds first."""
+    """Return the images' rows on the CPU by tensor name, image_embeds first."""
     blocks = [sorted(feature.layers) for feature in features]
     other = next((place for place, each in enumerate(blocks) if each != blocks[0]), None)
     if other is not None:
@@ -202,7 +202,7 @@ def _form(path: Path, name: str, rows: Sequence[Tensor]) -> tuple[int, torch.dty
 def _output(
     path: Path, features: Sequence[ImageFeatures], metadata: Mapping[str, Any]
 ) -> tuple[str, bool]:
-    """Return which rows all features have, and whether the rows have unit length."""
+    """Return the kind of rows that all features share, and whether the rows have unit length."""
     if metadata.get("output") == "mean":  # of features that were made by hand
         features = [replace(feature, output="mean") for feature in features]
     kinds = {(f.output, f.normalized): f.id for f in features}

@@ -67,12 +67,11 @@ class FeatureWriter:
     ...     writer.add(rows, [ItemFacts("a.jpg", (1, 4, 6), n_rows=6)])
     ...     writer.save(encoder.metadata())
 
-    The header gives all lengths, so the writer reserves `head_bytes` for it. If the header is
-    larger, the writer copies the rows to a place after the header. The writer appends each layer to
-    its own hidden file. On `save`, the writer copies the layers after the embeddings. The file's
-    bytes depend on `head_bytes`. The file gets its name only when it is complete. Without `save`,
-    the writer discards the file when the block ends. Raises ExportError if the system does not
-    allow writing.
+    The header contains all lengths, so the writer reserves `head_bytes` for it, and moves the rows
+    if it is larger. Each layer grows in its own hidden file, which `save` copies behind the
+    embeddings. The file's bytes depend on `head_bytes`. The file gets its name only when it is
+    complete. Without `save`, the writer discards the file when the block ends. Raises ExportError
+    if the file cannot be written.
     """
 
     def __init__(self, path: Path, tensors: Sequence[RowTensor], head_bytes: int) -> None:
@@ -194,10 +193,7 @@ class _GrowingRows:
         self.atomic.file.seek(begin)
 
     def write(self, rows: Tensor) -> None:
-        """Append rows, and regularly start their writing to the disk.
-
-        Early writing makes the final flush short.
-        """
+        """Append rows, and regularly start to flush them, so that the final flush is short."""
         self._end += self.atomic.file.write(bytes_of(rows))
         if self._end - self._flushed < FLUSH_BYTES:
             return
@@ -276,5 +272,5 @@ def build_head(
 
 
 def bytes_of(tensor: Tensor) -> Any:
-    """Return a contiguous CPU tensor's bytes as a uint8 array, because NumPy has no bfloat16."""
+    """View a contiguous CPU tensor as a uint8 array, because NumPy has no bfloat16."""
     return tensor.reshape(-1).view(torch.uint8).numpy()

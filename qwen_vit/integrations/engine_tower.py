@@ -1,8 +1,8 @@
 """Provide the tower for inference engines, as an `nn.Module` that the engine's loader fills.
 
-vLLM and SGLang build a model, and pass weights to the model while reading a checkpoint. Both
-engines measure the model's memory, and call the model with patch rows from their processors. Each
-engine has a thin model class in this package. This module is the shared part of these classes.
+vLLM and SGLang build a model, and pass weights to it while they read a checkpoint. They measure its
+memory, and call it with patch rows from their processors. This package has a thin model class for
+each engine. This module contains the code that both classes share.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,9 +33,9 @@ class EngineTower(nn.Module):
     >>> tower(torch.zeros(24, 1176), [[1, 4, 6]]).shape
     torch.Size([6, 192])
 
-    The parameters have the tower's own format (padded, permuted, norms folded in). `load_weights`
-    writes the parameters in place. Therefore the engine can count, offload and restore the
-    parameters like other parameters.
+    The parameters are stored in the tower's own format (padded, permuted, norms folded in).
+    `load_weights` writes them in place, so the engine can count, offload and restore them like any
+    other parameters.
 
     Args:
         config: the tower's architecture.
@@ -101,8 +101,7 @@ class EngineTower(nn.Module):
 
     @contextmanager
     def reading_images(self) -> Iterator[None]:
-        """Declare that both frames of uint8 rows are equal, so that the tower reads only one
-        frame."""
+        """Inside the block, assume that both frames of uint8 rows are equal, and read only one."""
         self._is_still = True
         try:
             yield

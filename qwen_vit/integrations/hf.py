@@ -51,23 +51,23 @@ def to_hf(
     >>> sorted(to_hf(VideoFeatures("clip.mp4", torch.ones(12, 8), (2, 4, 6))))
     ['mm_encoder_outputs', 'second_per_grid_ts', 'video_grid_thw']
 
-    Pass the arguments to `generate` or `forward`. The arguments need transformers 5.18 or newer.
+    Pass the arguments to `generate` or `forward` of transformers 5.18 or newer.
 
     Source: `mm_encoder_outputs` in transformers' models/qwen2_5_vl/modeling_qwen2_5_vl.py.
 
     Args:
         features: features of images, in the prompts' order. VideoFeatures in this list are videos,
             and precede the features in `videos`.
-        input_ids: the prompts' tokens (batch, sequence). The function checks the tokens against the
-            features, and computes `mm_token_type_ids` from the tokens. Without `mm_token_type_ids`,
-            Qwen2.5-VL silently numbers the tokens of images and videos as text.
+        input_ids: the prompts' tokens (batch, sequence). The function checks them against the
+            features, and computes `mm_token_type_ids` from them. Without `mm_token_type_ids`,
+            Qwen2.5-VL silently assigns text positions to the tokens of images and videos.
         videos: features of videos, in the prompts' order.
         second_per_grid_ts: the seconds per time step of each video's grid: 2 / (frames per second),
-            since a time step is two frames. VideoFeatures have this value already.
+            since a time step is two frames. VideoFeatures already contain this value.
         image_token_id: the token id of `<|image_pad|>`.
         video_token_id: the token id of `<|video_pad|>`.
         mm_token_type_ids: False for Qwen2.5-Omni, which finds images itself and rejects this
-            argument. Qwen2.5-Omni names the seconds `video_second_per_grid`.
+            argument. The seconds then have Omni's name, `video_second_per_grid`.
 
     Raises:
         ArgumentError: transformers is missing or too old, the tokens do not fit the features, there
@@ -165,30 +165,29 @@ def as_hf_tower(encoder: "VisionEncoder") -> nn.Module:
     torch.Size([160])
 
     `model.set_encoder(as_hf_tower(encoder), modality="image")` replaces only the tower, for images
-    and videos. For Omni, call `set_encoder` of `model.thinker`. You can train the language model.
+    and videos. For Omni, call `model.thinker.set_encoder`. The language model remains trainable.
 
     Args:
         encoder: an encoder from `from_pretrained` or `from_tensors`. The tower starts with this
-            encoder, and builds another encoder when it moves or loads weights. Your encoder does
-            not change.
+            encoder, and builds a new one when it moves or loads weights. Your encoder does not
+            change.
 
     Returns:
-        A module without parameters. Optimisers, weight decay and parameter counts ignore the
-        module.
+        A module without parameters, so optimisers, weight decay and parameter counts ignore it.
 
     Behaviour of the module:
 
     - `state_dict` returns the published names and values, as copies in host memory, for every
-      device and dtype. Therefore transformers can load a saved model.
-    - `load_state_dict` loads all or some weights, and builds the encoder again.
-    - `to`, `cuda`, `cpu`, `float` and `bfloat16` build the encoder again on the new device. On a
-      CPU the tower uses float32 in place of bfloat16, with a warning. The tower rejects float16.
+      device and dtype, so transformers can load a saved model.
+    - `load_state_dict` loads all or some weights, and rebuilds the encoder.
+    - `to`, `cuda`, `cpu`, `float` and `bfloat16` rebuild the encoder for the new device or dtype.
+      On a CPU the tower computes in float32 instead of bfloat16, and logs a warning. It rejects
+      float16.
     - `train` and `eval` have no effect. In training, the module warns once that the tower is
-      frozen. The module rejects `requires_grad_()`, pixel rows that need gradients, and PEFT's
-      adapters.
+      frozen. It rejects `requires_grad_()`, pixel rows that need gradients, and PEFT's adapters.
     - torch.compile breaks the graph at the tower, and compiles the code before and after it.
-    - The result's `pooler_output` has the merged rows. `last_hidden_state` is None, because
-      transformers does not read it.
+    - The result's `pooler_output` contains the merged rows. Its `last_hidden_state` is None,
+      because transformers does not read it.
 
     The module needs transformers 5.18 or newer. Raises ArgumentError if transformers is missing or
     too old, or if `encoder` is not a VisionEncoder.

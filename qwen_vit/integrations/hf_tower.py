@@ -1,9 +1,9 @@
 """Use a `VisionEncoder` as the vision tower of transformers' Qwen2.5-VL and Qwen2.5-Omni.
 
-The module has no parameters. The encoder folds, permutes and pads its weights. Other code would
-train, cast or save every parameter that it finds. `state_dict` reads the published tensors, and
-`load_state_dict` converts them again. Modules with the published names reject adapters and
-replacements.
+The module has no parameters. The encoder's weights are folded, permuted and padded, and other code
+trains, casts or saves every parameter that it finds. `state_dict` reads the published tensors
+instead, and `load_state_dict` converts them again. Its parts have the published names, and reject
+adapters and replacements.
 
 Import this module late, because torch.compiler.disable imports torch._dynamo, which takes 1.5 s.
 """
@@ -48,7 +48,8 @@ class _Shown:
 
 @dataclass(frozen=True, slots=True)
 class PublishedWeight:
-    """Describe a part's weight or bias, without a tensor, because changes would have no effect."""
+    """Describe a part's weight or bias. There is no tensor, because writing to it would have no
+    effect."""
 
     name: str
     shape: torch.Size
@@ -173,7 +174,8 @@ class HFTower(_Frozen):
         return output if options.get("return_dict") is not False else output.to_tuple()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Apply .to, .cuda, .half and similar calls, after trying them on an empty tensor."""
+        """Apply .to, .cuda, .half and similar calls, whose effect on an empty tensor shows what
+        they change."""
         shown = self.shown
         moved = fn(torch.empty(0, dtype=shown.dtype, device=self.device))
         self._move(choose_device(moved.device), moved.dtype)

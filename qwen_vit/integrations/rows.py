@@ -1,9 +1,8 @@
 """Check merged rows and grids, the input of every language model.
 
-transformers, vLLM and SGLang accept merged rows (sum n, D), in the prompt's order of images. An
-image's grid (t, h, w) gives the number of rows, n = t * h * w / 4. None of the three engines checks
-this number completely. vLLM's engine may crash on a wrong count. Therefore this module checks the
-number.
+transformers, vLLM and SGLang accept merged rows (sum n, D), in the order of the prompt's images. An
+image's grid (t, h, w) gives the number of rows, n = t * h * w / 4. None of the three checks this
+number completely, and vLLM's engine may crash if it is wrong. Therefore this module checks it.
 """
 
 import math
@@ -47,9 +46,8 @@ def rows_and_grids(features: AnyFeatures) -> tuple[list[Tensor], Tensor]:
     >>> [part.shape for part in rows], grids
     ([torch.Size([6, 8])], tensor([[1, 4, 6]]))
 
-    Raises ArgumentError for values that are not features. Raises ExportError for failed images, and
-    for rows that are not merged tokens or not finite floats. Raises ExportError if widths or dtypes
-    differ.
+    Raises ArgumentError for values that are not features. Raises ExportError for failed images, for
+    rows that are not merged tokens or not finite floats, and for different widths or dtypes.
     """
     images = check_features(features)
     if not images:
@@ -73,8 +71,9 @@ def rows_and_grids(features: AnyFeatures) -> tuple[list[Tensor], Tensor]:
 def split_videos(
     features: AnyFeatures, videos: AnyFeatures, second_per_grid_ts: Sequence[float] = ()
 ) -> tuple[list[Found], list[Found], list[float]]:
-    """Split features into images, videos, and seconds per video. Seconds that the caller passes
-    replace a video's own seconds.
+    """Split features into images, videos and seconds per video.
+
+    `second_per_grid_ts`, if given, overrides the videos' values.
 
     >>> clip = VideoFeatures("a.mp4", torch.ones(6, 8), (1, 4, 6), second_per_grid_t=0.5)
     >>> pictures, clips, seconds = split_videos([clip], [])
@@ -98,8 +97,7 @@ def check_modalities(
 ) -> tuple[Rows | None, Rows | None]:
     """Return the rows and grids of images and of videos, or None for an empty kind.
 
-    Raises ArgumentError and ExportError as `to_vllm` does, because such input stops an engine for
-    all users.
+    Raises the errors of `to_vllm`, because such input stops an engine for all users.
     """
     pictures, clips = check_features(features), check_features(videos)
     seconds = list(second_per_grid_ts)

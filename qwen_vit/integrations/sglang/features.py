@@ -19,9 +19,8 @@ def to_sglang(features: AnyFeatures) -> list[dict[str, Any]]:
     >>> item["format"], tuple(item["feature"].shape), item["image_grid_thw"].tolist()
     ('precomputed_embedding', (6, 8), [[1, 4, 6]])
 
-    The request also needs `input_ids` of a prompt that `expand_placeholders` expanded. Source:
-    SGLang's docs/advanced_features/vlm_query.ipynb and
-    srt/multimodal/processors/base_processor.py.
+    The request also needs `input_ids`: the tokens of a prompt from `expand_placeholders`. Source:
+    SGLang's docs/advanced_features/vlm_query.ipynb and srt/multimodal/processors/base_processor.py.
 
     Raises:
         ExportError: The features are not merged tokens, or an image failed.

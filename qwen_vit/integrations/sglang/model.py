@@ -71,8 +71,7 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
         logger.info("qwen_vit runs the vision tower, in %s on %s.", dtype, device)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
-        """Load the tower's tensors into the tower, and pass the other tensors to SGLang while
-        reading.
+        """Load the tower's tensors, and yield every other tensor to SGLang as it arrives.
 
         SGLang calls this method at the start with all weights, and for updates with some weights.
         """
@@ -97,8 +96,8 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
                 remedy=f"use a whole Qwen2.5-VL checkpoint, or {WITHOUT}",
             )
         if written and mm_schedule.embedding_cache is not None:
-            # SGLang 0.5.23 caches embeddings of earlier images with any tower, and would answer
-            # with embeddings of the old weights
+            # SGLang 0.5.23 caches embeddings whatever the tower, and would answer with embeddings
+            # of the old weights
             mm_schedule.embedding_cache.clear()
         self._prepare()
         return loaded
@@ -110,7 +109,8 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
         self._prepare()
 
     def _prepare(self) -> None:
-        """Compile and capture graphs before SGLang assigns free GPU memory to its caches."""
+        """Compile kernels and capture graphs before SGLang gives the free GPU memory to its
+        caches."""
         if self._is_prepared or get_server_args().enable_memory_saver:
             # SGLang's memory saver releases memory that is allocated while weights load, and graphs
             # would read it. Therefore the first request captures the graphs.
@@ -122,8 +122,8 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
 def _as_published(vision_config: Any) -> dict[str, Any]:
     """Return the vision config without the padding that SGLang applies on a CPU.
 
-    On a CPU, SGLang replaces `num_heads` and `intermediate_size` by larger numbers. SGLang keeps
-    the checkpoint's numbers as `original_num_heads` and `original_intermediate_size`.
+    On a CPU, SGLang replaces `num_heads` and `intermediate_size` with larger numbers, and keeps the
+    checkpoint's as `original_num_heads` and `original_intermediate_size`.
     """
     vision: dict[str, Any] = vision_config.to_dict()
     kept = {name.removeprefix(KEPT): vision[name] for name in vision if name.startswith(KEPT)}

@@ -14,7 +14,8 @@ __all__ = ["CachedFeatures", "to_vllm_cached", "to_vllm_cached_chat_part"]
 
 @dataclass(frozen=True, slots=True)
 class CachedFeatures:
-    """Identify an entry of an encoder cache, which a request names instead of embeddings.
+    """Identify an entry of an encoder cache. A request names the entry instead of sending
+    embeddings.
 
     Attributes:
         id: the id of the image or video, as in `ImageFeatures.id`.

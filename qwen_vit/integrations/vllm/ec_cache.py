@@ -1,11 +1,11 @@
-"""Write vLLM's encoder cache as files, so that requests contain a grid and an id.
+"""Write vLLM's encoder cache as files, so that a request needs only a grid and an id.
 
 vLLM's `ECExampleConnector` reads an item's rows from FOLDER/UUID/encoder_cache.safetensors, one
-tensor `ec_cache` (tokens, width). The connector checks no entry. Rows of a wrong width or number
-stop the engine for all users. Therefore a folder has one model, one image size setting, one
-dtype and one quantization. `qwen_vit.json` in the folder names these settings. Each entry's uuid
-contains a digest of the settings and a digest of the rows. `index/` maps images to entries, with
-one file per call of `write_ec_cache`. Therefore any number of processes may write.
+tensor `ec_cache` (tokens, width). The connector does not check entries, and rows of a wrong width
+or number stop the engine for all users. Therefore all entries of a folder share one model, image
+size setting, dtype and quantization. The folder's `qwen_vit.json` records these settings. Each
+entry's uuid contains a digest of the settings and a digest of the rows. `index/` maps images to
+entries, with one file per call of `write_ec_cache`, so any number of processes may write.
 """
 
 import json
@@ -71,9 +71,9 @@ def write_ec_cache(
     ...     os.listdir(f"{folder}/{entry.uuid}")
     ['encoder_cache.safetensors']
 
-    An engine started with `ec_transfer_config` of {"ec_connector": "ECExampleConnector", "ec_role":
-    "ec_consumer", "ec_connector_extra_config": {"shared_storage_path": FOLDER}} accepts requests
-    from `to_vllm_cached` or `to_vllm_cached_chat_part`. Source: vLLM's
+    An engine started with the `ec_transfer_config` {"ec_connector": "ECExampleConnector",
+    "ec_role": "ec_consumer", "ec_connector_extra_config": {"shared_storage_path": FOLDER}} accepts
+    requests from `to_vllm_cached` or `to_vllm_cached_chat_part`. Source: vLLM's
     distributed/ec_transfer/ec_connector/example_connector.py.
 
     Args:
@@ -121,12 +121,12 @@ def write_ec_cache(
 class EncoderCache(Mapping[str, CachedFeatures]):
     """Map image ids to the entries of an encoder cache, and check each entry on access.
 
-    `read_ec_cache` opens a cache. `cache[id]` raises KeyError for an unknown id. `cache[id]` raises
-    ExportError if the entry's file is missing or damaged, because vLLM would stop.
+    `read_ec_cache` opens a cache. `cache[id]` raises KeyError for an unknown id. It raises
+    ExportError if the entry's file is missing or damaged, because such an entry would stop vLLM.
 
     Attributes:
         folder: the cache's folder.
-        settings: the model, image setting, dtype and width of the entries.
+        settings: the model, image size setting, dtype, quantization and width of the entries.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ def read_ec_cache(
     >>> cache = read_ec_cache("cache")  # doctest: +SKIP
     >>> engine.generate({"prompt": text, **to_vllm_cached([cache["a.jpg"]])})  # doctest: +SKIP
 
-    If the folder has two entries for an image, the mapping contains the last entry.
+    If the folder has two entries for an image, the mapping contains the newer one.
 
     Args:
         folder: the cache.
@@ -237,7 +237,7 @@ def _settings(metadata: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _uuid(settings: Mapping[str, Any], rows: Tensor, grid: Sequence[int]) -> str:
-    """Return digests of the model with settings, and of the rows with their grid."""
+    """Return a digest of the settings and a digest of the grid and rows, joined by a hyphen."""
     # without a quantization, a uuid is as before this setting existed
     values = [settings[name] for name in SAME if settings[name] is not None]
     model = sha256(json.dumps(values).encode()).hexdigest()
@@ -339,7 +339,7 @@ def _write_entry(folder: Path, rows: Tensor) -> None:
 
 
 def _bytes_of(rows: Tensor) -> Any:
-    """Return contiguous CPU rows' bytes as a uint8 array, because NumPy has no bfloat16."""
+    """View contiguous CPU rows as a uint8 array, because NumPy has no bfloat16."""
     return rows.reshape(-1).view(torch.uint8).numpy()
 
 

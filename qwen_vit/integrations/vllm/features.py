@@ -40,8 +40,8 @@ def to_vllm(
             and precede the features in `videos`.
         videos: features of videos, in the prompt's order.
         second_per_grid_ts: the seconds per time step of each video's grid: 2 / (frames per second),
-            since a time step is two frames. VideoFeatures have this value already. Without seconds,
-            vLLM would use 1 s.
+            since a time step is two frames. VideoFeatures already contain this value. Without it,
+            vLLM would assume 1 s.
         width: the language model's width. The function rejects features of any other width, which
             would stop vLLM's engine. None disables the check.
 
@@ -80,7 +80,7 @@ def to_vllm_chat_part(
     >>> [(part["type"], sorted(part["image_embeds"])) for part in parts]
     [('image_embeds', ['image_embeds', 'image_grid_thw'])]
 
-    Each tensor, (n, D) and (3,), is the base64 of `torch.save`'s output. Since vLLM's pull request
+    Each tensor, (n, D) or (3,), is base64-encoded output of `torch.save`. Since vLLM's pull request
     29988 (December 2025), a request may have several such parts. Video parts follow image parts.
     Put each part at its position in the prompt. Source: vLLM's docs/features/multimodal_inputs.md.
 
@@ -109,8 +109,8 @@ def _joined(rows: list[Tensor]) -> Tensor:
 
 
 def to_base64(tensor: Tensor) -> str:
-    """Encode like vLLM's tensor2base64. Clone first, because `torch.save` writes a view's
-    storage."""
+    """Encode like vLLM's tensor2base64. Clone first, because `torch.save` writes the whole storage
+    of a view."""
     buffer = io.BytesIO()
     torch.save(tensor.cpu().clone(), buffer)
     return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -77,7 +77,8 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by 
             return super()._process_image_input(image_input)
 
     def _prepare(self, visual: EngineTower, inputs: tuple[Tensor, ...]) -> None:
-        """Compile kernels and capture CUDA graphs before vLLM measures memory in its first call."""
+        """At the first call, compile kernels and capture CUDA graphs, before vLLM measures
+        memory."""
         for hook in self._prepare_hooks:
             hook.remove()
         rows = inputs[0]
@@ -92,7 +93,7 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by 
         """Call the tower with the maximum number of rows, if vLLM has not done so.
 
         The second model runner of vLLM 0.25, which is the default, measures only the language
-        model. Without this call the first request would compile the kernels, in 20 s.
+        model. Without this call the first request would compile the kernels, which takes 20 s.
         """
         if self.visual.device.type == "cpu":
             return  # a CPU compiles nothing
@@ -111,10 +112,10 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by 
             self.visual(rows, [[1, side, side]])
 
     def _hold(self, n_bytes: int, device: torch.device) -> None:
-        """Allocate memory of the size that the graphs reserve, while vLLM measures.
+        """While vLLM measures memory, allocate as much as the graphs reserve.
 
         vLLM 0.25 measures torch's allocated memory, which excludes the graphs' memory. The
-        measurement includes the language model's first call, and excludes the second call.
+        measurement includes the language model's first call but not its second.
         """
         held = [torch.empty(n_bytes, dtype=torch.uint8, device=device)]
         calls = iter(range(2))
@@ -206,7 +207,7 @@ def _puts_back_what_it_does_not_load() -> bool:
 
 
 def _missing_names() -> list[str]:
-    """Return the names in vLLM's model that this module needs and this vLLM does not have."""
+    """Return the names that this module needs from vLLM's model and that this vLLM lacks."""
     model = theirs.Qwen2_5_VLForConditionalGeneration
     return [
         f"{owner.__name__}.{name}"

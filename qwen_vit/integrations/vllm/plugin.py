@@ -1,7 +1,7 @@
 """Replace the vision tower of vLLM's Qwen2.5-VL if VLLM_PLUGINS names this plugin.
 
 vLLM loads every installed plugin of the group `vllm.general_plugins` in each of its processes,
-unless VLLM_PLUGINS lists plugins. Installing this package must not change an engine. Therefore
+unless VLLM_PLUGINS lists the plugins to load. Installing this package must not change an engine, so
 `register` has no effect until VLLM_PLUGINS names the plugin.
 """
 
@@ -31,7 +31,7 @@ def register() -> None:
     if NAME not in asked:
         logger.log(
             level,
-            "qwen_vit is installed and not used. Set VLLM_PLUGINS=%s to run its vision tower.",
+            "qwen_vit is installed but not used. Set VLLM_PLUGINS=%s to run its vision tower.",
             NAME,
         )
         return
