@@ -2,8 +2,8 @@
 
 `models--ORG--NAME/qwen_vit/COMMIT/` in the Hub's cache contains the config files,
 vision.safetensors and manifest.json. The manifest records the size and sha256 of each file. A
-writer fills a folder under another name, and then renames the complete folder. A reader, also after
-a crash, therefore finds no partial folder.
+writer fills a folder under another name, and renames it when it is complete. Therefore no reader
+finds a partial folder, even after a crash.
 """
 
 import errno
@@ -93,7 +93,7 @@ def repository_folder(cache: Path, repo: str) -> Path:
 
 
 def find(folder: Path) -> Manifest | None:
-    """Return a folder's manifest if the files' sizes and the header match, or None otherwise.
+    """Return a folder's manifest, or None for no folder. Check the files' sizes and the header.
 
     Raises CheckpointError for a folder that another program damaged after the download.
     """
@@ -127,11 +127,11 @@ def recorded_licence(folder: Path) -> str | None:
 
 
 def check(folder: Path) -> dict[str, str] | None:
-    """Hash each file again. Return the checks by name, or None without a record.
+    """Hash each file again. Return the checks by name, or None if no hashes are recorded.
 
-    Our own folder has a manifest. A snapshot in the Hub's cache has links to files whose names are
-    digests. The digest is sha256 for large files and git's sha1 for other files. Raises
-    CheckpointError for any difference.
+    Our own folder has a manifest. A snapshot in the Hub's cache contains links to files whose names
+    are digests: sha256 for large files, and git's sha1 for others. Raises CheckpointError for any
+    difference.
     """
     if (folder / MANIFEST_FILE).is_file():
         manifest = find(folder)
@@ -148,8 +148,8 @@ def check(folder: Path) -> dict[str, str] | None:
 
 
 def hub_digest(path: Path) -> str | None:
-    """Return the Hub's digest of a cached file, sha256 or git's sha1 in hex, or None for an unknown
-    digest."""
+    """Return the Hub's digest of a cached file, sha256 or git's sha1 in hex, or None if it is
+    unknown."""
     if not path.is_symlink():
         return None
     target = Path(os.readlink(path))
@@ -172,8 +172,7 @@ def check_digest(path: Path, digest: str) -> str:
 
 
 def was_checked(repository: Path, path: Path, digest: str) -> bool:
-    """Return whether an earlier check of this digest accepted the file, and the file has not
-    changed since."""
+    """Return whether an earlier check accepted this digest and the file has not changed since."""
     return _mark(repository, path, digest).exists()
 
 
@@ -195,7 +194,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
     """Let one process fill `folder` while other processes wait.
 
     The lock only saves bandwidth. On a file system without effective locks, processes download in
-    parallel. The first process to finish keeps its folder.
+    parallel, and the first to finish keeps its folder.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("ab") as file:
@@ -212,7 +211,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 @contextmanager
 def fill(folder: Path, manifest: Manifest) -> Iterator[Path]:
     """Yield a temporary folder to fill. After the block, record the content, sync the folder to the
-    disk and rename the folder. If another process has renamed its folder first, remove this folder.
+    disk and rename it. If another process has renamed its folder first, remove this one.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{_owner()}.{uuid.uuid4().hex[:8]}")
@@ -228,7 +227,7 @@ def fill(folder: Path, manifest: Manifest) -> Iterator[Path]:
 def remove_abandoned(folder: Path) -> None:
     """Remove partial downloads beside `folder` that killed processes left.
 
-    The function removes partial downloads of other hosts after a day without a write.
+    Partial downloads of other hosts are removed only after a day without a write.
     """
     for path in folder.parent.glob(".*.*-*.*"):
         space, _, process = path.name.split(".")[2].rpartition("-")
@@ -244,7 +243,7 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder. For other processes, the folder disappears at once."""
+    """Remove a folder, which other processes see disappear at once."""
     doomed = folder.with_name(f".{folder.name}.{_owner()}.{uuid.uuid4().hex[:8]}")
     with suppress(FileNotFoundError):  # another process removed it
         folder.rename(doomed)
@@ -341,7 +340,8 @@ def _is_alive(process: int) -> bool:
 
 
 def _last_change(folder: Path) -> float:
-    """Return the time of the last write in a folder. A running download writes constantly."""
+    """Return the time of the last write in a folder, because a running download writes
+    constantly."""
     return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
 
 

@@ -1,8 +1,8 @@
 """Convert published tensors to the model's parameters: rename, permute, concatenate, pad, fold.
 
-Every published weight has one place in the model. The loader multiplies the weights of a block's
-two norms into the weights that follow. The model stores the patch embedding twice: the published
-weights for float rows, and folded weights for uint8 pixels.
+Every published weight has one place in the model. The weights of a block's two norms are folded
+into the weights that follow. The patch embedding is stored twice: the published weights for float
+rows, and folded weights for uint8 pixels.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -82,10 +82,10 @@ def convert(
 
     With `quantization`, the MLP's weights are e4m3 with scales.
 
-    The function reads each tensor on demand and converts the tensor on `device`. It converts only
-    the patch embedding on the CPU, in float64, because this tensor is small. The bits do not depend
-    on the device. Raises CheckpointError for NaN or infinite weights, with their names, or with the
-    result of `locate`.
+    The function reads each tensor on demand and converts it on `device`. Only the patch embedding,
+    a small tensor, is converted on the CPU, in float64. The bits do not depend on the device.
+    Raises CheckpointError for NaN or infinite weights, with their names, or with the result of
+    `locate`.
     """
     planned = list(
         recipes(config, image_config, dtype, device, quantization=quantization, locate=locate)
@@ -97,8 +97,8 @@ def convert(
     for recipe in planned:
         made = recipe.make(*islice(arriving, len(recipe.sources)))
         state |= zip(recipe.targets, made, strict=True)
-        # a product with NaN or infinity is not finite, so checking products also checks their
-        # sources
+        # a product with a NaN or infinite factor is not finite, so checking products also checks
+        # their sources
         limits += [extremes(tensor).float() for tensor in made]
     are_finite = iter(torch.stack(limits).isfinite().all(1).tolist())  # waits for the device, once
     for recipe in planned:
@@ -112,7 +112,7 @@ def convert(
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Make some of the model's tensors, the `targets`, from published tensors, the `sources`."""
+    """Compute some of the model's tensors, the `targets`, from published tensors, the `sources`."""
 
     targets: tuple[str, ...]
     sources: tuple[str, ...]

@@ -1,5 +1,4 @@
-"""Convert errors of any version of the Hub's client to our errors, with the cause and the
-remedy."""
+"""Convert errors of huggingface_hub, in any version, to HubError with the cause and the remedy."""
 
 import errno
 from pathlib import Path
@@ -16,7 +15,8 @@ NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 def explain(
     error: Exception, *, name: str, label: str, cache_dir: Path, local_files_only: bool
 ) -> HubError:
-    """Convert an error of any version of the client to our error, with the cause and the remedy.
+    """Convert an error of huggingface_hub, in any version, to HubError with the cause and the
+    remedy.
 
     `name` is the repository's name. `label` is the name with the revision.
     """

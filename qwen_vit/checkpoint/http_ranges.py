@@ -1,4 +1,4 @@
-"""Read ranges of files over HTTP with the Hub's client, and reject an inexact answer.
+"""Read ranges of files over HTTP with the Hub's client, and reject inexact responses.
 
 The HTTP clients of huggingface_hub 1 and 2 differ, so this module uses only shared names. Functions
 import the client, because its import reads environment variables.
@@ -29,9 +29,10 @@ def open_http_range(
 ) -> Iterator[RangeResponse]:
     """Request bytes `start` to `end` of a file, as `ranges.Opener` defines.
 
-    With the `version` of an earlier answer, a server sends no range of another version (If-Range).
+    With the `version` of an earlier response, a server sends no range of another version
+    (If-Range).
 
-    Raises RangesRefusedError, TransferError, or the client's own error for an answer that a retry
+    Raises RangesRefusedError, TransferError, or the client's own error for a response that a retry
     would not change.
     """
     from huggingface_hub import get_session
@@ -97,7 +98,8 @@ def _changed(url: str) -> HubError:
 
 
 def _check_range(response: Any, start: int, end: int) -> int:
-    """Return the size of the whole file, if an answer has exactly the requested bytes."""
+    """Return the size of the whole file. Raise an error unless the response has exactly the
+    requested bytes."""
     from huggingface_hub import hf_raise_for_status
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -1,8 +1,8 @@
 """Find a checkpoint in the package, in a local folder, or in a repository on the Hugging Face Hub.
 
-From a repository, this module fetches only the config files and the vision tensors. The module
-first reads shards in the Hub's cache, then byte ranges of the shards, and otherwise whole shards.
-The module stores the result by commit, so later loads need no network.
+From a repository, this module fetches only the config files and the vision tensors. It reads shards
+from the Hub's cache if they are there, otherwise byte ranges of the shards, and whole shards if the
+server has no ranges. The result is stored by commit, so later loads need no network.
 """
 
 import logging
@@ -87,8 +87,7 @@ def find_checkpoint(
 
     The function downloads the config files and the vision tensors once. `revision`, `token`,
     `cache_dir` and `local_files_only` have the same meaning as in huggingface_hub. Raises HubError
-    or CheckpointError. Raises ArgumentError for a `revision` of a local checkpoint. Each error
-    gives the remedy.
+    or CheckpointError, or ArgumentError for a `revision` of a local checkpoint.
     """
     return download(
         model,
@@ -249,7 +248,7 @@ def _folder(repository: Repository) -> Path:
 
 
 def _kept(repository: Repository) -> Download | None:
-    """Return the result of an earlier download if its sizes and its header match."""
+    """Return the result of an earlier download, or None if there is none or it must be repeated."""
     if repository.commit is None:
         return None
     folder = _folder(repository)
@@ -305,8 +304,8 @@ def _fetch_settings(repository: Repository) -> None:
 def _find_weights(repository: Repository) -> tuple[Path | None, list[str]]:
     """Return the index if it exists, and the names of the files with vision tensors.
 
-    If a repository has a single file and an index, the function uses the file. For local folders,
-    qwen_vit and transformers follow the same rule.
+    If a repository has both a single file and an index, the function chooses the file. For local
+    folders, qwen_vit and transformers follow the same rule.
     """
     if repository.cached(WEIGHTS_FILE) is not None:
         return None, [WEIGHTS_FILE]

@@ -48,13 +48,14 @@ class Tower:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Keep a tower's weights and configs, from `load_checkpoint` or `from_tensors`.
+    """Hold a tower's weights and configs, from `load_checkpoint` or `from_tensors`.
 
     `tensors` maps the 390 published names without prefix, such as "blocks.0.attn.qkv.weight", to
-    tensors as stored. `convert` rejects NaN. Looking up a tensor reads its file. `files` are all
-    files that the checkpoint reads. `prefix` is the text before the names in the files.
+    tensors as stored. Looking up a tensor reads its file. `convert` rejects NaN and infinity.
+    `files` are all files that the checkpoint reads. `prefix` is the text before the names in the
+    files.
 
-    You can copy and pickle a checkpoint. A copy reads the tensors of files from the same paths.
+    A checkpoint can be copied and pickled. A copy reads the tensors of files from the same paths.
     """
 
     config: VisionConfig
@@ -71,7 +72,7 @@ class Checkpoint:
         config: VisionConfig | Mapping[str, Any],
         image_config: ImageConfig | Mapping[str, Any] | None = None,
     ) -> "Checkpoint":
-        """Return a checkpoint of loaded tensors on any device, with the checks for files.
+        """Return a checkpoint of loaded tensors on any device, after the same checks as for files.
 
         >>> from qwen_vit.checkpoint.published import packaged_weights
         >>> loaded = load_checkpoint(packaged_weights() / "tiny")
@@ -88,8 +89,8 @@ class Checkpoint:
             image_config: the image settings, or the content of preprocessor_config.json. None
                 selects transformers' defaults.
 
-        Raises CheckpointError as load_checkpoint does. Raises ArgumentError for a value that is not
-        a tensor.
+        Raises CheckpointError as load_checkpoint does, and ArgumentError for a value that is not a
+        tensor.
         """
         if not isinstance(config, VisionConfig):
             config = VisionConfig.from_json(_check_mapping(config, "config"), source="config")
@@ -126,8 +127,7 @@ class Checkpoint:
         return self.tensors.sha256()
 
     def locate(self, name: str) -> str:
-        """Return a tensor's file, the file's size, and the tensor's name in the file, for
-        messages."""
+        """Return a tensor's file, the file's size and the tensor's name in it, for messages."""
         return self.tensors.locate(name)
 
 
@@ -139,9 +139,8 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     qwen_vit.errors.CheckpointError: no/such/folder: not a folder. Expected a folder with \
 config.json and safetensors weights.
 
-    The function checks the headers at once (names, shapes, types). The conversion checks the
-    values. Raises CheckpointError with the file if a part is missing, damaged or belongs to another
-    model.
+    The function checks the headers at once (names, shapes, types). Conversion checks the values.
+    Raises CheckpointError with the file if a part is missing, damaged or belongs to another model.
     """
     tower = find_tower(Path(folder))
     stored = tower.stored()
@@ -158,7 +157,7 @@ config.json and safetensors weights.
 def find_tower(folder: Path, remote: RemoteFiles | None = None) -> Tower:
     """Find the vision tower in a folder. Check names, shapes and types against config.json.
 
-    `remote` are weight files on the Hub. The function reads only their headers. Raises
+    `remote` are weight files on the Hub, of which the function reads only the headers. Raises
     CheckpointError as load_checkpoint does.
     """
     prefix = ""

@@ -35,7 +35,7 @@ CHUNK_BYTES = 2**20
 class Shards:
     """Read the shards of one checkpoint: local files, and remote files with range requests.
 
-    The object reads each header once. `label` names the repository in messages.
+    Each header is read once. `label` names the repository in messages.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Shards:
         return RemoteFiles(self.remote, self.header_of)
 
     def origins(self) -> dict[str, str]:
-        """Return the way in which the downloader reads each shard, for the manifest."""
+        """Return how each shard is read, for the manifest."""
         return dict.fromkeys(self.local, "whole, from the cache") | dict.fromkeys(
             self.remote, "ranges"
         )
@@ -99,7 +99,7 @@ class Shards:
 def write_tower(tower: Tower, shards: Shards, folder: Path, label: str) -> None:
     """Write the tower's config files and its tensors, as stored, into an empty folder.
 
-    The function then checks the result like any checkpoint: names, shapes, types, and no NaN.
+    The function then checks the result like any checkpoint: names, shapes, types and finite values.
     Raises RangesRefusedError or TransferError if a shard cannot be read. Raises CheckpointError if
     the result is damaged.
     """
@@ -119,8 +119,8 @@ def write_tower(tower: Tower, shards: Shards, folder: Path, label: str) -> None:
 
 
 def plan_file(tower: Tower, shards: Shards) -> tuple[bytes, list[Piece]]:
-    """Return the new file's header. For each tensor, also return its bytes in a shard and its place
-    in the new file."""
+    """Return the new file's header, and each tensor's bytes in a shard with their place in the new
+    file."""
     # Write wide types first, as safetensors does, so that every tensor begins aligned.
     tensors = sorted(
         tower.stored(),

@@ -1,7 +1,7 @@
 """Map published names to a tower's tensors, from files at each look-up or from memory.
 
 A checkpoint may store a published tensor as three tensors, such as q, k and v of Qwen2.5-Omni. A
-look-up joins the three tensors.
+look-up joins them.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ Part = TypeVar("Part")
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Return a sha256 of the names, types, shapes and bytes. The hash does not depend on the files
-    and the device.
+    """Return a sha256 of the names, types, shapes and bytes. The hash does not depend on files or
+    device.
 
     >>> weights_hash({"a": torch.zeros(2)}) == weights_hash({"a": torch.zeros(2)})
     True
@@ -92,7 +92,8 @@ class LazyTensors(PublishedTensors[StoredTensor]):
     """Read tensors of files at each look-up.
 
     Files are mapped into memory, so their content remains readable after another process deletes or
-    replaces the path. A pickle contains paths and no open file. Unpickling opens the files again.
+    replaces the path. A pickle contains paths and no open files, so unpickling opens the files
+    again.
     """
 
     def __init__(self, sources: Mapping[str, tuple[StoredTensor, ...]]) -> None:
@@ -100,7 +101,7 @@ class LazyTensors(PublishedTensors[StoredTensor]):
         self._open_files: dict[Path, tuple[Any, os.stat_result]] = {}
 
     def locate(self, name: str) -> str:
-        """Return each part's file, the file's size, and the part's name in the file."""
+        """Return each part's file, the file's size and the part's name in it."""
         return " with ".join(
             f"{source.path} ({self._open(source)[1].st_size} bytes): {source.name}"
             for source in self._parts[name]

@@ -1,6 +1,6 @@
 """Fetch pieces of remote files into one local file: merged, in parallel, with retries.
 
-This module does not use HTTP. A piece comes from a function that opens a range of a named file.
+This module does not use HTTP itself: a given function opens a range of a named file.
 """
 
 import logging
@@ -51,13 +51,14 @@ Opener = Callable[[str, int, int], AbstractContextManager[RangeResponse]]
 
 
 class RangesRefusedError(Exception):
-    """Report that the server has no ranges for this file, or sent other bytes than requested."""
+    """Report that the server supports no ranges for this file, or sent other bytes than
+    requested."""
 
 
 class TransferError(Exception):
     """Report that a transfer ended early. A retry may start after `wait_s`.
 
-    `cause` is the client's error if the reason is the server's answer, not the connection.
+    `cause` is the client's error if the server's response, not the connection, is the reason.
     """
 
     def __init__(
@@ -83,8 +84,8 @@ class TooSlowError(HubError):
 
 
 class Pace:
-    """Check the average speed, because a read timeout allows a server that sends a byte every few
-    seconds."""
+    """Check the average speed, because a read timeout tolerates a server that sends a byte every
+    few seconds."""
 
     def __init__(self, name: str) -> None:
         self._name, self._bytes, self._begin = name, 0, time.monotonic()
@@ -140,8 +141,8 @@ def fetch(
 ) -> None:
     """Write each piece to its place in an open file, in parallel.
 
-    If a piece fails, the function stops the other pieces, and raises RangesRefusedError or
-    TransferError for the first failed piece.
+    If a piece fails, the function stops the others, and raises RangesRefusedError or TransferError
+    for the first failed piece.
     """
     stop, counting = threading.Event(), threading.Lock()
 

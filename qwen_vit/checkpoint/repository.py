@@ -1,7 +1,7 @@
 """Access one repository of the Hugging Face Hub: cached files, remote files and errors.
 
-Functions import huggingface_hub, because its import reads environment variables. These functions
-use only names that versions 1 and 2 share.
+Functions import huggingface_hub, because its import reads environment variables. They use only
+names that versions 1 and 2 share.
 """
 
 import logging
@@ -79,8 +79,7 @@ class Repository:
         self._found_address: bool | None = None
 
     def is_offline(self) -> bool:
-        """Return whether the caller or HF_HUB_OFFLINE disabled the network, or whether the network
-        is down."""
+        """Return whether the network is down, or disabled by the caller or by HF_HUB_OFFLINE."""
         from huggingface_hub import is_offline_mode
 
         return self.local_files_only or is_offline_mode() or not self._has_address()
@@ -112,7 +111,7 @@ class Repository:
     def file(self, name: str) -> Path | None:
         """Return a small file from the cache or the network, or None if no such file exists.
 
-        Raises NotCachedError if no answer shows whether the file exists.
+        Raises NotCachedError if neither shows whether the file exists.
         """
         known = self._look_up(name)
         # the cache also records which files a repository lacks
@@ -121,7 +120,7 @@ class Repository:
         return self._fetch_if_there(name, self.commit or self._revision)
 
     def explain(self, error: Exception) -> HubError:
-        """Convert an error of the client to one of our errors, with the cause and the remedy."""
+        """Convert an error of huggingface_hub to HubError, with the cause and the remedy."""
         return explain(
             error, name=self.name, label=self.label, cache_dir=self.cache(),
             local_files_only=self.local_files_only,
@@ -150,8 +149,8 @@ class Repository:
         return f"{self.subfolder}/{name}" if self.subfolder else name
 
     def _look_up(self, name: str) -> Any:
-        """Return a file's path in the cache, None for an unknown file, or a mark that the commit
-        has no such file."""
+        """Return a file's path in the cache, None if the cache does not know the file, or a mark
+        that the commit lacks it."""
         from huggingface_hub import try_to_load_from_cache
 
         at = self.commit or self._revision
@@ -198,11 +197,10 @@ class Repository:
         return True
 
     def check(self, name: str, path: Path, *, once: bool = True) -> None:
-        """Hash a cached file and compare the hash with the Hub's checksum, if the Hub gives a
-        checksum.
+        """Hash a cached file and compare the hash with the Hub's checksum, if the Hub gives one.
 
-        huggingface_hub checks only sizes. The function records a good file. It hashes the file
-        again only after a change, or with `once=False`. Raises CheckpointError for a difference.
+        huggingface_hub checks only sizes. The function records a good file, and hashes it again
+        only after a change or with `once=False`. Raises CheckpointError for a difference.
         """
         digest = cache.hub_digest(path) or self._remote_digest(name)
         if digest is None or len(digest) not in (40, 64):
@@ -215,8 +213,7 @@ class Repository:
         cache.remember_check(folder, path, digest)
 
     def names(self) -> list[str] | None:
-        """Return the files beside config.json, or None if the Hub or its mirror does not list
-        files."""
+        """Return the files beside config.json, or None if the Hub or its mirror lists none."""
         siblings = (self._info() or {}).get("siblings")
         if not isinstance(siblings, list):
             return None
@@ -226,7 +223,7 @@ class Repository:
         return [name for name in names if "/" not in name]  # folders contain other models or parts
 
     def licence(self) -> str | None:
-        """Return the licence of the model card, or None if the card is unavailable."""
+        """Return the licence in the model card, or None if the card is unavailable."""
         card = (self._info() or {}).get("cardData")
         card = card if isinstance(card, dict) else {}
         licence = card.get("license_name") or card.get("license")

@@ -2,7 +2,7 @@
 
 A plain copy of a mapped tensor runs at the rate of one thread's page faults, while the GPU waits.
 This module copies the tensors as one stream of bytes, cut into pieces. Threads copy the next pieces
-into pinned slots while the GPU fetches the previous pieces.
+into pinned slots while the GPU fetches the previous ones.
 """
 
 import os
@@ -24,8 +24,8 @@ SLOTS_PER_THREAD = 2  # one is filled while the GPU fetches the other
 
 
 class _Span(NamedTuple):
-    """Keep the source and target of one tensor's bytes. Only the last span of a tensor has
-    `whole`."""
+    """Hold the source and target of some of a tensor's bytes. `whole` is set only in a tensor's
+    last span."""
 
     source: Any  # uint8 array
     target: Tensor  # uint8, of the same length
@@ -33,8 +33,8 @@ class _Span(NamedTuple):
 
 
 def to_device(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Yield tensors on a device in order, on a GPU's current stream. Copy a tensor only if
-    necessary.
+    """Yield the tensors on a device, in order. Copy those that are elsewhere, on a GPU's current
+    stream.
 
     >>> [tensor.item() for tensor in to_device([torch.ones(())], torch.device("cpu"))]
     [1.0]

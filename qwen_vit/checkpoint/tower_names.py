@@ -97,7 +97,7 @@ def expected_tensors(config: VisionConfig) -> dict[str, tuple[int, ...]]:
 
 
 def tower_prefixes(names: Iterable[str]) -> list[str]:
-    """Return the sorted prefixes of vision towers. Usually, a checkpoint has one prefix.
+    """Return the sorted prefixes of the vision towers. A checkpoint usually has one.
 
     >>> tower_prefixes(["visual.patch_embed.proj.weight", "model.norm.weight"])
     ['visual.']
@@ -147,9 +147,9 @@ def check_tower(
 ) -> dict[str, tuple[str, ...]]:
     """Return the stored tensors of each published tensor: the tensor itself, or q, k and v.
 
-    `infos` has the names without prefix. `locate` gives a tensor's place for the message. Raises
-    CheckpointError about `source` for another model's tower or a quantised tower. Also raises
-    CheckpointError for any name or shape that differs from `config`.
+    `infos` are by name without prefix. `locate` gives a tensor's place for the message. Raises
+    CheckpointError about `source` for another model's tower, for a quantised tower, and for any
+    name or shape that differs from `config`.
     """
     _refuse_other_towers(infos, source, locate)
     _refuse_as_tools_save({name: info.shape for name, info in infos.items()}, source)
@@ -175,7 +175,7 @@ def check_tower(
 
 
 def check_tensor(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError unless `shapes` has this tensor's name and shape.
+    """Raise CheckpointError unless `shapes` contains this tensor's name with its shape.
 
     >>> shapes = {"merger.ln_q.weight": (1280,)}
     >>> check_tensor("merger.ln_q.weight", torch.ones(80), shapes)
@@ -211,7 +211,7 @@ def _check_shape(name: str, info: TensorInfo, shape: tuple[int, ...]) -> None:
 
 
 def joined_name(name: str) -> str:
-    """Return a stored tensor's published name. For q, k and v, return the joined tensor's name.
+    """Return a stored tensor's published name: for q, k and v, the joined tensor's name.
 
     >>> joined_name("blocks.0.attn.k.bias")
     'blocks.0.attn.qkv.bias'

@@ -1,8 +1,8 @@
 """Write published tensors, in any order and in parts, into a tower's parameters.
 
-An inference engine loads weights itself and passes them on while it reads. A trainer sends new
-weights while the tower is in use. The parameters keep their memory, so a captured CUDA graph
-remains valid.
+An inference engine reads weights itself, and passes them on as it reads. A trainer sends new
+weights while the tower is in use. The parameters keep their memory, so captured CUDA graphs remain
+valid.
 """
 
 from collections.abc import Iterable, Mapping
@@ -67,7 +67,8 @@ class WeightUpdates:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Return the sorted published names of missing tensors that received tensors need."""
+        """Return the sorted published names of the missing tensors without which received tensors
+        cannot be written."""
         partners = {
             source
             for name in self._waiting
@@ -130,7 +131,7 @@ class WeightUpdates:
         return joined
 
     def _parameter(self, name: str) -> Tensor:
-        """Return the parameter to write a value into.
+        """Return the parameter into which a value is written.
 
         While vLLM reloads weights, the tower contains meta tensors as placeholders. vLLM restores
         the parameters at the end, and would lose a value in a placeholder.

@@ -1,4 +1,4 @@
-"""Find the file of each tensor in a checkpoint folder, independent of the model."""
+"""Find the file of each tensor in a checkpoint folder, independently of the model."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -206,8 +206,8 @@ def _adapter_base(path: Path | None) -> str:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Return the shard of each tensor. Raises CheckpointError unless all shards are plain file
-    names."""
+    """Return the shard of each tensor. Raises CheckpointError unless every shard is a plain file
+    name."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(
@@ -228,7 +228,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def is_plain_basename(name: str) -> bool:
-    """Return whether `name` is a safetensors file's name, not a path or an address.
+    """Return whether `name` is the name of a safetensors file, not a path or an address.
 
     >>> is_plain_basename("model-00001-of-00005.safetensors"), is_plain_basename("../a.safetensors")
     (True, False)

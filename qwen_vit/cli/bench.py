@@ -43,8 +43,8 @@ def bench(
     qwen-vit bench --model Qwen/Qwen2.5-VL-7B-Instruct
     qwen-vit bench --model tiny --workload "1 x 448^2" --json
 
-    The roofline is the time of all operations at the rate of a large GEMM. The benchmark
-    interleaves that GEMM with the workload. A Hopper GPU has its own kernels. --plain times the
+    The roofline is the time of all operations at the rate of a large GEMM, which the benchmark
+    interleaves with the workload. Hopper GPUs have their own kernels. --plain also times the
     kernels that other GPUs run.
     """
     with slow_imports():

@@ -27,7 +27,7 @@ def check_output(
     Traceback (most recent call last):
     qwen_vit.errors.ExportError: no-such-folder: not a folder. Create the folder first.
 
-    The function accepts a name without a suffix, because only another suffix names another format.
+    A name without a suffix is accepted, because only a different suffix names another format.
     """
     name, remedy = str(out), f"pass another {option}"
     check_utf8(out)

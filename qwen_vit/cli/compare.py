@@ -42,11 +42,11 @@ __all__ = ["compare"]
 @click.option("--overwrite", is_flag=True, help="Replace an existing golden file or report.")
 @click.option(
     "--attention", type=click.Choice(ATTENTIONS),
-    help="Set Hugging Face's attention.  [default: sdpa]",
+    help="Set Hugging Face's attention implementation.  [default: sdpa]",
 )  # fmt: skip
 @click.option(
     "--processor", type=click.Choice(PROCESSORS), default="pillow", show_default=True,
-    help="Choose the processor that makes the pixels for both towers.",
+    help="Choose the processor that computes the pixels for both towers.",
 )  # fmt: skip
 @device_option()
 @dtype_option
@@ -67,11 +67,11 @@ def compare(
     qwen-vit compare clip.mp4 --model tiny --n-frames 4
     qwen-vit compare --model Qwen/Qwen2.5-VL-7B-Instruct --golden 7b.safetensors
 
-    The exit code is 0 if every stage keeps its tolerance. The exit code is 1 if a stage exceeds its
-    tolerance, or if the command skipped an image.
+    The exit code is 0 if every stage is within tolerance. It is 1 if a stage exceeds its tolerance,
+    or if the command skipped an image.
 
-    transformers computes the reference. --save-golden writes that reference to a golden file. With
-    --golden, you may omit IMAGES. -v lists every stage.
+    transformers computes the reference, which --save-golden writes to a golden file. With --golden,
+    you may omit IMAGES. -v lists every stage.
 
     transformers needs the extra `hf`, and --report needs `show`. In a checkout:
     pip install -e '.[hf,show]'.

@@ -158,9 +158,9 @@ def export(
     Parquet file is an image.
 
     The input - reads a list from standard input, whose paths are relative to the current folder.
-    Read the output folder with qwen_vit.load_features. The manifest in that folder has a row
-    for each image. The command skips and reports images that it cannot encode, and exits with 1.
-    Ctrl-C saves the encoded images.
+    Read the output folder with qwen_vit.load_features. Its manifest has a row for each image. The
+    command skips and reports images that it cannot encode, and then exits with 1. Ctrl-C saves the
+    images encoded so far.
     """
     with slow_imports():
         from qwen_vit.export.options import ExportOptions
@@ -241,7 +241,7 @@ def _print_report(done: "ExportReport", *, as_json: bool, with_waits: bool) -> N
 
 
 def _refuse_start_options(ctx: click.Context) -> None:
-    """Raise UsageError for an option that an export records at its start."""
+    """Raise UsageError for an option that a resumed export has already recorded."""
     for name in OF_START:
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             option = f"--{name.replace('_', '-')}"
@@ -259,7 +259,7 @@ def _part(text: str) -> tuple[int, int]:
 
 @contextmanager
 def _hint_resume(out: "AnyPath") -> Iterator[None]:
-    """Print how to resume the export if an interrupt ends the block."""
+    """If an interrupt ends the block, print how to resume the export."""
     try:
         yield
     except KeyboardInterrupt:

@@ -90,7 +90,7 @@ def encode_one_by_one(
     """Yield each image's features or error, and the milliseconds from its file to its features.
 
     Features are in CPU memory, because encoding needs the GPU's memory. On a terminal, the function
-    shows a progress bar and prints failed images above the bar. `exif`, `limits` and `options` are
+    shows a progress bar and prints failed images above it. `exif`, `limits` and `options` are
     arguments of `VisionEncoder.encode`. `video` contains the options for videos. With `as_video`,
     the function encodes an animation as a video.
     """
@@ -149,7 +149,7 @@ def _loader(
 
 
 def _load(item: "Item", loader: "ImageLoader") -> "LoadedImage":
-    """Return the patches of an image or video, or the error and the size before the error."""
+    """Return the patches of an image or video, or its error and its size if that is known."""
     from qwen_vit.inputs.pages import as_page
     from qwen_vit.inputs.read import read_item
     from qwen_vit.video.items import open_video_item, video_of_item

@@ -1,9 +1,10 @@
 """Run the `qwen-vit` command: its group of commands, and its exit codes for errors.
 
 Data goes to stdout. Progress and logs go to stderr. `exit_codes` lists the exit codes. Python
-imports a command's module only for that command, and torch only for the command's body. `--help`,
-`--version` and usage errors therefore respond without a delay. Therefore the modules of this folder
-import only click and light modules. Command bodies import the exceptions, `text` and `describe`.
+imports a command's module only for that command, and torch only for the command's body, so
+`--help`, `--version` and usage errors respond at once. To keep these fast, the modules of this
+folder import only click and other modules that import quickly. Command bodies import the
+exceptions, such as `text` and `describe`.
 """
 
 import logging
@@ -100,7 +101,7 @@ def main() -> None:
 
 
 def _usage_text(error: click.ClickException) -> str:
-    """Return the fault in the arguments, and the command that lists the valid arguments."""
+    """Return a text with the fault in the arguments and the command that lists the valid ones."""
     text = error.format_message()
     if close := getattr(error, "possibilities", None):  # click prints them in alphabetical order
         text = f"{error.message.removesuffix('.')}. Did you mean {close[0]}?"

@@ -79,7 +79,7 @@ class Dtype(click.Choice[str]):
     REFUSED = ("float16", "fp16", "half")
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return torch's name. Fail for float16 and give the reason."""
+        """Return torch's name. Fail for float16, with the reason."""
         if value in self.REFUSED:
             self.fail("The published weights overflow float16. Use bfloat16.", param, ctx)
         return super().convert(self.SHORT.get(value, value), param, ctx)
@@ -297,7 +297,7 @@ def source_options(command: Command) -> Command:
 
 
 def verbosity_options(command: Command) -> Command:
-    """Add -q and -v to a command. Both options set the amount of output to stderr."""
+    """Add -q and -v, which set the amount of output to stderr, to a command."""
 
     def apply(ctx: click.Context, param: click.Parameter, value: int) -> None:
         set_verbosity(value or 0)  # None in click 8.2

@@ -95,9 +95,9 @@ def show(
     qwen-vit show cat.jpg dog.jpg --model Qwen/Qwen2.5-VL-7B-Instruct --point 120,80
     qwen-vit show features.safetensors --images photos/ --out pictures
 
-    INPUTS are either images or one feature file or export folder. Images may have every form that
+    INPUTS are either images or one feature file or export folder. Images may have any form that
     `qwen-vit encode` accepts. A feature map shows three principal components as colours. `show`
-    fits the components to all images together, so the same colour means similar features.
+    fits them to all images together, so the same colour means similar features.
 
     Drawing needs the extra `show`. In a checkout: pip install -e '.[show]'.
     """

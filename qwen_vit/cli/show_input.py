@@ -34,7 +34,7 @@ class ShowInput:
         model: the checkpoint's name.
         source: the encoder of the features, such as "tiny, float32 on cpu".
         window: the side of an attention window, in patches.
-        full_attention: the blocks with attention over the full image, or None if they are unknown.
+        full_attention: the blocks with full attention, or None if they are unknown.
         failed: the failed images.
         total: the number of images without `limit`.
     """
@@ -52,7 +52,7 @@ class ShowInput:
 
     @property
     def is_random(self) -> bool:
-        """Return whether the weights are random, without training."""
+        """Return whether the weights are random, never trained."""
         return self.model in PACKAGED
 
 
@@ -84,7 +84,8 @@ def encode_images(
 
 
 def read_stored(path: str, ids: Sequence[str], limit: int, images: Sequence[str] = ()) -> ShowInput:
-    """Read stored features of `ids`, or the first `limit`. Find the original images in `images`."""
+    """Read the stored features of `ids`, or the first `limit`, and find the original images in
+    `images`."""
     stored = load_features(path)
     try:
         chosen: Features = stored[list(ids)] if ids else stored[:limit]

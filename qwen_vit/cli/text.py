@@ -114,7 +114,8 @@ def waits_text(done: ExportReport) -> str:
 def encoded_table(
     features: Sequence[ImageFeatures | FailedImage], milliseconds: Sequence[float]
 ) -> str:
-    """Return a table with a line per image: its features, or the reason for its failure."""
+    """Return a table with a line per image: facts about its features, or the reason for its
+    failure."""
     good = next((each for each in features if isinstance(each, ImageFeatures)), None)
     counted = ROWS_OF["merged" if good is None else good.output]
     rows = [("file", "size", "grid (t, h, w)", counted, "width", "ms", "notes")]
@@ -132,7 +133,7 @@ def encoded_table(
 
 
 def table(rows: Sequence[Sequence[str]], left: Sequence[str]) -> str:
-    """Return rows under their heading. The function aligns the columns in `left` to the left.
+    """Return rows under their heading, with the columns in `left` aligned to the left.
 
     >>> print(table([("a", "b"), ("x", "10")], left=["a"]))
     a   b

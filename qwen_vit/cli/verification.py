@@ -21,7 +21,7 @@ MAX_LISTED = 20
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """Hold the checks in words, and the problems."""
+    """Describe the checks in words, and list the problems."""
 
     checked: str | dict[str, str]
     problems: tuple[str, ...]
@@ -48,8 +48,7 @@ class Findings:
 
 
 def verify_checkpoint(source: Source) -> Findings:
-    """Hash a checkpoint's files if the checkpoint has recorded hashes. Otherwise read every
-    weight."""
+    """Hash a checkpoint's files if hashes are recorded for it. Otherwise read every weight."""
     try:
         checked = cache.check(source.folder)
         if checked is not None:

@@ -33,9 +33,9 @@ def verify(model: str, as_json: bool, **finding: Any) -> None:
     qwen-vit verify features/ --json
 
     For a checkpoint, the command hashes every file and compares the recorded hashes. For a local
-    folder without hashes, the command reads the weights and searches for NaN. For features, the
-    command reads every row. The command then checks the number of rows, NaN and the recorded
-    digests. An export must have all its shards.
+    folder without hashes, it reads the weights and searches for NaN and infinity. For features, it
+    reads every row, and checks the number of rows, finite values and the recorded digests. An
+    export must have all its shards.
     """
     with slow_imports():
         from qwen_vit.checkpoint.hub import find_checkpoint

@@ -67,7 +67,7 @@ def to_hf(
         image_token_id: the token id of `<|image_pad|>`.
         video_token_id: the token id of `<|video_pad|>`.
         mm_token_type_ids: False for Qwen2.5-Omni, which finds images itself and rejects this
-            argument. The seconds then have Omni's name, `video_second_per_grid`.
+            argument. The result then has Omni's key for the seconds, `video_second_per_grid`.
 
     Raises:
         ArgumentError: transformers is missing or too old, the tokens do not fit the features, there
