@@ -33,8 +33,8 @@ class AtomicFile:
     >>> growing.commit()  # doctest: +SKIP
 
     The hidden name starts with the file's own name and ends in TEMPORARY_SUFFIX. Only a killed
-    process leaves such a file. With `overwrite=False`, the class replaces no file. Raises
-    ExportError if the system does not allow writing.
+    process leaves such a file behind. With `overwrite=False`, no existing file is replaced. Raises
+    ExportError if the file cannot be written.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = True) -> None:
@@ -49,8 +49,7 @@ class AtomicFile:
             raise cannot_write(path, error) from None
 
     def commit(self, path: Path | None = None) -> None:
-        """Flush the file to the disk. Give the file its name, or another name in the same
-        folder."""
+        """Flush the file to the disk, and give it its name, or another name in the same folder."""
         self.path = path or self.path
         try:
             self.file.flush()
@@ -95,8 +94,7 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
     >>> with atomic_file(Path("notes.txt")) as file:  # doctest: +SKIP
     ...     file.write(b"whole or absent")
 
-    The function uses AtomicFile. The block should only write, because the function reports every
-    OSError in the block as an error of the file.
+    The block should only write, because every OSError in it is reported as an error of this file.
     """
     growing = AtomicFile(path, overwrite=overwrite)
     try:
@@ -130,7 +128,7 @@ def refuse_link(path: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> ExportError:
-    """Return the error to raise if the system does not allow writing `path`."""
+    """Return the error to raise if `path` cannot be written."""
     return ExportError(
         f"could not be written ({error.strerror or error})",
         name=str(path),
@@ -139,8 +137,8 @@ def cannot_write(path: Path, error: OSError) -> ExportError:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder. After a power cut, the folder then still has its new names, if the file
-    system supports such a flush."""
+    """Flush a folder, so that new names in it survive a power cut, if the file system supports
+    this."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

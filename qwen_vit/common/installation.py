@@ -24,9 +24,8 @@ def install_command(extra: str = "") -> str:
     >>> install_command("hf")  # doctest: +SKIP
     "pip install -e '.[hf]'"
 
-    The command names the source of this installation, because no index has the package: a
-    checkout, a repository or a wheel. Without the wheel's file, the command names the extra's
-    packages.
+    The command names the source of this installation, a checkout, a repository or a wheel, because
+    no index has the package. If the wheel's file is gone, it names the extra's packages.
     """
     extras = f"[{extra}]" if extra else ""
     if (CHECKOUT / "pyproject.toml").is_file():
@@ -52,8 +51,8 @@ def install_remedy(extra: str) -> Wording:
     >>> print(install_remedy("heif"))
     install the extra heif: pip install -e '.[heif]' in a checkout
 
-    Files record Python's spelling, which must not depend on the machine. The command line's
-    spelling has this installation's command.
+    Files record the wording for Python, which must not depend on the machine. The wording for the
+    command line contains this installation's command.
     """
     return Wording(
         f"install the extra {extra}: pip install -e '.[{extra}]' in a checkout",
@@ -62,7 +61,8 @@ def install_remedy(extra: str) -> Wording:
 
 
 def _pip(*arguments: str) -> str:
-    """Return a command of this Python's pip. The shell may find another Python's `pip` first."""
+    """Return a command of this Python's pip, because the shell may find another Python's `pip`
+    first."""
     found, python = shutil.which("pip"), Path(sys.executable)
     is_ours = found is not None and Path(found).absolute().parent == python.parent
     pip = ["pip"] if is_ours else [str(_from_here(python)), "-m", "pip"]

@@ -38,9 +38,9 @@ def thread_count(wanted: int | None, cores: int | None = None) -> int:
     >>> thread_count(3), thread_count(None, cores=16)
     (3, 8)
 
-    `cores` defaults to the cores of this process. All threads share the GIL. More threads would
-    therefore slow the thread that submits GPU work. Raises ArgumentError unless `wanted` is a whole
-    number above 0.
+    `cores` defaults to the cores of this process. All threads share the GIL, so more threads would
+    slow the thread that submits GPU work. Raises ArgumentError unless `wanted` is a whole number
+    above 0.
     """
     if wanted is None:
         cores = core_count() if cores is None else cores
@@ -55,11 +55,11 @@ def thread_count(wanted: int | None, cores: int | None = None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Job(Generic[Result]):
-    """Describe a call that makes one result, and the bytes that the call keeps until its end.
+    """Describe a call that computes one result, and the bytes that it keeps until its end.
 
-    After delivery, `then` continues in the same thread. `then` receives the result, and a function
-    that returns whether the caller has stopped taking results. `then` must not raise an error. With
-    one thread, only the caller does the remaining work, without `then`.
+    After delivery, `then` continues in the same thread. It receives the result, and a function that
+    returns whether the caller has stopped taking results. It must not raise an error. With one
+    thread, `then` does not run, and the caller does the remaining work.
     """
 
     run: Callable[[], Result]
@@ -78,9 +78,9 @@ def work_ahead(
 
     The function iterates over `jobs` in the caller's thread. At most `max_jobs` jobs are in
     progress. While results of `max_bytes` wait for the caller, only the job that the caller waits
-    for may start. The function raises an exception of a job, or of `jobs` itself, after the earlier
-    results. Closing the generator ends the threads, which finish running jobs and drop the other
-    jobs. With `threads=1` all jobs run in the caller's thread.
+    for may start. An exception of a job, or of `jobs` itself, is raised after the earlier results.
+    Closing the generator ends the threads, which finish running jobs and drop the others. With
+    `threads=1`, all jobs run in the caller's thread.
     """
     if threads == 1:
         for job in jobs:
@@ -116,7 +116,7 @@ def work_ahead(
 class Prefetcher(Generic[Result]):
     """Start jobs in order in threads while their results fit.
 
-    A worker thread exits when the buffer is full. The prefetcher restarts the thread when space
+    A worker thread exits when the buffer is full, and the prefetcher starts one again when space
     frees up. A waiting thread would keep the process alive after the caller stops taking results.
     """
 

@@ -1,9 +1,9 @@
-"""Read and check the header of a safetensors file before any library opens the file.
+"""Read and check the header of a safetensors file before any library opens it.
 
 A file is 8 bytes of header length (little endian), a JSON header, then the tensors' bytes. The
-tensors' bytes must cover the rest without an overlap or a hole. The safetensors library accepts
-duplicate keys, and its errors never name the file. Errors of this module name the file, its size
-and the remedy.
+tensors' bytes must cover the rest without overlaps or gaps. The safetensors library accepts
+duplicate keys, and its errors never name the file. This module's errors give the file, its size and
+the remedy.
 """
 
 import json

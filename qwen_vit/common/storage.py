@@ -1,8 +1,8 @@
 """Access object storage through fsspec: addresses, listings and byte ranges.
 
 `s3://`, `gs://` and `az://` need the extras `s3`, `gs` and `az`. `hf://` needs huggingface_hub.
-Tests cover S3 on a server with injected faults. Where emulators of GCS and Azure are installed,
-tests also cover these two stores.
+Tests run against an S3 server with injected faults and, where these are installed, against
+emulators of GCS and Azure.
 """
 
 import errno
@@ -55,7 +55,7 @@ NUMBERS: dict[type[OSError], int] = {  # for errors without a number
 
 
 class ReplacedError(OSError):
-    """Report that the object differs from the listed object."""
+    """Report that an object has changed since it was listed."""
 
 
 class RemoteObject(NamedTuple):
@@ -86,7 +86,7 @@ def find_object(address: str) -> RemoteObject | None:
 def list_objects(folder: str) -> Iterator[RemoteObject]:
     """Yield the objects below a folder, to every depth, in byte order of their names.
 
-    The function lists S3 page by page, so that memory is constant. Raises OSError.
+    S3 is listed page by page, in constant memory. Raises OSError.
     """
     files, path = files_of(folder)
     scheme = folder[: folder.index("://") + 3]
@@ -142,8 +142,8 @@ def match_objects(pattern: str) -> Iterator[RemoteObject]:
 def open_object(
     address: str, block_bytes: int = BLOCK_BYTES, version: str | None = None
 ) -> BinaryIO:
-    """Open an object for reading, in blocks. If another process replaces the object, S3 raises an
-    error.
+    """Open an object for reading, in blocks. On S3, a read raises an error if the object was
+    replaced.
 
     Raises ReplacedError if the object has another version, and OSError otherwise.
     """
@@ -161,7 +161,7 @@ def open_object(
 
 
 def read_range(address: str, start: int, end: int, version: str | None = None) -> bytes:
-    """Return the bytes from `start` to `end`. On S3, the function sends one request.
+    """Return the bytes from `start` to `end`, on S3 with one request.
 
     Raises ReplacedError if the object has another version, and OSError otherwise.
     """

@@ -1,7 +1,7 @@
 """Write objects completely or not at all, and only if no other process wrote them.
 
-Conditional writes resolve conflicts between writers. S3 and Azure have `If-None-Match: *` for a new
-object, and `If-Match` for the next version of an object. GCS has `ifGenerationMatch` for both.
+Conditional writes resolve conflicts between writers. S3 and Azure support `If-None-Match: *` for a
+new object, and `If-Match` for the next version of an object. GCS has `ifGenerationMatch` for both.
 """
 
 import errno
@@ -40,8 +40,8 @@ Value = TypeVar("Value")
 def put_file(address: str, path: Path, *, is_new: bool) -> None:
     """Upload a file. The object appears complete or not at all.
 
-    With `is_new`, the function replaces no object, and raises FileExistsError if the object exists.
-    Raises OSError for other errors.
+    With `is_new`, the function raises FileExistsError if the object exists, and does not replace
+    it. Raises OSError for other errors.
     """
     files, place = files_of(address)
     options: dict[str, Any] = {"mode": "create" if is_new else "overwrite"}  # for s3fs and gcsfs
@@ -55,8 +55,8 @@ def put_file(address: str, path: Path, *, is_new: bool) -> None:
 def put_bytes(address: str, data: bytes, *, replaces: str | None = None) -> str | None:
     """Write a new small object, or replace the version `replaces`. Return the object's version.
 
-    Raises FileExistsError if the object has another version, and OSError otherwise. Also raises
-    FileExistsError if the store wrote the object but the network lost the answer.
+    Raises FileExistsError if the object has another version, and OSError for other errors. Also
+    raises FileExistsError if the store wrote the object but its response was lost.
     """
     files, place = files_of(address)
     _with_condition(lambda: _put(files, place, data, replaces))
@@ -116,7 +116,8 @@ def _put(files: Any, place: str, data: bytes, replaces: str | None) -> None:
 
 
 def _replace_in_gcs(files: Any, bucket: str, key: str, data: bytes, generation: str) -> None:
-    """Replace a generation of an object. gcsfs itself has a condition for new objects only."""
+    """Replace a generation of an object, because gcsfs itself supports a condition only for new
+    objects."""
     mark = secrets.token_hex(16)
     facts = json.dumps({"name": key})
     head = f"--{mark}\r\nContent-Type: application/json\r\n\r\n{facts}\r\n"
@@ -131,7 +132,7 @@ def _replace_in_gcs(files: Any, bucket: str, key: str, data: bytes, generation: 
 
 @contextmanager
 def _unmet_conditions() -> Iterator[None]:
-    """Raise FileExistsError if GCS or Azure answers that a write's condition fails."""
+    """Raise FileExistsError if GCS or Azure responds that a write's condition failed."""
     try:
         yield
     except Exception as error:

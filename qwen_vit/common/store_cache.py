@@ -36,8 +36,8 @@ def read_cached(
 ) -> bytes:
     """Return a range like `read_range`, and store the range in `folder`.
 
-    Without a folder or a version, the function stores no range. If the disk rejects the file, the
-    function raises no error. Raises the errors of `read_range`.
+    Without a folder or a version, nothing is stored. A failure to store is no error. Raises the
+    errors of `read_range`.
     """
     if folder is None or version is None or end <= start:
         return read_range(address, start, end, version)

@@ -28,14 +28,14 @@ class _Status(NamedTuple):
 
 @dataclass(frozen=True)
 class StorePath:
-    """Use an address as a path. The path caches the answers of earlier requests.
+    """Use an address as a path. The path remembers the responses to earlier requests.
 
     `cache` is a folder on this machine that also stores the bytes.
 
     >>> StorePath("s3://bucket/export/") / "export.json"
     StorePath(address='s3://bucket/export/export.json')
 
-    The path raises OSErrors, whose `strerror` is the fact for a message.
+    Methods raise OSErrors whose `strerror` is the fact for a message.
     """
 
     address: str
@@ -69,7 +69,7 @@ class StorePath:
 
     def is_file(self) -> bool:
         """Return whether the address names an object. Raises OSError if the store does not
-        answer."""
+        respond."""
         try:
             return self._object is not None
         except FileNotFoundError:
@@ -77,7 +77,7 @@ class StorePath:
 
     def is_dir(self) -> bool:
         """Return whether the address is a prefix of objects. Raises OSError if the store does not
-        answer."""
+        respond."""
         try:
             return self._object is None
         except FileNotFoundError:

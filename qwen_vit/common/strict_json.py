@@ -48,7 +48,7 @@ def read_json(path: AnyPath) -> dict[str, Any]:
 def _is_file(path: AnyPath) -> bool:
     """Return whether the path is a file. Wait briefly for a file in a snapshot of the Hub's cache.
 
-    On a disk without locks, huggingface_hub removes a link just before it makes the link again.
+    On a disk without locks, huggingface_hub removes a link just before it creates it again.
     """
     for _ in range(5 if "snapshots" in str(path) else 0):
         if path.is_file():
@@ -108,7 +108,7 @@ def parse_json(raw: bytes, *, source: str) -> dict[str, Any]:
 
 
 def child_object(config: Mapping[str, Any], key: str, source: str) -> tuple[Mapping[str, Any], str]:
-    """Return the object under `key`, and the object's name for messages."""
+    """Return the object under `key`, and its name for messages."""
     value = config[key]
     if not isinstance(value, Mapping):
         raise CheckpointError(

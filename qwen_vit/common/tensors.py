@@ -21,8 +21,8 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def check_finite(tensor: Tensor, name: str) -> Tensor:
-    """Return the tensor. Raises CheckpointError with the name and the numbers of NaN and infinite
-    values.
+    """Return the tensor if it is finite. Otherwise raise CheckpointError with the name and the
+    counts.
 
     >>> check_finite(torch.tensor([1.0, float("nan")]), "merger.ln_q.weight")
     Traceback (most recent call last):
@@ -41,8 +41,7 @@ Expected finite weights. Delete the file and download it again (qwen-vit downloa
 
 
 def odd_kind(tensor: Tensor) -> str:
-    """Return the reason why a tensor has no plain values in memory, or an empty text for an
-    ordinary tensor.
+    """Return why a tensor has no plain values in memory, or an empty text for an ordinary tensor.
 
     >>> odd_kind(torch.zeros(2)), odd_kind(torch.zeros(2).to_sparse())
     ('', 'sparse')

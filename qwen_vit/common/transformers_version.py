@@ -1,4 +1,4 @@
-"""Define the versions of transformers that the package works with."""
+"""Define the versions of transformers with which the package works."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -17,8 +17,8 @@ MIN_TRANSFORMERS = "5.18"
 def require_transformers(purpose: str, *, alternative: str = "") -> None:
     """Raise ArgumentError with the installed version unless transformers is new enough.
 
-    `purpose` names the feature that needs transformers, for the message. `alternative` is another
-    way, if one exists.
+    For the message, `purpose` names the feature that needs transformers, and `alternative` is
+    another way, if one exists.
     """
     try:
         found = version("transformers")

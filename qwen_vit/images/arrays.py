@@ -123,6 +123,6 @@ def _float_to_uint8(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
 
 
 def _picture(mode: str, array: NDArray[np.uint8]) -> Image.Image:
-    """Return a copy as a PIL image, because `Image.fromarray` shares some arrays' memory."""
+    """Return a PIL image of a copy, because `Image.fromarray` shares the memory of some arrays."""
     height, width, _ = array.shape
     return Image.frombytes(mode, (width, height), np.ascontiguousarray(array).tobytes())

@@ -1,4 +1,4 @@
-"""Decode encoded bytes and PIL images to RGB, and raise an error for a truncated file."""
+"""Decode encoded bytes and PIL images to RGB, and reject truncated files."""
 
 import io
 import os
@@ -49,10 +49,9 @@ def decode_bytes(
     exif: ExifPolicy = "apply",
     page: int | None = None,
 ) -> RgbImage:
-    """Decode an encoded image, or one page of the image, to RGB. The first page is 1.
+    """Decode an encoded image, or one page of it, to RGB. The first page is 1.
 
-    Raises ImageError for a damaged, truncated or too large file, and for a file in an unsupported
-    format.
+    Raises ImageError for a damaged, truncated or too large file, and for an unsupported format.
     """
     file_format = identify(data, name, limits.formats)
     open_image = decoder(file_format, name, limits)
@@ -99,7 +98,7 @@ def decode_pil(
     *,
     is_lent: bool = False,
 ) -> RgbImage:
-    """Convert a PIL image to RGB, and decode the image if it is still lazy. Raises ImageError as
+    """Convert a PIL image to RGB, after decoding it if it is still lazy. Raises ImageError as
     `decode_bytes` does.
 
     With `is_lent`, the result may share the image's pixels.
@@ -128,8 +127,7 @@ def _to_rgb(
 ) -> tuple[Image.Image, tuple[str, ...]]:
     """Run `to_rgb`, and handle the orientation `turned` that Pillow already applied to a TIFF.
 
-    With `exif="ignore"` the function undoes the orientation. Otherwise the function adds a note on
-    the orientation.
+    With `exif="ignore"`, the function undoes the orientation. Otherwise it adds a note.
     """
     picture, notes = to_rgb(image, name, deep, exif)
     if turned is None:
@@ -172,8 +170,8 @@ def _decoding(
 ) -> Iterator[None]:
     """Run Pillow strictly, and turn any plug-in exception into an ImageError.
 
-    Pillow reads headers in pieces of known size. With `header`, a read beyond the end therefore
-    means truncation.
+    Pillow reads headers in pieces of known size, so with `header`, a read beyond the end means
+    truncation.
     """
     try:
         with _strictly():
@@ -221,8 +219,8 @@ def _closed(name: str) -> ImageError:
 
 
 class _Strictness:
-    """Store the number of decoding threads, and the value of LOAD_TRUNCATED_IMAGES before the first
-    thread."""
+    """Hold the number of decoding threads, and the value of LOAD_TRUNCATED_IMAGES before the
+    first."""
 
     lock = threading.Lock()
     threads = 0
@@ -243,7 +241,7 @@ os.register_at_fork(after_in_child=_forget_other_threads)
 
 @contextmanager
 def _strictly() -> Iterator[None]:
-    """Decode with Pillow's LOAD_TRUNCATED_IMAGES at False, and restore it afterwards.
+    """Decode with Pillow's LOAD_TRUNCATED_IMAGES set to False, and restore it afterwards.
 
     The flag is process-wide, and other libraries set it. The flag is False while any thread decodes
     in this block.
@@ -267,7 +265,7 @@ def _strictly() -> Iterator[None]:
 def _load(
     image: Image.Image, name: str, limits: ImageLimits, jpeg: JpegFile | None
 ) -> tuple[str, ...]:
-    """Check the header, then decode the image. Returns notes on a complete file."""
+    """Check the header, then decode the image. Return notes on a complete file."""
     check_pixels(image.width, image.height, name, limits)
     notes = check_blocks(jpeg, name) if jpeg is not None else ()
     if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -282,7 +280,7 @@ def _load(
 def _prepare_tiff(image: TiffImagePlugin.TiffImageFile, name: str, limits: ImageLimits) -> None:
     """Check the strips, and allocate the image first, because Pillow warns above its own limit.
 
-    If the file does not list a strip, Pillow would leave the strip's area black.
+    If the file does not list a strip, Pillow would leave its area black.
     """
     width, height = image._tile_size
     check_pixels(width, height, name, limits)
@@ -312,8 +310,8 @@ def _check_icons(data: bytes, name: str, limits: ImageLimits) -> None:
 
 def _frame_notes(image: Image.Image) -> tuple[str, ...]:
     """Return a note on the number of frames, if the header gives it. Call this function last,
-    because it changes the file's position. A damaged later frame does not matter. Counting the
-    frames of a GIF or TIFF would read the whole file.
+    because it changes the file's position. A damaged later frame does not matter. For a GIF or TIFF
+    there is no number, because counting would read the whole file.
     """
     try:
         with _strictly():

@@ -64,7 +64,7 @@ ALLOWED = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
 
 
 def identify(data: bytes, name: str, formats: Sequence[str] = ()) -> str:
-    """Return a file's format by its content. `formats` must contain an optional format.
+    """Return a file's format by its content. An optional format must be in `formats`.
 
     >>> identify(b"P6 1 1 255 abc", "a.ppm", ("PPM",))
     'PPM'
@@ -120,7 +120,7 @@ def decoder(file_format: str, name: str, limits: ImageLimits) -> Decoder:
 
 
 def _is_hevc(data: bytes) -> bool:
-    """Return whether a HEIF container has HEVC images, rather than AV1 images."""
+    """Return whether a HEIF container contains HEVC images, not AV1 images."""
     if data[4:8] != b"ftyp":
         return False
     size = min(struct.unpack_from(">I", data)[0], IDENTIFY_BYTES, len(data))

@@ -22,7 +22,7 @@ FrameMemory: TypeAlias = tuple[memoryview, object]  # a frame's bytes, and their
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Frames:
-    """Hold the decoded frames of some time steps, and the grid that they will have.
+    """Hold the decoded frames of some time steps, and their grid after resizing.
 
     >>> pixels = bytes(4 * 60 * 90)  # red, green, blue and an unused byte of each pixel
     >>> config = ImageConfig.from_json({})
@@ -31,8 +31,9 @@ class Frames:
     ((Grid(t=2, h=4, w=6),), 48, 1176, 64800)
 
     `size` and `new_size` are the width and height in pixels, before and after resizing. `blocks`
-    are the bytes of each frame's pixels, row by row. The blocks stay valid while this object
-    exists. An odd number of frames repeats the last frame. `name` identifies the video in messages.
+    are the bytes of each frame's pixels, row by row, and stay valid while this object exists. If
+    the number of frames is odd, the last frame counts twice. `name` identifies the video in
+    messages.
     """
 
     blocks: tuple[memoryview, ...]
@@ -84,7 +85,7 @@ class Frames:
             yield replace(self, blocks=blocks, grids=(Grid(t, grid.h, grid.w),))
 
     def patchify(self) -> Patches:
-        """Resize and cut on the CPU, with the same bits."""
+        """Resize and cut on the CPU, with the same bits as on a GPU."""
         rows = FrameRows(len(self.blocks), self.new_size[::-1], self.config, self.name or "")
         for at, view in enumerate(self.blocks):
             block: Any = view
@@ -124,7 +125,8 @@ class FramesForGpu:
 
 
 class FrameRows:
-    """Collect a video's patches, each in the order channel, frame of the pair, row, column.
+    """Collect a video's patches, whose values are in the order channel, frame of the pair, row,
+    column.
 
     The patches cover `n_frames` frames of `size_px`, starting with the sampled frame `first`.
     """

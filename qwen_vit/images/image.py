@@ -74,23 +74,21 @@ ImageSource: TypeAlias = Union[
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """Set limits on one image. All limits except `max_seconds` apply before the decoder decodes
-    pixels.
+    """Set limits on one image. All except `max_seconds` apply before any pixels are decoded.
 
     >>> ImageLimits(max_pixels=50_000_000).max_file_bytes
     536870912
 
     If a file's header shows that a slow core might exceed `max_seconds`, a child process decodes
-    the file. qwen_vit kills the child at that limit. qwen_vit always decodes a PIL image in this
-    process.
+    the file, and is killed at that limit. A PIL image is always decoded in this process.
 
     `formats` enables formats of OPTIONAL_FORMATS, in addition to the default formats.
 
     `allow_urls` are hosts, such as "images.example.org" or "*.example.org:8443". qwen_vit fetches
-    images at https:// addresses of these hosts, and never fetches any other address.
+    images only from https:// addresses of these hosts.
 
     The limits apply to one call. qwen_vit neither reads nor sets Pillow's process-wide
-    MAX_IMAGE_PIXELS, but Pillow's WebP and GIF plug-ins read this limit. Raises ArgumentError for a
+    MAX_IMAGE_PIXELS, but Pillow's WebP and GIF plug-ins do read it. Raises ArgumentError for a
     limit below 1.
     """
 
@@ -114,11 +112,11 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RgbImage:
-    """Hold a loaded image. `picture` is a decoded PIL image of mode RGB, which no other object
-    shares.
+    """Hold a loaded image. `picture` is a decoded PIL image of mode RGB, not shared with any other
+    object.
 
     `format` is the format of the content ("JPEG", ..., "PIL", "array", "tensor"). `name` identifies
-    the image in messages. `notes` lists the changes, such as "EXIF orientation 6 applied".
+    the image in messages. `notes` lists the changes made, such as "EXIF orientation 6 applied".
     """
 
     picture: Image.Image
@@ -178,7 +176,7 @@ def is_allowed_host(host: str, port: int, allowed: Sequence[str]) -> bool:
 
 
 def check_formats(formats: object) -> tuple[str, ...]:
-    """Check names of optional formats, and return them sorted and in capitals.
+    """Check names of optional formats, and return them sorted and in upper case.
 
     >>> check_formats(["tga", "PPM"])
     ('PPM', 'TGA')

@@ -1,8 +1,8 @@
 """Check that a JPEG is complete. This module reads the scans, and libjpeg-turbo reads the blocks.
 
 libjpeg fills missing blocks with grey and only warns. Pillow drops these warnings, but simplejpeg
-reports them. simplejpeg decodes at an eighth of the size, where entropy decoding takes most of the
-time.
+reports them. simplejpeg decodes at an eighth of the size, at which entropy decoding takes most of
+the time.
 """
 
 import re
@@ -49,7 +49,7 @@ UNSEEN = -1
 
 @dataclass(slots=True)
 class JpegFile:
-    """Hold the data that the markers of a JPEG give.
+    """Hold the facts that the markers of a JPEG give.
 
     `pixel_part` is the first image without metadata, so that libjpeg warns only about pixels.
     `bits` gives, per component, the lowest bit of each coefficient that the scans have given so
@@ -74,7 +74,7 @@ def read_jpeg(data: bytes, name: str) -> JpegFile:
     """Read the markers of a JPEG's first image, without decoding.
 
     Raises ImageError with one of these codes. "slow" means more scans or segments than any encoder
-    writes. "format" means a kind of JPEG that Pillow does not read. "damaged" means scans that
+    writes. "format" means a kind of JPEG that Pillow cannot read. "damaged" means scans that
     contradict each other.
     """
     jpeg = JpegFile(len(data))
@@ -154,8 +154,8 @@ def check_blocks(jpeg: JpegFile, name: str) -> tuple[str, ...]:
 def check_strips(image: TiffImagePlugin.TiffImageFile, name: str) -> tuple[str, ...]:
     """Check the JPEG of each strip or tile of a TIFF, because libtiff also only warns.
 
-    Returns notes. Raises ImageError as `read_jpeg` and `check_blocks` do. qwen_vit cannot check fax
-    codes and old-style JPEG, and returns a note.
+    Returns notes, one of which names fax codes or old-style JPEG that cannot be checked. Raises
+    ImageError as `read_jpeg` and `check_blocks` do.
     """
     tags = image.tag_v2
     compression = tags.get(COMPRESSION, 1)
@@ -181,7 +181,7 @@ def check_strips(image: TiffImagePlugin.TiffImageFile, name: str) -> tuple[str, 
 
 
 def _judge(jpeg: JpegFile, warning: str, name: str) -> tuple[str, ...]:
-    """Turn libjpeg's first warning into an error, into notes, or into no notes."""
+    """Turn libjpeg's first warning into an error or into notes."""
     if "remature end" in warning:
         raise truncated("JPEG", name, "blocks of its picture are missing")
     if extraneous := EXTRANEOUS.search(warning):
@@ -195,10 +195,10 @@ def _judge(jpeg: JpegFile, warning: str, name: str) -> tuple[str, ...]:
 
 
 def _is_padding(jpeg: JpegFile, count: int) -> bool:
-    """Return whether the bytes after the last block repeat one value, and the repetition starts
+    """Return whether the bytes after the last block repeat one value and the repetition starts
     after that block.
 
-    If the run of this value is longer, libjpeg decoded the last blocks from the run, so the file
+    If the run of this value begins earlier, libjpeg decoded the last blocks from it, so the file
     lost data.
     """
     end = jpeg.entropy_end

@@ -2,8 +2,8 @@
 
 The rules are the same for a path, bytes, a PIL image and an array. The format depends only on the
 content. An animation gives its first frame. The loader applies EXIF orientation, composites
-transparency on white, and keeps the high byte of 16-bit samples. The loader converts all colour
-modes to RGB. The loader ignores embedded ICC profiles, as the reference processor does.
+transparency on white, keeps the high byte of 16-bit samples, and converts all colour modes to RGB.
+It ignores embedded ICC profiles, as the reference processor does.
 """
 
 import io
@@ -58,11 +58,10 @@ def load_image(
     Arrays and tensors are uint8, or floating point in [0, 1] (times 255, rounded half to even). The
     shape of an array is (H, W), or has a channel axis of 1, 3 or 4. `layout` places that axis.
     "auto" raises an error if the axis is ambiguous. A PIL image gives its current frame. The loader
-    may trigger Pillow's lazy loading, and does not change the image otherwise. Pass exif="ignore"
-    for images that are already upright, because `transpose` keeps the tag. With
-    `is_lent`, the result may share the pixels of a PIL image. The image then must not change.
-    `unwrap` describes rows. `name` identifies the image in messages. Many threads may call the
-    function at the same time.
+    may trigger Pillow's lazy loading, but does not change the image otherwise. Pass exif="ignore"
+    for images that are already upright, because `transpose` keeps the tag. With `is_lent`, the
+    result may share the pixels of a PIL image, which then must not change. `unwrap` describes rows.
+    `name` identifies the image in messages. Many threads may call the function at the same time.
 
     Raises ImageError with a `code` of errors.IMAGE_CODES, and ArgumentError for an unknown `layout`
     or `exif`.
@@ -157,7 +156,7 @@ def _is_struct(value: Mapping[str, Any]) -> bool:
 
 
 def read_image_file(path: str, name: str, limits: ImageLimits) -> bytes:
-    """Return a file's bytes, unchanged. The function opens only regular files.
+    """Return a file's bytes, unchanged, if it is a regular file.
 
     Raises ImageError with this `name`.
     """

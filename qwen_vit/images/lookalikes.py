@@ -66,7 +66,7 @@ class Lookalike(NamedTuple):
 
 
 def find_lookalike(data: bytes) -> Lookalike | None:
-    """Return the kind of a known file or of text, or None for other bytes.
+    """Describe a file of a known kind or of text. Return None for other bytes.
 
     >>> find_lookalike(b"404 Not Found").fact("an image")
     "a text file, not an image: it starts with '404 Not Found'"

@@ -27,8 +27,8 @@ class DecodingMemory:
     ...     memory.held
     1000
 
-    The default total is half of the memory that is available before the first decoding. The
-    machine, the control group and the process's own limit bound the available memory.
+    The default total is half of the memory that is available before the first decoding, within the
+    limits of machine, control group and process.
     """
 
     def __init__(self, total: int | None = None) -> None:
@@ -52,9 +52,9 @@ class DecodingMemory:
 
     @contextmanager
     def hold(self, n_bytes: int) -> Iterator[None]:
-        """Wait until this number of bytes fits, and reserve these bytes while the block runs.
+        """Wait until this number of bytes fits, and reserve it while the block runs.
 
-        A block must not reserve a second time, because it would wait for itself.
+        A block must not reserve a second time, because it might wait for itself.
         """
         ticket = object()
         with self._changed:
@@ -89,20 +89,20 @@ os.register_at_fork(after_in_child=decoding_memory.forget_other_threads)
 
 
 def _give_back() -> None:
-    """Return freed memory to the system, because glibc keeps freed memory in per-thread arenas."""
+    """Return freed memory to the system, because glibc keeps it in per-thread arenas."""
     with suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def set_decoding_memory(n_bytes: int | None) -> None:
-    """Set the bytes that all threads together may use for decoding. With None, the function
-    computes the bytes again.
+    """Set the bytes that all threads together may use for decoding. With None, compute the default
+    again.
 
     >>> set_decoding_memory(2**31)
     >>> set_decoding_memory(None)
 
-    If an image needs more, the threads decode no other image at the same time. Raises ArgumentError
-    for a value that is not a whole number above 0.
+    If an image needs more, no other image is decoded at the same time. Raises ArgumentError for a
+    value that is not a whole number above 0.
     """
     if n_bytes is not None and (
         isinstance(n_bytes, bool) or not isinstance(n_bytes, int) or n_bytes < 1
@@ -168,8 +168,8 @@ def _of_control_groups() -> Iterator[int]:
 
 
 def _left(group: Path, limit: str, used: str, cache: str) -> Iterator[int]:
-    """Yield the memory that a group leaves available. The group's inactive page cache counts as
-    free, because the system drops this cache."""
+    """Yield the memory that a group leaves available. Its inactive page cache counts as free,
+    because the system can drop it."""
     with suppress(OSError, ValueError):  # "max" is not a number
         left = int((group / limit).read_text()) - int((group / used).read_text())
         yield max(1, left + (_first_number(group / "memory.stat", cache) or 0))

@@ -25,7 +25,7 @@ ALIGNED_BYTES = 16
 def patches_on_gpu(
     parts: Sequence[Patches | Picture | Frames], device: torch.device, *, pinned_rows: int
 ) -> Patches:
-    """Join patches in order, after resizing and cutting the pictures and frames on the GPU.
+    """Resize and cut pictures and frames on the GPU, and join all patches in order.
 
     The call does not wait for the GPU. Raises torch.cuda.OutOfMemoryError.
     """
@@ -54,7 +54,7 @@ def patches_on_gpu(
 
 
 class _Sized(Protocol):
-    """Describe a picture by its sizes, each a width and height in pixels."""
+    """Define the sizes of a picture, each a width and height in pixels."""
 
     @property
     def size(self) -> tuple[int, int]: ...
@@ -138,7 +138,7 @@ def _resize_and_cut(pictures: Sequence[Picture], device: torch.device) -> torch.
 
 
 def _resize_and_cut_frames(videos: Sequence[Frames], device: torch.device) -> torch.Tensor:
-    """Return the rows of two frames of several videos, in groups of whole time steps."""
+    """Return the rows of several videos, each of two frames. Process whole time steps in groups."""
     config = videos[0].config
     n_rows = sum(video.n_patches for video in videos)
     out = torch.empty((n_rows, videos[0].n_values), dtype=torch.uint8, device=device)
@@ -168,11 +168,11 @@ def _resize_and_cut_frames(videos: Sequence[Frames], device: torch.device) -> to
 def _copy_staged(blocks: Iterable[memoryview], buffer: torch.Tensor) -> None:
     """Copy bytes to the start of a GPU buffer through pinned memory of one size.
 
-    torch reuses the pinned memory after the GPU has read it. torch keeps memory of every size, so
+    torch reuses the pinned memory after the GPU has read it, but keeps memory of every size, so
     this function always requests the same size. A memoryview keeps the GIL while it copies, because
-    waiting for the GIL again would take longer than a small copy. NumPy
-    releases the GIL, so threads decode while it copies a frame. After STAGES copies, the function
-    waits for the oldest copy.
+    waiting for the GIL again would take longer than a small copy. NumPy releases the GIL, so
+    threads decode while it copies a frame. After STAGES copies, the function waits for the oldest
+    one.
     """
     done = filled = 0
     copies: deque[torch.cuda.Event] = deque()
@@ -206,7 +206,7 @@ def _copy_staged(blocks: Iterable[memoryview], buffer: torch.Tensor) -> None:
 
 
 def _event_after(buffer: torch.Tensor) -> torch.cuda.Event:
-    """Return an event after the current work of a GPU's stream."""
+    """Return an event that marks the end of the current work on a GPU's stream."""
     event = torch.cuda.Event(blocking=True)
     event.record(torch.cuda.current_stream(buffer.device))
     return event

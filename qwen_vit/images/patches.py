@@ -40,11 +40,11 @@ class Patches:
     >>> patches.pixels.shape, patches.grids
     (torch.Size([24, 588]), (Grid(t=1, h=4, w=6),))
 
-    For images, `pixels` has shape (N, 588): channel, row, column of one frame. The object stores a
-    still image's two equal frames once. For videos, `pixels` has shape (N, 1176): channel, frame of
+    For images, `pixels` has shape (N, 588): channel, row, column of one frame, because the two
+    frames of a still image are equal. For videos, `pixels` has shape (N, 1176): channel, frame of
     the pair, row, column. In grid order, merge units are in raster order, and a unit's 4 patches
-    are adjacent. `name` identifies the image in messages and ids. Patches of several images have no
-    name. Raises ImageError with code "patches" if pixels and grids disagree.
+    are adjacent. `name` identifies the image in messages and ids, and is None for several images.
+    Raises ImageError with code "patches" if pixels and grids disagree.
     """
 
     pixels: torch.Tensor
@@ -77,8 +77,7 @@ class Patches:
 
     @property
     def n_values(self) -> int:
-        """Return the number of values in a row, which has one frame of an image or two frames of a
-        video."""
+        """Return the number of values in a row: one frame of an image, or two frames of a video."""
         return self.pixels.shape[1]
 
     @property
@@ -88,7 +87,7 @@ class Patches:
 
     @classmethod
     def cat(cls, parts: Iterable[Self], *, pinned_rows: int = 0) -> Self:
-        """Join the patches of several images in order. For no images, the result has the shape (0,
+        """Join the patches of several images in order. Without images, the result has the shape (0,
         588).
 
         The result is on the device of the first patches. With `pinned_rows`, CPU patches go into
@@ -128,14 +127,14 @@ class Patches:
         return cls(joined, grids)
 
     def split_steps(self, most: int) -> "list[Patches]":
-        """Split a video into pieces of whole time steps, with at most `most` patches if one step
-        fits.
+        """Split a video into pieces of whole time steps. A piece has at most `most` patches, or one
+        step.
 
         >>> video = Patches(torch.zeros(72, 1176, dtype=torch.uint8), (Grid(3, 4, 6),))
         >>> [piece.grids[0].t for piece in video.split_steps(50)]
         [2, 1]
 
-        Attention never crosses time steps, so the pieces have the same features as the video.
+        Attention never crosses time steps, so the pieces give the same features as the whole video.
         """
         [grid] = self.grids
         in_step = grid.h * grid.w
@@ -152,8 +151,8 @@ class Patches:
     def to_rows(self, config: ImageConfig) -> torch.Tensor:
         """Return the processor's normalised `pixel_values`: float32 (N, 1176), on the same device.
 
-        Each row has the order channel, frame, row, column. Raises ImageError with code "patches" if
-        the configuration has a different patch size.
+        The values of a row are in the order channel, frame, row, column. Raises ImageError with
+        code "patches" if the configuration has a different patch size.
         """
         expected = CHANNELS * config.patch_px**2
         is_video = self.pixels.shape[1] == expected * config.temporal_patch_size
@@ -184,10 +183,10 @@ def smart_resize(
     >>> smart_resize(100, 200, factor=28, min_pixels=3136, max_pixels=1003520)
     (112, 196)
 
-    Sides are in pixels. The function rounds half to even, as Python does. The function then reduces
-    the size (floor) to at most `max_pixels`, or increases the size (ceil) to at least `min_pixels`.
-    A thin image may exceed `max_pixels`, because no side is below `factor`. Raises ImageError with
-    code "zero-side" or "ratio" and with `name`, and ArgumentError for limits that no size can meet.
+    Sides are in pixels. The function rounds half to even, as Python does. It then reduces the size
+    (floor) to at most `max_pixels`, or increases it (ceil) to at least `min_pixels`. A thin image
+    may exceed `max_pixels`, because no side is below `factor`. Raises ImageError with code
+    "zero-side" or "ratio" and with `name`, and ArgumentError for limits that no size can meet.
     """
     check_sides(height, width, name)
     _check_limits(factor, min_pixels, max_pixels)
@@ -210,8 +209,8 @@ def target_size(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> tu
     >>> target_size(Image.new("RGB", (200, 100)), ImageConfig.from_json({}))
     (112, 196)
 
-    Sides are in pixels. Raises ImageError as smart_resize does. Raises ImageError with code
-    "patches" for any other mode than RGB, or another dtype or shape.
+    Sides are in pixels. Raises ImageError as smart_resize does, and with code "patches" for any
+    mode, dtype or shape other than those of an RGB image.
     """
     if isinstance(rgb, Image.Image):
         width, height = rgb.size
@@ -242,8 +241,8 @@ def resize_image(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> N
     """Resize an image to smart_resize's size with Pillow's bicubic filter, on uint8.
 
     `rgb` is a Pillow image of mode RGB, or uint8 (height, width, 3). If the size already fits, the
-    function returns the image unchanged. Raises ImageError as smart_resize does. Raises ImageError
-    with code "patches" for any other mode, dtype or shape.
+    pixels are unchanged. Raises ImageError as smart_resize does, and with code "patches" for any
+    other mode, dtype or shape.
     """
     new_height, new_width = target_size(rgb, config, name=name)
     old = rgb.size[::-1] if isinstance(rgb, Image.Image) else rgb.shape[:2]
@@ -261,7 +260,7 @@ def patchify(rgb: Rgb, config: ImageConfig, *, name: str | None = None) -> Patch
 
     `rgb` is a Pillow image of mode RGB, which saves a copy, or uint8 (height, width, 3). `name`
     identifies the image in messages and becomes the patches' name. Raises ImageError as
-    resize_image does. Raises ImageError with code "memory" if the process runs out of memory.
+    resize_image does, and with code "memory" if the process runs out of memory.
     """
     called = "the image" if name is None else name
     with limited_memory(called):

@@ -1,8 +1,7 @@
 """Hand a decoded RGB picture to the GPU, which resizes it and cuts it into patches.
 
-Pillow stores 4 bytes per pixel: red, green, blue and one unused byte. Pillow's Arrow interface
-gives the address of these bytes. With `np.asarray`, a copy through Python objects took 6 ms at 1344
-px.
+Pillow stores 4 bytes per pixel: red, green, blue and one unused byte. Its Arrow interface gives the
+address of these bytes. `np.asarray` copies through Python objects, which took 6 ms at 1344 px.
 """
 
 import ctypes
@@ -36,15 +35,15 @@ class _ArrowArray(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Picture:
-    """Hold a decoded RGB picture, and the grid that it will have.
+    """Hold a decoded RGB picture, and its grid after resizing.
 
     >>> picture = Picture.of(Image.new("RGB", (100, 200)), ImageConfig.from_json({}))
     >>> picture.grids, picture.n_patches, picture.n_bytes
     ((Grid(t=1, h=14, w=8),), 112, 80000)
 
     `size` is the width and height before resizing, in pixels. `parts` are the picture, or bands of
-    its rows. `blocks` are the bytes of their pixels, row by row. The blocks stay valid while this
-    object exists. `name` identifies the image in messages and ids.
+    its rows. `blocks` are the bytes of their pixels, row by row, and stay valid while this object
+    exists. `name` identifies the image in messages and ids.
     """
 
     size: tuple[int, int]
@@ -97,20 +96,21 @@ class Picture:
         return passes(self.size, self.new_size)
 
     def patchify(self) -> Patches:
-        """Resize and cut on the CPU, with the same bits."""
+        """Resize and cut on the CPU, with the same bits as on a GPU."""
         with limited_memory("the image" if self.name is None else self.name):
             rgb = _joined(self.parts, self.size)
         return patchify(rgb, self.config, name=self.name)
 
 
 def resizes_on(device: torch.device) -> bool:
-    """Return whether this device is a GPU that resizes pictures with the installed Pillow's
-    bits."""
+    """Return whether this device is a GPU that resizes pictures to the same bits as the installed
+    Pillow."""
     return device.type == "cuda" and knows_pillow()
 
 
 def _parts(rgb: Image.Image) -> tuple[Image.Image, ...]:
-    """Return a picture, or copies of its bands of rows. Each band fits a block of memory."""
+    """Return the picture, or copies of bands of its rows. Each band fits into one block of
+    memory."""
     n_bytes = PIXEL_BYTES * rgb.width * rgb.height
     if n_bytes <= BLOCK_BYTES:
         return (rgb,)
@@ -123,7 +123,7 @@ def _parts(rgb: Image.Image) -> tuple[Image.Image, ...]:
 
 
 def _joined(parts: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
-    """Return the picture of these bands of rows."""
+    """Join bands of rows into one picture."""
     if len(parts) == 1:
         return parts[0]
     whole, top = Image.new("RGB", size), 0

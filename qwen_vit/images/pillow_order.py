@@ -23,7 +23,7 @@ Size: TypeAlias = tuple[int, int]  # width, height in pixels
 
 
 def _shrinks_height_more(old: Size, new: Size) -> bool:
-    """Return whether the height loses pixels, and more than twice as many as the width."""
+    """Return whether the height loses pixels, more than twice as many as the width."""
     lost_width, lost_height = old[0] - new[0], old[1] - new[1]
     return lost_height > 0 and lost_height > 2 * lost_width
 
@@ -43,7 +43,7 @@ MACHINES = ("x86_64", "AMD64")
 
 
 def passes(old: Size, new: Size, version: str = PIL.__version__) -> tuple[Axis, ...]:
-    """Return the axes in Pillow's order of resizing, without sides that keep their length.
+    """Return the axes to resize in Pillow's order, without sides that keep their length.
 
     >>> passes((100, 200), (56, 84), "13.0.0"), passes((100, 200), (56, 84), "12.3.0")
     (('vertical', 'horizontal'), ('horizontal', 'vertical'))
@@ -60,7 +60,7 @@ def passes(old: Size, new: Size, version: str = PIL.__version__) -> tuple[Axis, 
 
 @cache  # one warning per process
 def knows_pillow(version: str = PIL.__version__) -> bool:
-    """Return whether a GPU can resize with the bits of this Pillow, and log a negative answer
+    """Return whether a GPU can resize to the same bits as this Pillow. Log a negative answer
     once."""
     machine = platform.machine()
     if version in KNOWN_PILLOWS and machine in MACHINES:

@@ -1,8 +1,7 @@
 """Remove large, faulty or unused PNG chunks that could make Pillow reject the file.
 
 The PNG specification allows a decoder to skip ancillary chunks. Pillow rejects a whole file if one
-such chunk is damaged. Pillow also rejects text or a colour profile that inflates to more than 1
-MiB.
+such chunk is damaged, or if text or a colour profile inflates to more than 1 MiB.
 """
 
 import struct

@@ -85,7 +85,7 @@ def normalise(values: Tensor, config: ImageConfig) -> Tensor:
 def _constants(config: ImageConfig, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return 255 and the channels' mean and deviation, as float32 tensors on a device.
 
-    On a GPU, torch replaces a division by a Python number by a product with the reciprocal. 3 of
+    On a GPU, torch replaces a division by a Python number with a product with the reciprocal. 3 of
     the 768 values of a published model's pixels would then have other bits in float16.
     """
     with torch.inference_mode(False):  # the tensors outlive the caller's mode
@@ -99,8 +99,8 @@ def pixels_for_tower(
 ) -> Tensor:
     """Convert uint8 rows (N, P) to the tower's input, on the same device.
 
-    If every image is a still with two equal frames, return the first frames, (N, P / 2). For
-    videos, return the normalised float32 rows (N, P).
+    With `still`, both frames of a row are equal, and the result is the first frame, (N, P / 2). For
+    videos, it is the normalised float32 rows (N, P).
     """
     frames = config.in_channels, config.temporal_patch_size, config.patch_px**2
     pixels = rows.view(len(rows), *frames)

@@ -1,4 +1,4 @@
-"""Read the first directory of a TIFF, and of Exif, which uses the same structure."""
+"""Read the first directory of a TIFF, or of Exif data, which have the same structure."""
 
 import struct
 from dataclasses import dataclass
@@ -100,7 +100,7 @@ def read_directory(data: bytes) -> Directory:
 
 
 def numbers(data: bytes, directory: Directory, tag: int) -> tuple[int, ...]:
-    """Return up to 16 whole numbers of a tag, or no numbers for a missing tag or another type.
+    """Return up to 16 whole numbers of a tag, or none for a missing tag or another type.
 
     >>> tiff = b"II*\\0\\x08\\0\\0\\0\\x01\\0" + struct.pack("<HHIHH", 262, 3, 1, 2, 0)
     >>> numbers(tiff, read_directory(tiff), 262)
@@ -115,7 +115,7 @@ def numbers(data: bytes, directory: Directory, tag: int) -> tuple[int, ...]:
 
 
 def check_directory(data: bytes) -> None:
-    """Raise ValueError if the entries together claim far more bytes than the data has.
+    """Raise ValueError if the entries together claim far more bytes than the data contains.
 
     Pillow copies the values of every entry, so entries that share bytes multiply the memory.
     """
@@ -152,8 +152,7 @@ def check_tags(image: TiffImagePlugin.TiffImageFile, name: str) -> None:
 
 
 def grey_depth(image: TiffImagePlugin.TiffImageFile) -> tuple[int, bool]:
-    """Return a grey sample's bits above 8, and whether 0 is white, because Pillow ignores both
-    facts."""
+    """Return a grey sample's bits above 8 and whether 0 is white, because Pillow ignores both."""
     return max(_values(image.tag_v2, BITS)), image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
 
 

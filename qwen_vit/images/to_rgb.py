@@ -64,7 +64,7 @@ def to_rgb(
 
 
 def check_exif(image: Image.Image) -> None:
-    """Raise ValueError if the Exif entries claim more bytes than the Exif data has.
+    """Raise ValueError if the Exif entries claim far more bytes than the Exif data contains.
 
     Pillow copies the bytes that each entry refers to, and 5,000 entries can share 64 KB.
     """
@@ -76,8 +76,7 @@ def check_exif(image: Image.Image) -> None:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Return whether Pillow will reduce 16-bit samples. Call this function before Pillow loads the
-    image."""
+    """Return whether Pillow will reduce 16-bit samples. Call this before Pillow loads the image."""
     tiles = getattr(image, "tile", ())
     raw_modes = (t[3][0] if isinstance(t[3], tuple) and t[3] else t[3] for t in tiles)
     return any(isinstance(mode, str) and ";16" in mode for mode in raw_modes)

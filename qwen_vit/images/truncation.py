@@ -1,6 +1,6 @@
-"""Check that a container has every byte, and that a PNG has every row, that the headers declare.
+"""Check that a container has all bytes, and a PNG all rows, that the headers declare.
 
-At the end of some truncated files, Pillow stops without an error and fills in the missing pixels.
+For some truncated files, Pillow stops without an error and fills in the missing pixels.
 """
 
 import struct

@@ -66,21 +66,20 @@ def find_items(
     ['tests/photographs/astronaut.png', 'tests/photographs/chelsea.png']
 
     A file's id is its path as the caller passed it. In a folder, the id is the path below the
-    folder. In a tar, the id is the tar's name and the member's name. The function reads Parquet
-    files only with named `columns`. A row's id is the file's name and the row, or the value in the
-    id column.
+    folder. In a tar, the id is the tar's name and the member's name. Parquet files are read only if
+    `columns` is given. A row's id is the file's name and the row, or the value in the id column.
 
     A .txt list has one path per line. A .jsonl list has one object per line, with "path" or
-    "source", and "id". A .jsonl list gives the ids, and paths are relative to the list's folder.
-    "-" reads a list from standard input, whose paths are relative to the current folder.
+    "source", and "id". Paths in a list are relative to its folder. "-" reads a list from standard
+    input, whose paths are relative to the current folder.
 
     The function searches folders to every depth, through links, in byte order of the names. It
-    skips files without an image extension, and counts these files by extension in `left_out`.
-    Neither folders nor `**` in a pattern follow a link to a parent folder.
+    skips files without an image or video extension, and counts them by extension in `left_out`.
+    Neither a folder's search nor `**` in a pattern follows a link to a parent folder.
 
-    Raises ExportError for an input that does not exist, an address, and a list that cannot be read.
-    With `must_exist=False`, reading the item reports the first two errors. A problem below an
-    input, such as an unreadable folder, becomes an item with `error`.
+    Raises ExportError for an input that does not exist, for an address, and for a list that cannot
+    be read. With `must_exist=False`, reading the item reports the first two errors. A problem below
+    an input, such as an unreadable folder, becomes an item with `error`.
     """
     left_out = Counter() if left_out is None else left_out
     _check_alone(inputs, columns)
@@ -98,8 +97,7 @@ def find_items(
 
 
 def is_missing(given: str) -> bool:
-    """Return whether an input is a path that does not exist, and not a pattern, an address or
-    standard input."""
+    """Return whether an input is a missing path: not a pattern, an address or standard input."""
     is_pattern = glob.has_magic(given) and not is_https(given)  # a query starts with "?"
     is_path = not (is_pattern or given == STDIN or is_remote(given))
     return is_path and not os.path.lexists(given)
@@ -117,7 +115,7 @@ def check_inputs(inputs: Sequence[str], columns: ParquetColumns | None = None) -
 
 
 def warn_of_skipped(left_out: Counter[str]) -> None:
-    """Log a warning with the skipped files of folders and tars, by extension."""
+    """Log a warning that counts the skipped files of folders and tars by extension."""
     if left_out:
         kinds = left_out.most_common(MAX_SUFFIXES_LOGGED)
         named = ", ".join(
@@ -214,7 +212,8 @@ def _remote_items(
 
 
 def _versioned(items: Iterator[Item], found: RemoteObject) -> Iterator[Item]:
-    """Add an object's version to its parts. Reading a part of a replaced object is an error."""
+    """Add an object's version to its parts, so that reading a part of a replaced object is an
+    error."""
     return (replace(item, version=found.version) for item in items)
 
 
@@ -309,8 +308,7 @@ def _plain_matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
 def _folder_items(
     folder: str, left_out: Counter[str], columns: ParquetColumns | None
 ) -> Iterator[Item]:
-    """Yield items depth first, without recursion. The function follows no link to a parent
-    folder."""
+    """Yield items depth first, without recursion, following no link to a parent folder."""
     above = [_identity(folder)]
     stack = [_entries(folder, "")]
     while stack:
@@ -336,8 +334,7 @@ def _folder_items(
 
 
 def _entries(folder: str, below: str) -> Iterator[tuple[Item, bool]]:
-    """Yield a folder's entries, and whether each entry is a folder. Only links need a system
-    call."""
+    """Yield a folder's entries, and whether each is a folder. Only links need a system call."""
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: os.fsencode(entry.name))

@@ -1,8 +1,8 @@
 """List the images to export in one order. Each image has an id and a source.
 
-A listing has one JSON object per line, and an export freezes it in its folder: `{"id": ...,
-"source": ...}`. An image inside a tar also has `offset` and `size` in bytes, so reading it again
-needs no search. An image in a Parquet file has `row` and `column`.
+A listing has one JSON object per line: `{"id": ..., "source": ...}`. An export freezes it in its
+folder. An image inside a tar also has `offset` and `size` in bytes, so rereading it needs no
+search. An image in a Parquet file has `row` and `column`.
 """
 
 import hashlib
@@ -81,7 +81,8 @@ class Item:
         return cls(id, source, error=(error.code, str(error)))
 
     def to_json(self) -> str:
-        """Return the item as one line. A name that is not Unicode keeps its bytes as surrogates."""
+        """Return the item as one line. Surrogates preserve the bytes of a name that is not
+        Unicode."""
         facts: dict[str, Any] = {"id": self.id, "source": self.source}
         if self.offset is not None:
             facts |= {"offset": self.offset, "size": self.size}
@@ -114,7 +115,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Describe a frozen listing by its file, its image count, and the first byte of each shard's
+    """Describe a frozen listing by its file, its image count and the first byte of each shard's
     lines.
 
     `n_videos` counts images with a video's name.

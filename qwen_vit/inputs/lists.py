@@ -99,7 +99,7 @@ def json_list_items(path: str) -> Iterator[Item]:
 
 
 def _is_name(value: object) -> TypeGuard[str]:
-    """Return whether a value is text, or a file name's bytes that Python decoded as text."""
+    """Return whether a value is a text that can be a file name, with surrogates for other bytes."""
     if not isinstance(value, str) or not value:
         return False
     try:
@@ -110,7 +110,8 @@ def _is_name(value: object) -> TypeGuard[str]:
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that are not empty, numbered from 1, without a byte order mark."""
+    """Yield the lines that are not empty, each with its number from 1, without a byte order
+    mark."""
     try:
         with open_input(path, path, "a list") as file:
             for number, line in _bounded_lines(file, path):
@@ -133,7 +134,8 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _bounded_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines, numbered from 1. Raises ExportError for a line that is too long."""
+    """Yield the lines, each with its number from 1. Raises ExportError for a line that is too
+    long."""
     for number in count(1):
         line = file.readline(MAX_NAME_BYTES + 1)
         if not line:

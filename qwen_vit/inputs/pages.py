@@ -33,7 +33,7 @@ def page_items(items: Iterable[Item], limits: ImageLimits) -> Iterator[Item]:
 
 
 def as_page(data: bytes, item: Item) -> bytes | ImagePage:
-    """Return the bytes of an item's image, or the page of the image that the item selects."""
+    """Return an item's image: its bytes, or the page that the item selects."""
     return data if item.page is None else ImagePage(data, item.page)
 
 
@@ -47,8 +47,7 @@ def _count(item: Item, limits: ImageLimits) -> int:
 
 
 def _has_one_page(item: Item) -> bool:
-    """Return whether a file has a format without pages, so that the listing need not read the
-    file."""
+    """Return whether a file's format has no pages, so that the listing need not read the file."""
     is_on_disk = not (is_remote(item.source) or is_https(item.source))
     if is_on_disk and not os.path.isfile(item.source):  # opening a FIFO would block
         return True

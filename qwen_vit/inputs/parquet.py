@@ -46,7 +46,7 @@ column as well.
     def of(cls, image: str | None, id: str | None) -> "ParquetColumns | None":
         """Return the named columns, or None. Raises ArgumentError for invalid names.
 
-        A caller may pass `image` without `id`, but `id` needs `image`.
+        `image` may be given without `id`, but not `id` without `image`.
         """
         for name, value in (("column", image), ("id_column", id)):
             if value is not None and (not isinstance(value, str) or not value):
@@ -121,8 +121,7 @@ def _check_rows(metadata: Any, n_bytes: int, name: str) -> None:
 
 
 def needs_column(path: str) -> ExportError:
-    """Return the error for a Parquet file without a named column. The error lists the image
-    columns."""
+    """Return the error for a Parquet file without a named column, which lists the image columns."""
     columns: list[str] = []
     try:
         with open_parquet_file(path, path) as file:

@@ -1,8 +1,8 @@
 """Check the header of each Parquet page before pyarrow allocates the page.
 
-pyarrow allocates what a header claims, so a file of 2 kB could take 2 GB. The header's bytes pass
-this module first, because pyarrow reads a column in order. In the delta encodings, the content also
-claims a number of values.
+pyarrow allocates as many bytes as a header claims, so a file of 2 kB could take 2 GB. pyarrow reads
+a column in order, so the header's bytes pass through this module first. In the delta encodings, the
+content also claims a number of values.
 """
 
 from typing import Any, BinaryIO, NamedTuple
@@ -29,7 +29,7 @@ TRUE, FALSE, I32, STRUCT = 1, 2, 5, 12  # types in Thrift's compact protocol
 
 
 class CheckedPages:
-    """Pass a file to pyarrow, and check the pages of one row group's column on the way."""
+    """Pass a file's bytes to pyarrow, and check the pages of one row group's column on the way."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -39,7 +39,7 @@ class CheckedPages:
     def expect(self, parquet: Any, group: int, column: str, most: int | None = None) -> None:
         """Check the pages of this column in the reads that follow.
 
-        A page may have at most `most` bytes, or the bytes that decoding may use.
+        A page may have at most `most` bytes, by default as many as decoding may use.
         """
         leaves = {
             at: leaf
@@ -103,7 +103,7 @@ class _Chunk:
         self._header: PageHeader | None = None  # of the page whose content is held
 
     def follow(self, at: int, data: bytes) -> None:
-        """Check the headers in the bytes at this position of the file."""
+        """Check the page headers in the bytes at this position of the file."""
         if at == self._start:  # pyarrow reads the column, or reads it again
             self._begin(at)
         end = at + len(data)
@@ -249,7 +249,8 @@ class _Compact:
     def fields(self, depth: int) -> dict[tuple[int, int], Any]:
         """Read a struct, and return its integers, flags and structs by number and type.
 
-        The last one of a number counts, and structs of one number are one struct, as in Thrift.
+        If a field's number repeats, the last value counts, and repeated structs are merged, as in
+        Thrift.
         """
         found: dict[tuple[int, int], Any] = {}
         number = 0

@@ -1,8 +1,7 @@
 """Read rows of Parquet files as a stream.
 
-The reader reads row groups forward, page by page, and only the pages of one column. Loader threads
-request rows in about the order of the listing. All threads of a process therefore share a few
-readers.
+A reader reads row groups forward, page by page, and only the pages of one column. Loader threads
+request rows in about the order of the listing, so all threads of a process share a few readers.
 """
 
 import os
@@ -97,13 +96,13 @@ class _Reader:
         self._torn: dict[int, tuple[int, ImageError]] = {}  # group -> the first lost row
 
     def suits(self, row: int) -> bool:
-        """Return whether the reader has the row, or will reach the row in the current row group."""
+        """Return whether the reader has the row, or will reach it in the current row group."""
         return row in self.kept or (
             self.next_row <= row and self._group(row) == self._group(self.next_row)
         )
 
     def value(self, row: int) -> Any:
-        """Return the value of a row, and drop the value. The caller must have the lock."""
+        """Return the value of a row, and drop it. The caller must hold the lock."""
         if self._file is None:
             self._open()
         if not 0 <= row < self._starts[-1]:
@@ -125,7 +124,7 @@ class _Reader:
         return value
 
     def close(self) -> None:
-        """Close the file. The caller must have the lock."""
+        """Close the file. The caller must hold the lock."""
         self.is_closed = True
         self._batches = iter(())
         self.kept.clear()
@@ -150,8 +149,8 @@ class _Reader:
     def _begin_at(self, group: int) -> None:
         """Start reading at a row group's first row.
 
-        pyarrow cannot start inside a row group. A batch has one row, because rows can repeat one
-        image in a few bytes, and a batch would have the image's bytes for each.
+        pyarrow cannot start inside a row group. A batch has one row, because in a few bytes many
+        rows can repeat one image, and a larger batch would contain a copy for each row.
         """
         self._pages.expect(self._parquet, group, self._column)
         self._batches = self._parquet.iter_batches(

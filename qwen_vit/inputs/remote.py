@@ -38,12 +38,11 @@ SLASHES = re.compile(r"(?<=[^:/])/{2,}")
 
 
 def listed_objects(address: str) -> Iterator[tuple[str, RemoteObject, bool]]:
-    """Yield the objects of an address, with each object's name, and whether the address names this
-    object.
+    """Yield the objects of an address, with each object's name, and whether the address is the
+    object's own.
 
-    If the address names the object itself, the name is the address. Otherwise the name is the
-    object's path below the address. Raises ExportError if the address does not exist or cannot be
-    listed.
+    For a folder, the name is the object's path below the folder. For an object or a pattern, it is
+    the object's address. Raises ExportError if the address does not exist or cannot be listed.
     """
     address = SLASHES.sub("/", address)
     count = 0
@@ -104,7 +103,7 @@ def open_input(
 
 
 def read_object(item: Item, limits: ImageLimits) -> bytes:
-    """Return the bytes of an image in an object. Raises ImageError with the item's id."""
+    """Return the bytes of an image in object storage. Raises ImageError with the item's id."""
     with _image_errors(item):
         start, size, version = _extent(item)
         check_file_bytes(size, item.id, limits)
@@ -127,7 +126,7 @@ def copy_object(item: Item, file: BinaryIO, check_size: Callable[[int], None]) -
 
 
 def _extent(item: Item) -> tuple[int, int, str | None]:
-    """Return an item's offset in its object, the item's bytes, and the object's version."""
+    """Return an item's offset in its object, its number of bytes, and the object's version."""
     if item.size is not None:
         return item.offset or 0, item.size, item.version
     found = find_object(item.source)  # a list gives no size

@@ -40,8 +40,8 @@ def tar_items(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
     """Yield the images in a tar without reading them. A problem of the tar becomes an item with an
     error.
 
-    A member's id is the tar's `name` and the member's name. The function skips members without an
-    image extension, and counts these members by extension in `left_out`.
+    A member's id is the tar's `name` and the member's name. Members without an image or video
+    extension are skipped, and counted by extension in `left_out`.
     """
     try:
         if name.lower().endswith(COMPRESSED_TARS):
@@ -117,7 +117,7 @@ def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> It
 
 
 class _Headers:
-    """Read a tar's headers up to a size limit, because tarfile has no limit.
+    """Read a tar's headers up to a size limit, because tarfile sets none.
 
     One member has a long name and pax records.
     """

@@ -1,7 +1,8 @@
 """Read images at https:// addresses of allowed hosts, only over public networks.
 
-The author of a list must not gain access to this machine's own network. Each connection therefore
-checks its own IP address. A name that resolves differently the next time cannot bypass this check.
+The author of a list must not gain access to this machine's own network. Therefore each connection
+checks the IP address that it uses, and a name that resolves differently the next time cannot bypass
+the check.
 """
 
 import errno
@@ -35,7 +36,7 @@ HEADERS = {"User-Agent": "qwen-vit", "Accept": "image/*", "Accept-Encoding": "id
 
 
 class _RefusedError(Exception):
-    """Report an answer or an address for which a retry is useless."""
+    """Report a response or an address for which a retry is useless."""
 
     def __init__(self, fact: str, remedy: str, code: str) -> None:
         super().__init__(fact)
@@ -52,8 +53,8 @@ def is_https(source: str) -> bool:
 
 
 def read_url(url: str, name: str, limits: ImageLimits) -> bytes:
-    """Return the bytes at an address. `limits.allow_urls` must name the address's host and the
-    hosts of redirects.
+    """Return the bytes at an address. `limits.allow_urls` must name its host and the hosts of
+    redirects.
 
     Raises ImageError with `name`. If a retry may help, the error's context is an OSError.
     """
@@ -113,7 +114,7 @@ def _ends_at(connection: http.client.HTTPConnection, end: float) -> Iterator[Non
 
 
 def _checked(url: str, limits: ImageLimits) -> tuple[SplitResult, str, int]:
-    """Return the parts of an address that the limits allow."""
+    """Return the parts of an address, if the limits allow it."""
     try:
         if not url.isascii() or re.search(r"[\x00-\x20\x7f]", url):
             raise ValueError

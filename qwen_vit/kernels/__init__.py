@@ -24,7 +24,7 @@ _is_plain = ContextVar("is_plain", default=False)
 
 
 def uses_hopper_kernels() -> bool:
-    """Return whether a Hopper GPU runs the Hopper kernels, and not the plain kernels."""
+    """Return whether a Hopper GPU runs the Hopper kernels instead of the plain kernels."""
     return IS_KNOWN_GLUON and not _is_plain.get()
 
 

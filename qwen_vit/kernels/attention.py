@@ -1,16 +1,16 @@
 """Compute variable-length flash attention with 2D RoPE in registers, with three Triton kernels.
 
-`_window_attention` handles segments whose keys fit one tile. In this kernel, the keys are the query
-rows. The kernel applies RoPE to Q and K with the same angles while it loads Q and K.
+`_window_attention` handles segments whose keys fit one tile, so the keys are the query rows. The
+kernel applies RoPE to Q and K, with the same angles, as it loads them.
 
-`_full_attention` handles segments with several key tiles. The kernel applies RoPE to Q while it
-loads Q, and keeps Q in registers. `_rotate_keys` applies RoPE to K once beforehand. Inside the key
-loop, each query tile would repeat that work. On Hopper, the assembler would also serialise the
-matrix instructions in the loop.
+`_full_attention` handles segments with several key tiles. The kernel applies RoPE to Q as it loads
+Q, which stays in registers. `_rotate_keys` applies RoPE to K once beforehand. Inside the key loop,
+each query tile would repeat that work and, on Hopper, the assembler would serialise the loop's
+matrix instructions.
 
-The kernels read Q, K and V in place from the fused QKV projection. The kernels cut the head dim
-into a main part and a tail, both powers of two (80 = 64 + 16). This cut needs no multiply-add for
-padding. On Hopper `attention_hopper` replaces both attention kernels for the published head dim.
+The kernels read Q, K and V in place from the fused QKV projection. They split the head dim into a
+main part and a tail, both powers of two (80 = 64 + 16), so that no multiply-adds are spent on
+padding. On Hopper, `attention_hopper` replaces both attention kernels for the published head dim.
 
 The prefixes are `b_` for blocks, `p_` for pointers, `m_` for masks and `o_` for offsets. A comment
 gives each block's shape. These tuples group related values: rope = (cos, sin, axis_index),
@@ -44,8 +44,8 @@ class RotaryTable:
     """Store the RoPE cosines and sines, and each token's index into them.
 
     An axial table has shape (positions, R / 2). A token's first R / 2 pairs use the table row
-    `index[token, 0]`, which is the patch row. The other pairs use the table row `index[token, 1]`,
-    which is the patch column. A table per token has shape (N, R), and `index` is None.
+    `index[token, 0]`, the patch row. The other pairs use the table row `index[token, 1]`, the patch
+    column. A table per token has shape (N, R), and its `index` is None.
     """
 
     cos: torch.Tensor
@@ -62,7 +62,7 @@ class RotaryTable:
 
 @dataclass(frozen=True, slots=True)
 class AttentionTile:
-    """Set the shape of an attention tile and the compiler's schedule for it."""
+    """Set the shape of an attention tile, and how the compiler schedules it."""
 
     q_rows: int
     k_rows: int
@@ -184,7 +184,7 @@ def _load(
 ):  # fmt: skip
     """Load dims D_BEGIN to D_BEGIN + D_BLOCK of the rows at `p_row` [ROWS, 1], with 0 where masked.
 
-    The compiler chooses the masks. Whole rows and whole dims load without a mask.
+    Masks are chosen at compile time: whole rows and whole dims load without a mask.
     """
     o_dim = D_BEGIN + tl.arange(0, D_BLOCK)  # [D_BLOCK]
     m_x = m_row[:, None]  # [ROWS, 1]
@@ -245,7 +245,7 @@ def _ranges_of_program(tiles, H: tl.constexpr):
     """Return the first and last query row and key row of a program. A padding tile has no rows.
 
     Each (tile, head) has one program. Heads vary fastest, so that neighbouring programs share a
-    row's cache lines. A tile's start is in int64, and rows inside the tile are in int32.
+    row's cache lines. A tile's start is int64, and rows inside the tile are int32.
     """
     p_tile = tiles + (tl.program_id(0) // H).to(tl.int64) * 4
     q_begin = tl.load(p_tile).to(tl.int64)
@@ -308,7 +308,7 @@ def _attend_to_keys(
     q, state, keys, k_begin, k_end, i_head,
     H: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Return the state after one more tile of keys, without the keys at rows >= `k_end`."""
+    """Return the state after one more tile of keys, ignoring keys at rows >= `k_end`."""
     k_rotated, qkv = keys
     D0: tl.constexpr = q[0].shape[1]
     D1: tl.constexpr = q[1].shape[1] if len(q) > 1 else 0
@@ -373,7 +373,8 @@ def _full_attention(
 
 
 def tiling(device: torch.device, dtype: torch.dtype, kind: str) -> SegmentTiling:
-    """Return how layouts for this device must cut segments of a kind, `window` or `full`."""
+    """Return how layouts for this device must cut segments of a kind, `window` or `full`, into
+    tiles."""
     if device.type == "cpu":
         return SegmentTiling(rows=CPU_ROWS)
     return SegmentTiling(rows=TILES[kind, dtype.itemsize * 8].q_rows)
@@ -400,8 +401,8 @@ def attention(
     """Apply RoPE to Q and K, and attend within segments: (N, 3, H, D) to (N, H, D).
 
     With `adjacent_pairs`, rotary pair j of Q and K is at dims (2j, 2j + 1) instead of (j, j + D /
-    2). The kernel does not write rows that no tile covers. Benchmarks and GPU tests use `tiles` to
-    run the Triton kernel with a different tile. The caller must then cut `segments` for that tile.
+    2). Rows that no tile covers are not written. Benchmarks and GPU tests use `tiles` to run the
+    Triton kernel with a different tile, for which the caller must then cut `segments`.
     """
     N, _, H, D = qkv.shape
     out = torch.empty((N, H, D), dtype=qkv.dtype, device=qkv.device)
@@ -479,8 +480,8 @@ def _attend_on_cpu(
 
 
 def _tables(rotary: RotaryTable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the kernels' RoPE arguments. Without an index, a pointer that no kernel reads takes
-    its place."""
+    """Return the kernels' RoPE arguments. A missing index is replaced with a pointer that no kernel
+    reads."""
     return rotary.cos, rotary.sin, rotary.cos if rotary.index is None else rotary.index
 
 

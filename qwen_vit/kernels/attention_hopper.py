@@ -1,28 +1,27 @@
 """Compute window and full attention on Hopper, and overlap the loads with computation.
 
 In the window kernel, the tensor memory accelerator (TMA) loads Q, K and V of a head while the
-angles load. The kernel applies RoPE to Q and K in registers. The kernel writes Q and K back to the
-same shared memory, where the tensor cores read Q and K.
+angles load. The kernel applies RoPE to Q and K in registers, and writes them back to the same
+shared memory, from which the tensor cores read them.
 
 In the full kernel, a program has three partitions. The load partition, one warp, fetches tiles of K
 and V into a ring of shared memory. `attention.rotated_keys` has applied RoPE to K beforehand. Each
-of two MMA partitions, a warpgroup, attends for 64 query rows. An MMA partition applies RoPE to Q in
-registers while Q loads. An MMA partition multiplies Q with the next tile's keys before it needs the
-scores. The two MMA partitions alternate. One partition computes its softmax while the other
-partition uses the tensor cores.
+of two MMA partitions, a warpgroup, attends for 64 query rows. It applies RoPE to Q in registers as
+Q loads, and multiplies Q with the next tile's keys before it needs the scores. The two MMA
+partitions alternate: one computes its softmax while the other uses the tensor cores.
 
 Names follow Gluon's tutorials. `descs` are TMA descriptors. `buffers` are rings of shared memory
 with STAGES slots. `barriers` are mbarriers. The MMA partitions wait for a slot's data on its
 `ready` barrier. The load partition waits on its `empty` barrier until both MMA partitions have read
 the slot. Each pass over the ring flips a barrier's phase.
 
-Both kernels use programmatic dependent launch. Both kernels may start before the previous kernel
-has ended, and let the next kernel start early. Each kernel waits for the previous kernel before it
-reads that kernel's output.
+Both kernels use programmatic dependent launch: they may start before the previous kernel has ended,
+and let the next kernel start early. Each waits for the previous kernel before it reads that
+kernel's output.
 
-The kernels are in Gluon, Triton's lower level, because Triton cannot express this overlap. The
-kernels support bf16 and head dim 80, which every published tower has. Otherwise the Triton kernels
-run.
+The kernels are written in Gluon, Triton's lower level, because Triton cannot express this overlap.
+They support bf16 and head dim 80, which every published tower has. In all other cases, the Triton
+kernels run.
 """
 
 import torch
@@ -372,8 +371,8 @@ def _window_attention(
 ):  # fmt: skip
     """Attend within one window of one head. The keys of a window are its query rows.
 
-    Heads vary fastest, as in memory. Q, K and V load together while the angles load. The kernel
-    writes Q and K back to the same shared memory after RoPE.
+    Heads vary fastest, as in memory. Q, K and V load together while the angles load. After RoPE,
+    the kernel writes Q and K back to the same shared memory.
     """
     dtype: gl.constexpr = out.dtype.element_ty
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
@@ -499,7 +498,7 @@ def window_attention(
 ) -> None:
     """Fill `out` (N, H, D) with window attention, for segments of at most W_ROWS rows.
 
-    The previous kernel may write `qkv` but no other argument. This kernel reads the other arguments
+    The previous kernel may write `qkv` but no other argument, because this kernel reads the others
     before the previous kernel has ended. At least one tile must have rows.
     """
     N, _, H, D = qkv.shape

@@ -1,4 +1,4 @@
-"""Compute the scales of e4m3 rows inside kernels, with the bits of `weight_format.quantize`."""
+"""Compute the scales of e4m3 rows inside kernels, bit for bit as in `weight_format.quantize`."""
 
 import torch
 import triton
@@ -35,7 +35,7 @@ def scale_for(largest):
 
 @triton.jit
 def inverse_scale(largest):
-    """Return 1 / scale, exactly."""
+    """Return the exact reciprocal of the scale."""
     return ((262 - _exponent(largest)) << 23).to(tl.float32, bitcast=True)
 
 

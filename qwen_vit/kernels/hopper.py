@@ -29,8 +29,7 @@ else:
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    """Return whether the device has the instructions that only Hopper has. Newer GPUs lack these
-    instructions."""
+    """Return whether the device is a Hopper GPU. Newer GPUs lack some of Hopper's instructions."""
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
@@ -50,8 +49,8 @@ def descriptor(rows: torch.Tensor, block: list[int]) -> TensorDescriptor:
 def fence_for_wgmma():
     """Make shared-memory stores visible to matrix instructions (WGMMA).
 
-    Each thread fences its own stores, then waits for all threads at a barrier. The compiler may put
-    its own barriers before the fence.
+    Each thread fences its own stores, then waits for all threads at a barrier. The compiler may
+    insert its own barriers before the fence.
     """
     fence_async_shared()
     debug_barrier()
@@ -61,11 +60,11 @@ def fence_for_wgmma():
 def hold_barriers(barriers):
     """Keep the shared memory of these barrier arrays allocated until the kernel ends.
 
-    The compiler reuses shared memory after the last use in the code. If a kernel variant never
-    waits for a barrier, the last use is the barrier's creation. The hardware keeps a barrier until
-    an invalidation or the program's end. The hardware also writes the barrier back after another
-    process has used the GPU. This function invalidates one barrier of each array, which keeps the
-    array allocated. Invalidating all barriers adds 1 % to a small image's time.
+    The compiler reuses shared memory after its last use in the code. If a kernel variant never
+    waits on a barrier, the last use is the barrier's creation. The hardware keeps a barrier until
+    it is invalidated or the program ends, and writes it back after another process has used the
+    GPU. This function invalidates one barrier of each array, which keeps the array allocated.
+    Invalidating all barriers would add 1 % to a small image's time.
     """
     for i in gl.static_range(len(barriers)):
         mbarrier.invalidate(barriers[i].index(0))

@@ -2,8 +2,7 @@
 
 All programs of a launch run at once, as lanes. A block is a tensor whose first axis is the lane.
 This module calls the kernel's function with its own `tl`. Each operation on a block becomes one
-PyTorch operation for all programs. PyTorch uses its threads and vector instructions for this
-operation.
+PyTorch operation for all programs, which uses PyTorch's threads and vector instructions.
 
 Triton's own interpreter runs one program at a time with NumPy, and takes 35 us of Python for each
 operation. Tests compare the two interpreters. This module implements only the names of
@@ -26,8 +25,8 @@ __all__ = ["interpreted"]
 def interpreted(kernel: JITFunction) -> Callable[..., None]:
     """Return a launcher `run(grid, *args, lanes, **constants)` of the kernel's source.
 
-    The grid has one axis. `lanes` programs run at once, and they must take the same branches. The
-    launcher also interprets helpers that the kernel calls by a global name.
+    The grid has one axis. `lanes` programs run at once, and must take the same branches. The
+    launcher also interprets the helpers that the kernel calls by a global name.
     """
 
     @torch.no_grad()
@@ -55,8 +54,8 @@ def _function(kernel: JITFunction, language: "_Language") -> types.FunctionType:
 class _Integers:
     """Represent integers `start + steps[0] * i + steps[1] * j` at (i, j), with a start per lane.
 
-    Program ids, ranges and offsets are such formulas. A load at such offsets is a strided view
-    instead of a gather. Operations whose result is not such a formula return a block.
+    Program ids, ranges and offsets have this form, and a load at such offsets is a strided view
+    instead of a gather. Operations whose result does not have this form return a block.
     """
 
     def __init__(
@@ -129,7 +128,7 @@ class _Integers:
 
 
 def _range(start: Any, stop: Any, step: int) -> Iterator[_Integers]:
-    """Iterate as `range` for every lane at once. All lanes make the same number of steps."""
+    """Iterate like `range` for every lane at once. All lanes must take the same number of steps."""
     steps = (stop - start + step - 1) // step
     for index in range(_same_in_all_lanes(steps.start)):
         yield start + index * step

@@ -1,12 +1,12 @@
 """Compute linear layers with fused norm, bias, SwiGLU, GELU and residual sum.
 
 The residual stream consists of values and, for each row, sums of squares per chunk of columns.
-Therefore RMSNorm needs no kernel. The loader folds the norm's weight into the next GEMM's weight.
-That GEMM applies the norm's row scale to its result. The GEMM that adds to the stream writes the
-new sums.
+Therefore RMSNorm needs no kernel of its own. The loader folds the norm's weight into the next
+GEMM's weight, and that GEMM applies the norm's row scale to its result. The GEMM that adds to the
+stream writes the new sums.
 
-On a GPU each output row depends only on its own input row. Every tile sums over K in the same
-order. Therefore an image's embedding has the same bits alone and in any batch. On Hopper
+On a GPU, each output row depends only on its own input row, and every tile sums over K in the same
+order. Therefore an image's embedding has the same bits alone and in any batch. On Hopper,
 `linear_hopper` computes the tower's large GEMMs. On a CPU, PyTorch computes all GEMMs.
 """
 
@@ -50,8 +50,8 @@ __all__ = [
 class ResidualStream:
     """Hold the rows between two layers: `values` (N, C), and `squares` (chunks, N) float32.
 
-    The sum of `squares` over its first axis is the sum of a row's squared values. `quantized` are
-    the values in e4m3, if the next GEMM takes them.
+    Summed over its first axis, `squares` gives the sum of each row's squared values. `quantized`
+    are the values in e4m3, if the next GEMM needs them.
     """
 
     values: torch.Tensor
@@ -76,7 +76,7 @@ class ResidualStream:
 
 @dataclass(frozen=True, slots=True)
 class GemmTile:
-    """Set the rows x columns x depth of a GEMM tile and the compiler's schedule for it."""
+    """Set the rows x columns x depth of a GEMM tile, and how the compiler schedules it."""
 
     rows: int
     columns: int
@@ -116,7 +116,7 @@ def load_tile(
 ):  # fmt: skip
     """Load a tile of a matrix (n_rows, n_columns); 0 beyond the edges.
 
-    With TMA, `matrix` is a tensor descriptor, otherwise a pointer. GPUs without TMA would load a
+    With TMA, `matrix` is a tensor descriptor, otherwise a pointer: GPUs without TMA would load a
     descriptor's tiles without a pipeline. If WHOLE is set, tiles fill every row.
     """
     if TMA:
@@ -195,11 +195,10 @@ def _gemm(
     """Compute out (M, N) = epilogue(x (M, K) @ weight (N, K)^T * scale + bias).
 
     `x`, `weight`, `residual`, `out` and `rows_out` are tensor descriptors with TMA, otherwise
-    pointers. The scale is `out_scale`. With SQUARES chunks of sums of squares, the scale is a row's
-    1 / rms. For SwiGLU, groups of 8 columns alternate between gate and up, and `out` is half as
-    wide. With a residual, `out` is the sum. `squares_out` (N / BN, M) then receives the sums of
-    squares of `out`. `rows_out`, if given, receives `out` in e4m3, with `scales_out` for each 128
-    columns.
+    pointers. The scale is `out_scale` or, with SQUARES chunks of sums of squares, a row's 1 / rms.
+    For SwiGLU, groups of 8 columns alternate between gate and up, and `out` is half as wide. With a
+    residual, `out` is the sum, and `squares_out` (N / BN, M) receives its sums of squares.
+    `rows_out`, if given, receives `out` in e4m3, and `scales_out` a scale for each 128 columns.
     """
     i_m, i_n = first_row_and_column(M, N, BM, BN, GROUP)
     acc = tl.zeros([BM, BN], tl.float32)  # [BM, BN]
@@ -278,8 +277,8 @@ def normed_linear(
 ) -> torch.Tensor:
     """Return `epilogue(rms_norm(stream) @ weight.T + bias)`. `weight` includes the norm's weight.
 
-    The epilogue `plain` maps (N, C) to (N, O). `swiglu`, silu(gate) * up, maps (N, C) to (N, I).
-    For `swiglu`, groups of 8 rows of `weight` (2 I, C) alternate between gate and up.
+    The epilogue `plain` maps (N, C) to (N, O), and `swiglu`, silu(gate) * up, maps (N, C) to (N,
+    I). For `swiglu`, groups of 8 rows of `weight` (2 I, C) alternate between gate and up.
     """
     x = stream.values
     if x.device.type == "cpu":
@@ -304,7 +303,7 @@ def linear_residual(
 ) -> ResidualStream:
     """Return `stream + x @ weight.T + bias`, rounded once, with the new sums of squares.
 
-    With `quantized`, the new stream also has its values in e4m3, in the order of
+    With `quantized`, the new stream also contains its values in e4m3, in the order of
     `weight_format.fp8_column_order`.
     """
     if x.device.type == "cpu":
@@ -342,7 +341,7 @@ def _launch_gemm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the GEMM and return the result and, for `residual`, the result's sums of squares.
 
-    It fills `quantized` with the result of `residual` in e4m3, if given.
+    `quantized`, if given, receives the result with `residual` in e4m3.
 
     Benchmarks and tests use `tile` to replace the table's tile.
     """
@@ -381,7 +380,7 @@ def has_tma(device: torch.device) -> bool:
 
 
 def matrix(rows: torch.Tensor, block: list[int]) -> torch.Tensor | TensorDescriptor:
-    """Return a matrix as `load_tile` and `store_tile` take it on its GPU."""
+    """Return a matrix in the form that `load_tile` and `store_tile` need on its GPU."""
     return TensorDescriptor.from_tensor(rows, block) if has_tma(rows.device) else rows
 
 
@@ -415,8 +414,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return `x / rms(x)` cast to x's dtype, then times `weight`: (N, C) to (N, C).
 
     The function casts before it multiplies by the weight, as transformers' Qwen2_5_VLRMSNorm does.
-    In bf16 this order changes
-    the result.
+    In bf16 this order changes the result.
     """
     if x.device.type == "cpu":
         x32 = x.float()

@@ -3,12 +3,13 @@
     stream in e4m3 -> gate and up, SwiGLU -> hidden rows in e4m3 -> down, residual sum -> stream
 
 Each GEMM takes rows with a scale per row and 128 columns, and a weight with a scale per output
-column. The sums of 128 columns are scaled and added in float32: the matrix instruction itself adds
-e4m3 products with a short mantissa. The epilogue that writes rows also makes their scales.
+column. The sums of 128 columns are scaled and added in float32, because the matrix instruction
+itself adds e4m3 products with a short mantissa. The epilogue that writes rows also computes their
+scales.
 
-All scales are powers of two, so scaling rounds nothing. A row's bits depend on that row alone, and
-`linear_fp8_hopper` gives the same bits. On a CPU PyTorch computes in float32 what the kernels
-compute from the same e4m3 values; an encoder refuses e4m3 there.
+All scales are powers of two, so scaling rounds nothing. A row's result depends on that row alone,
+and `linear_fp8_hopper` gives the same bits. On a CPU, PyTorch computes the same in float32 from the
+same e4m3 values, for tests: an encoder rejects e4m3 on a CPU.
 """
 
 from collections.abc import Callable
@@ -98,7 +99,7 @@ def gated_rows(
     """Return silu(gate) * up of the normalised stream in e4m3: (N, C) to (N, I).
 
     `weight` (2 I, C) includes the norm's weight. Its rows are in the order of
-    `weight_format.interleave_fp8`. `stream` has its values in e4m3.
+    `weight_format.interleave_fp8`. `stream` must contain its values in e4m3.
     """
     rows = stream.quantized
     if rows is None:

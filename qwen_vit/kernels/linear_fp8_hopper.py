@@ -1,9 +1,9 @@
 """Compute the MLP's e4m3 GEMMs on Hopper, warp-specialised as in `linear_hopper`.
 
 The matrix instruction sums e4m3 products with a short mantissa. Therefore each step of 128 columns
-of K starts from zero. Its sums are then multiplied by the rows' scales of these columns and added
+of K starts from zero, and its sums are multiplied by the rows' scales for these columns and added
 in float32. An MMA partition of 256 columns, for SwiGLU, multiplies the left half and then the
-right, because the registers hold one float32 tile and half a tile of sums.
+right, because the registers hold only one float32 tile and half a tile of sums.
 """
 
 import torch
@@ -240,7 +240,7 @@ def _fp8_hopper_gemm(
 
 
 def supports(rows: QuantizedRows) -> bool:
-    """Return whether `gemm` supports these rows: on Hopper, and with a K as deep as a ring."""
+    """Return whether `gemm` supports these rows: on Hopper, with a K that fills the ring."""
     least_steps = FIRST_STEPS + TILES["residual"][0][1].num_stages
     return rows.values.shape[1] >= least_steps * BK and is_hopper(rows.values.device)
 
@@ -258,8 +258,8 @@ def gemm(
 ) -> tuple[Tensor, Tensor]:
     """Run the GEMM on Hopper. It returns what `linear_fp8.launch_gemm` returns, bit for bit.
 
-    The previous kernel must not write `weight`, because this kernel reads `weight` before the
-    previous kernel has ended. Benchmarks and tests use `tile` to replace the table's tile.
+    The previous kernel must not write `weight`, because this kernel reads it before the previous
+    kernel has ended. Benchmarks and tests use `tile` to replace the table's tile.
     """
     M, K = rows.values.shape
     weight_values, weight_scale = weight

@@ -1,17 +1,17 @@
 """Compute the tower's large GEMMs on Hopper, warp-specialised and with fused epilogues.
 
 The load partition, one warp, fetches tiles of x and the weight into a ring of shared memory. Two or
-three MMA partitions, a warpgroup each, multiply the tiles. Each MMA partition has its own rows.
-While one partition stores its tile, another partition multiplies. Each multiprocessor runs one
-program, which loops over its tiles. The load partition fetches its first weights before the
-previous kernel has ended (programmatic dependent launch).
+three MMA partitions, a warpgroup each, multiply the tiles, each for its own rows. While one
+partition stores its tile, another multiplies. Each multiprocessor runs one program, which loops
+over its tiles. The load partition fetches its first weights before the previous kernel has ended
+(programmatic dependent launch).
 
 Names follow Gluon's tutorials. `descs` are TMA descriptors. `buffers` are shared memory. `barriers`
 are mbarriers. Each stage of the ring has two barriers. The MMA partitions wait for the stage's data
 on `ready`. The load partition waits on `empty` until all MMA partitions have read the stage. Each
 pass over the ring flips a barrier's phase.
 
-The kernel is in Gluon, Triton's lower level, because Triton cannot express this overlap. The kernel
+The kernel is written in Gluon, Triton's lower level, because Triton cannot express this overlap. It
 sums over K in the same order as `linear._gemm`, so both kernels give the same bits. `linear` uses
 this kernel for every GEMM that `supports` accepts.
 """
@@ -413,11 +413,10 @@ def gemm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the GEMM on Hopper and return the result and, for `residual`, its sums of squares.
 
-    It fills `quantized` with the result of `residual` in e4m3, if given. Then a tile has 128
-    columns.
+    `quantized`, if given, receives the result with `residual` in e4m3. A tile then has 128 columns.
 
-    The previous kernel must not write `weight`, because this kernel reads `weight` before the
-    previous kernel has ended. Benchmarks and tests use `tile` to replace the table's tile.
+    The previous kernel must not write `weight`, because this kernel reads it before the previous
+    kernel has ended. Benchmarks and tests use `tile` to replace the table's tile.
     """
     M, K = x.shape
     N = weight.shape[0]

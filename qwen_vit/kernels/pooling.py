@@ -1,8 +1,8 @@
 """Average each image's rows and scale vectors to unit length, in float32 and a fixed order.
 
-On a GPU the order of each sum depends only on the image's own number of rows. Therefore an image's
-vector has the same bits alone and in any batch. torch chooses the order of a reduction by the shape
-of the whole batch.
+On a GPU, the order of each sum depends only on the image's own number of rows, so an image's vector
+has the same bits alone and in any batch. torch chooses the order of a reduction by the shape of the
+whole batch.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ MEAN_ROWS, MEAN_COLUMNS = 16, 128  # of one step of a program
 def _segment_mean(
     rows, offsets, out, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """Average a segment. Lane i adds rows i, i + BM, i + 2 BM ..., and the kernel then adds the
+    """Average a segment. Lane i adds rows i, i + BM, i + 2 BM, ..., and the kernel then adds the
     lanes."""
     i_segment = tl.program_id(0)
     o_d = tl.program_id(1) * BN + tl.arange(0, BN)  # [BN]

@@ -1,10 +1,11 @@
-"""Resize pictures with Pillow's bits and cut them into patches, many pictures per launch.
+"""Resize pictures exactly as Pillow does and cut them into patches, many pictures per launch.
 
 Pillow's bicubic filter on uint8 is integer arithmetic. Each axis that changes takes one pass. For
 each output pixel, Pillow computes the filter's weights in float64 and rounds them to integers of 22
 fractional bits. The pass sums pixel x weight in int32, rounds, clips to 0..255 and stores uint8.
 Sums of integers do not depend on their order. IEEE additions, products and quotients in float64
-have one result, so the GPU computes the same weights. The GPU must not fuse a product and a sum.
+have only one result, so the GPU computes the same weights, as long as it does not fuse a product
+and a sum.
 
 Source: Pillow, src/libImaging/Resample.c, `precompute_coeffs` and `normalize_coeffs_8bpc`.
 """
@@ -82,7 +83,7 @@ class ResizePlan:
     """Hold the integers of all launches in one table, for one copy to the GPU.
 
     Each launch has a row per picture: a `Pass` or `Cut`, and the number of its first program. The
-    row number of each program follows after the rows.
+    row number of each program follows the rows.
     """
 
     table: Integers
@@ -94,8 +95,8 @@ class ResizePlan:
 
     @classmethod
     def of(cls, rounds: Sequence[Sequence[Pass]], cuts: Sequence[Cut]) -> Self:
-        """Plan the launches of pictures. A round of passes reads the results of the previous
-        round."""
+        """Plan the launches for pictures. Each round of passes reads the results of the previous
+        one."""
         parts: list[Integers] = []
         # passes that share weights name the same place
         unique = [list({row.first_weight: row for row in each}.values()) for each in rounds]
@@ -229,7 +230,7 @@ def _cut_patches(
 ):  # fmt: skip
     """Gather BM patches in grid order: out (N, 3 x FRAMES x SIDE x SIDE).
 
-    A row has the order channel, frame, row, column. FRAMES is 1 or 2.
+    The values of a row are in the order channel, frame, row, column. FRAMES is 1 or 2.
     """
     i_program = tl.program_id(0)
     p_row = table + rows + tl.load(table + owners + i_program) * FIELDS

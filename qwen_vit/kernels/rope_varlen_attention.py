@@ -29,11 +29,11 @@ def fused_rope_varlen_attention(
             GPU, 2 to 1,024 on a CPU.
         cos: (N, D / 2) float32. Pair j rotates dims j and j + D / 2.
         sin: (N, D / 2) float32, in the order of `cos`.
-        cu_seqlens: (S + 1,) int32 or int64, from 0 to N. On a GPU, qwen_vit never copies the
-            lengths to the host. Wrong values on a GPU give wrong results instead of an error.
+        cu_seqlens: (S + 1,) int32 or int64, from 0 to N. On a GPU, the values are never copied to
+            the host, so wrong ones give wrong results instead of an error.
 
     Returns:
-        (N, H, D) in qkv's dtype. The kernel does not write rows at or after `cu_seqlens[-1]`.
+        (N, H, D) in qkv's dtype. Rows from `cu_seqlens[-1]` on are not written.
 
     Raises:
         ArgumentError: Shapes, dtypes or devices do not fit together.

@@ -30,8 +30,8 @@ class PrincipalColours:
 
     The first component sets the lightness, the second blue to yellow, and the third green to red.
     With the usual red, green and blue, colour-blind readers would distinguish fewer colours. Most
-    colour-blind readers confuse red and green, so the third component, with the least variance,
-    uses these colours.
+    of them confuse red and green, so these are the colours of the third component, which has the
+    least variance.
 
     Attributes:
         explained: the share of the variance that each component explains.
@@ -50,7 +50,7 @@ class PrincipalColours:
         """Fit the components to maps (..., D) together, so that colours are comparable across maps.
 
         The same features give the same colours, because the algorithm's random numbers have a fixed
-        seed. Each axis has the sign that makes the largest weight positive, as in scikit-learn.
+        seed. The sign of each axis makes its largest weight positive, as in scikit-learn.
         """
         rows = _rows(maps)
         mean = rows.mean(0)
@@ -114,7 +114,7 @@ def _rows(maps: Sequence[Tensor]) -> Tensor:
 def _colours(components: NDArray[np.float32]) -> NDArray[np.float32]:
     """Convert components (..., 3) from 0 to 1 to sRGB, clipped to the sRGB range.
 
-    OKLab and sRGB define the matrices and the curve.
+    The matrices and the curve are those of OKLab and sRGB.
     """
     low, high = np.array((LIGHTNESS, BLUE_YELLOW, GREEN_RED)).T
     lightness, blue_yellow, green_red = np.moveaxis(low + (high - low) * components, -1, 0)

@@ -55,7 +55,8 @@ def check_packages(what: str, *packages: str) -> None:
 
 
 def draw_array(axes: Any, layout: StripLayout, array: NDArray[Any], **style: Any) -> Any:
-    """Draw an array over the whole image, in patches, and return the input for a colour bar."""
+    """Draw an array over the whole image, in units of patches, and return the input for a colour
+    bar."""
     drawn = None
     for part, place in layout.crops(array):
         extent = (place.left, place.left + place.width, place.top + place.height, place.top)
@@ -96,7 +97,7 @@ def draw_windows(axes: Any, layout: StripLayout, h: int, w: int, window: int) ->
 
 
 def draw_picture(axes: Any, layout: StripLayout, view: FeatureView, views: FeatureViews) -> None:
-    """Draw the image with windows, or the features' colours with windows if there is no image."""
+    """Draw windows over the image, or over the features' colours if there is no image."""
     if view.picture is None:
         draw_array(axes, layout, view.colours, interpolation="nearest")
     else:

@@ -85,7 +85,8 @@ def feature_page(views: FeatureViews, text: PageText, *, today: date | None = No
 def render_page(template: str, *, today: date | None = None, command: str, **values: Any) -> bytes:
     """Render a page from a Jinja2 template that extends `base.html.jinja`, as UTF-8.
 
-    The page shows `command` as the command that creates the page again. The default day is today.
+    The page shows `command` as the command that creates it again. The default of `today` is the
+    current day.
     """
     from jinja2 import DictLoader, Environment, StrictUndefined
 

@@ -1,4 +1,4 @@
-"""Cut long pictures into strips, like the lines of a text, so that every part is visible."""
+"""Cut long pictures into strips, like lines of text, so that every part is visible."""
 
 import math
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class StripLayout:
     >>> len(long.sources), long.sources[1], long.places[1].top
     (12, Box(left=72, top=0, width=72, height=4), 5.4)
 
-    Cuts run between windows. The strips of a high picture are side by side.
+    Cuts run between windows. The strips of a tall picture are side by side.
 
     Attributes:
         sources: each strip's rectangle in the picture, in patches.

@@ -106,8 +106,8 @@ def view_features(
 
     Args:
         features: features from one encoder with one output, "merged" or "patch".
-        pictures: the images by id. For any other image, the function reads the path in the id, if
-            the path names an image of the same size. Otherwise the drawing shows no image.
+        pictures: the images by id. For any other image, the id is taken as a path. If it does not
+            name an image of the same size, the drawing shows no image.
         point: (x, y) in pixels of the first image. The function compares this cell with every cell.
         layer: a block of `features.layers` to draw instead of the embeddings.
         frame: the frame of a video.
@@ -229,7 +229,7 @@ def _cell_at(
 
 
 def _drawable(picture: RgbImage, grid_thw: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Return the image with a whole number of pixels per patch."""
+    """Return the image, resized to a whole number of pixels per patch."""
     _, h, w = grid_thw
     px = max(2, min(14, MAX_SIDE_PX // max(h, w)))
     return np.asarray(picture.picture.resize((w * px, h * px)))  # Pillow's default is bicubic

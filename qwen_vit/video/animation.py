@@ -1,4 +1,4 @@
-"""Read an animated GIF, WebP or PNG as a video with Pillow, and get times from durations."""
+"""Read an animated GIF, WebP or PNG as a video with Pillow, and compute times from durations."""
 
 import io
 import time
@@ -39,8 +39,7 @@ def is_animation_format(head: bytes) -> bool:
 
 
 def is_animated(data: bytes, limits: ImageLimits) -> bool:
-    """Return whether the bytes are a GIF, WebP or PNG of several frames, or False for damaged
-    bytes."""
+    """Return whether the bytes are a GIF, WebP or PNG of several frames. Damaged bytes are not."""
     kind = _format_of(data[:12])
     if kind is None:
         return False
@@ -57,7 +56,7 @@ def _format_of(head: bytes) -> str | None:
 
 
 class AnimationFrames:
-    """Read the frames of an animated image. The class has the attributes of `reader.FileFrames`.
+    """Read the frames of an animated image, with the interface of `reader.FileFrames`.
 
     Raises ImageError for a still image, too many frames, or a damaged file.
     """

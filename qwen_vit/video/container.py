@@ -1,6 +1,6 @@
 """Check a video file's container, end and claimed sizes before a decoder opens the file.
 
-FFmpeg fills in missing data and does not check the header. One box can make FFmpeg index 10^9
+FFmpeg fills in missing data and does not check the header, and one box can make it index 10^9
 frames. Therefore this module checks the end of the file and the number of frames.
 """
 
@@ -164,7 +164,7 @@ def too_many_frames(count: int, name: str, limits: VideoLimits) -> ImageError:
 
 
 def _matroska_end(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> int:
-    """Return the segment's end by its header, or 0 for an open-ended segment, as in a live
+    """Return the segment's end from its header, or 0 for an open-ended segment, as in a live
     recording."""
     file.seek(4)
     header = _ebml_number(file)

@@ -1,4 +1,4 @@
-"""Open a listed video, as a file or inside a tar, and count its patches by its header."""
+"""Open a listed video, as a file or inside a tar, and count its patches from its header."""
 
 import hashlib
 from collections.abc import Iterator
@@ -23,8 +23,7 @@ __all__ = ["open_video_item", "patches_by_header", "video_of_item"]
 def open_video_item(item: Item, limits: VideoLimits) -> Iterator[tuple[BinaryIO | None, str]]:
     """Yield a tar member as an open file, or None for a whole file, and the bytes' SHA-256.
 
-    The function copies a video in object storage to a temporary file, and removes that file when
-    the block ends.
+    A video in object storage is copied to a temporary file, which is removed when the block ends.
 
     Raises ImageError for an unreadable video, and the error that the listing recorded.
     """
@@ -35,7 +34,7 @@ def open_video_item(item: Item, limits: VideoLimits) -> Iterator[tuple[BinaryIO 
 
 @contextmanager
 def _opened(item: Item, limits: VideoLimits) -> Iterator[tuple[BinaryIO, bool]]:
-    """Open a video's bytes, and yield whether they are a whole file on the disk."""
+    """Yield a video's bytes as an open file, and whether they are a whole file on the disk."""
     if item.error is not None:
         code, message = item.error
         raise ImageError(message, code=code)
@@ -59,7 +58,7 @@ def video_of_item(item: Item, options: VideoOptions) -> Video:
 def patches_by_header(
     item: Item, options: VideoOptions, limits: VideoLimits, config: ImageConfig
 ) -> int:
-    """Count a video's patches by its header alone. Raises ImageError as `read_header` does."""
+    """Count a video's patches from its header alone. Raises ImageError as `read_header` does."""
     with _opened(item, limits) as (file, is_whole):
         source: Any = item.source if is_whole else file
         header = read_header(source, item.id, limits)

@@ -1,6 +1,6 @@
 """Turn any kind of video into patches of the sampled frames, with two frames in each row.
 
-The loader resizes frames while it decodes, so a video needs no more memory than the sampled frames.
+The loader resizes frames while it decodes, so a video takes no more memory than its sampled frames.
 """
 
 import os
@@ -52,7 +52,8 @@ class VideoTiming:
 class LoadedVideo:
     """Hold a video's patches, the frames' original (height, width) and times, and notes.
 
-    For a piece, `patches` has the piece's patches. The other fields describe the whole video.
+    For a piece, `decoded` and `patches` are the piece's own. The other fields describe the whole
+    video.
     """
 
     decoded: Decoded
@@ -63,7 +64,7 @@ class LoadedVideo:
 
     @property
     def patches(self) -> Patches:
-        """Return the patches. The property resizes and cuts decoded frames."""
+        """Return the patches, after resizing and cutting frames that are only decoded."""
         return self.decoded if isinstance(self.decoded, Patches) else self.decoded.patchify()
 
 
@@ -107,7 +108,7 @@ def load_pieces(
 ) -> Generator[LoadedVideo, None, None]:
     """Yield a video's patches in pieces of whole time steps, after decoding a piece's frames.
 
-    A piece has at most `most` patches if one time step fits. The pieces equal the pieces of
+    A piece has at most `most` patches if one time step fits. The pieces equal those of
     `Patches.split_steps`. Frames that a caller passes are one piece. Without `most`, every video is
     one piece.
 
@@ -204,7 +205,7 @@ def _sampled(
     *,
     on_gpu: bool = False,
 ) -> Iterator[LoadedVideo]:
-    """Yield the pieces of a file's frames. Each piece reserves decoding memory until the piece is
+    """Yield the pieces of a file's frames. Each piece reserves decoding memory until it is
     complete."""
     opened, video, config, name = asked
     indices, rate = sample_frames(opened.timeline, video, name)
@@ -325,7 +326,7 @@ def _keep(frames: FramesForGpu, at: int, memory: Callable[[], FrameMemory]) -> N
 def _workers(
     threads: int,
 ) -> Iterator[tuple[Callable[[Callable[[], None]], None], Callable[[], None]]]:
-    """Run calls in threads with a short queue, and wait for all calls. The caller's thread also
+    """Run calls in threads with a short queue, and wait for all of them. The caller's thread also
     runs calls.
 
     Decoding continues while other threads resize earlier frames. Raises the first error of a call.

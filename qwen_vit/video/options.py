@@ -1,4 +1,4 @@
-"""Define the values that a caller may pass as a video, the sampling options, and limits on
+"""Define the values that a caller may pass as a video, the sampling options and the limits on
 videos."""
 
 import math
@@ -47,7 +47,7 @@ class VideoOptions:
 
     Attributes:
         fps: the number of frames to sample per second. For frames that a caller passes, the rate at
-            which the caller sampled the frames.
+            which they were sampled.
         n_frames: the number of frames to sample instead of `fps`, rounded to an even number.
         start: the start of sampling, in seconds from the first frame.
         end: the end of sampling, in seconds from the first frame.
@@ -114,10 +114,10 @@ class Video(VideoOptions):
     'clip.mp4'
 
     Attributes:
-        source: a path, the bytes of a file, an array or tensor of frames (t, h, w, c), or a list
-            of images: PIL images, arrays, or image paths. The loader uses all passed frames, and
-            only `fps` and the two pixel limits apply to passed frames. A GIF, WebP or PNG gives the
-            frames of the animation.
+        source: a path, the bytes of a file, an array or tensor of frames (t, h, w, c), or a list of
+            images: PIL images, arrays, or image paths. The loader uses all frames that are passed,
+            to which only `fps` and the two pixel limits apply. A GIF, WebP or PNG gives the frames
+            of the animation.
         name: the video's name in messages, which becomes `VideoFeatures.id`.
     """
 

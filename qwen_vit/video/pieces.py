@@ -16,8 +16,8 @@ POLL_S = 0.1  # seconds between checks whether the caller has cancelled
 
 
 class PieceMemory:
-    """Count the decoded bytes of all videos that wait for the encoder, and wake the decoding
-    threads."""
+    """Count the decoded bytes of all videos that wait for the encoder, and wake decoding threads
+    when they may continue."""
 
     def __init__(self) -> None:
         self.n_bytes = 0
@@ -33,8 +33,9 @@ class PieceStream:
 
     The decoder is at most MAX_AHEAD_BYTES ahead, so memory does not depend on the video's length.
     Videos that share a `memory` are together at most ALL_AHEAD_BYTES ahead. The video whose pieces
-    the encoder takes does not wait for other videos. Every video may always have one decoded piece.
-    With `is_ahead=False`, no thread decodes ahead, and `pieces` decodes each piece on request.
+    the encoder is taking does not wait for others, and every video may always have one decoded
+    piece. With `is_ahead=False`, no thread decodes ahead, and `pieces` decodes each piece on
+    request.
     """
 
     def __init__(

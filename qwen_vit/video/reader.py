@@ -66,8 +66,7 @@ class _Index:
     """Hold every frame's time, and the key frames where decoding can begin.
 
     `ticks` are the frames' timestamps in order. `keys` are the key frames' timestamps. `by_count`
-    is True if timestamps do not identify frames. The reader then counts frames from the first
-    frame.
+    is True if timestamps do not identify frames, so that the reader counts frames from the first.
     """
 
     ticks: NDArray[np.int64]
@@ -104,8 +103,8 @@ class FileFrames:
 
     @property
     def size_px(self) -> tuple[int, int]:
-        """Return a frame's upright (height, width), which the header gives until the reader decodes
-        a frame."""
+        """Return a frame's upright (height, width): from the header until the reader has decoded a
+        frame."""
         if self._size is None:
             return self._codec.height, self._codec.width
         return self._size
@@ -191,7 +190,7 @@ class FileFrames:
         return _Index(ordered, np.sort(np.asarray(keys, np.int64)), end)
 
     def _scan_by_count(self, ticks: list[int]) -> _Index:
-        """Count frames by decoding, because packets do not identify frames, and sort the times."""
+        """Count frames by decoding, because packets do not identify them, and sort the times."""
         count = sum(1 for _ in self._decoded(seek_to=None))
         if not count:
             raise self._damaged("none of its frames can be decoded")
@@ -366,11 +365,10 @@ def read_header(source: str | BinaryIO, name: str, limits: VideoLimits) -> Video
 
 
 def _turn_of(frame: Any) -> tuple[Image.Transpose | None, bool]:
-    """Return the display matrix's operation, and whether the matrix needs an unsupported operation.
+    """Return the operation of a frame's display matrix, and whether that is an unsupported one.
 
-    The function reads the matrix from a small copy of the frame. PyAV's side data and frame refer
-    to each other,
-    and only Python's garbage collector would free the pair.
+    The function reads the matrix from a small copy of the frame, because PyAV's side data and frame
+    refer to each other, and only Python's garbage collector would free the pair.
     """
     data = frame.reformat(width=16, height=16).side_data.get("DISPLAYMATRIX")
     if data is None:

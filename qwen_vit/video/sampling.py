@@ -1,4 +1,4 @@
-"""Compute which frames of a video to sample and their size, from integers and floats alone.
+"""Compute which frames of a video to sample, and their size, from numbers alone.
 
 Sources: qwen-vl-utils 0.0.14, vision_process.py (smart_nframes, calculate_video_frame_range,
 fetch_video); transformers 5.23, models/qwen2_vl/video_processing_qwen2_vl.py (sample_frames,
@@ -54,8 +54,8 @@ def sample_frames(timeline: Timeline, options: VideoOptions, name: str) -> tuple
 
     If the number of indices is odd, the last frame counts twice. The function accepts a single
     frame, which qwen-vl-utils and transformers reject. Raises ImageError with code "video-range"
-    for a part with fewer than two frames. Raises ImageError with code "video-frames" if `n_frames`
-    exceeds the number of frames.
+    for a part with fewer than two frames, and with code "video-frames" if `n_frames` exceeds the
+    number of frames.
     """
     first, last = _frame_range(timeline, options, name)
     count = last - first + 1
@@ -84,8 +84,8 @@ def shown_frames(
     [0, 0, 0]
 
     At a constant rate, even with jitter, the frame index equals the sampler's index. If the rate
-    varies, the function converts a sampler's index to a time, and takes the visible frame at that
-    time.
+    varies, the function converts a sampler's index to a time, and takes the frame that is visible
+    at that time.
     """
     moments = np.arange(timeline.n_frames) / timeline.rate
     if np.all(np.abs(seconds - moments) < 0.5 / timeline.rate):
