@@ -4,8 +4,8 @@
 >>> VisionEncoder.from_pretrained("tiny").encode("tests/photographs/rocket.jpg").grid_thw
 (1, 30, 46)
 
-The first use of a public name imports its module. Importing the package therefore imports no torch,
-and Ctrl-C works while torch is imported.
+The first use of a public name imports its module. Therefore importing the package does not import
+torch, and Ctrl-C works while torch is being imported.
 """
 
 from typing import TYPE_CHECKING

@@ -10,7 +10,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command line. Without click, print one line with the remedy."""
+    """Run the command line. If click is missing, print one line with the remedy."""
     try:
         with slow_imports():
             from qwen_vit.cli.main import main as run

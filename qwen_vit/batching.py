@@ -85,7 +85,7 @@ class BatchEncoder:
                     yield from self._encode_window(window, limit)
 
     def _windows(self, loaded: Iterable[LoadedImage]) -> Iterator[list[LoadedImage]]:
-        """Yield the images in order, in groups to pack together. A stream becomes a separate group.
+        """Yield the images in order, in groups to pack together. A stream is a group by itself.
 
         The first group is one batch, so that a GPU starts early.
         """
@@ -184,7 +184,8 @@ class BatchEncoder:
         return self.outputs.join(rows) if is_video else rows[0]
 
     def _pieces(self, window: Sequence[LoadedImage]) -> list[_Piece]:
-        """Return whole images, and videos in pieces of one pass. Failed images have no piece."""
+        """Return whole images, and videos in pieces of one pass each. Failed images have no
+        piece."""
         most = TOKEN_BUDGET[self.device.type]
         return [
             _Piece(place, loaded.id, patches)
@@ -198,9 +199,9 @@ class BatchEncoder:
         ]
 
     def _batches(self, pieces: Sequence[_Piece]) -> list[list[int]]:
-        """Return the indices of each pass's pieces. Images and videos have separate passes.
+        """Return the indices of each pass's pieces. Images and videos are in separate passes.
 
-        On a CPU, each piece of a video has its own pass, so that its rows do not depend on other
+        On a CPU, each piece of a video is a pass by itself, so that its rows do not depend on other
         inputs.
         """
         is_video = [piece.patches.n_values == self.video_values for piece in pieces]
@@ -216,7 +217,8 @@ class BatchEncoder:
         return batches
 
     def _encode_parts(self, pieces: Sequence[_Piece]) -> list[ImageRows | ImageError]:
-        """Return each piece's rows. Halve a batch that is too large for the GPU's memory."""
+        """Return each piece's rows. Split a batch that is too large for the GPU's memory into
+        halves."""
         outputs, taps = self.outputs, self.outputs.taps()
         sizes = [piece.n_patches for piece in pieces]
         try:
@@ -268,7 +270,7 @@ class BatchEncoder:
 
 
 class InFlightLimit:
-    """Keep the host at most a few batches ahead of a GPU."""
+    """Keep the host from running more than a few batches ahead of a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -305,7 +307,7 @@ def pack(sizes: Sequence[int], budget: int) -> list[list[int]]:
     >>> pack([3, 7, 5, 4, 12], 10)
     [[4], [1, 0], [2, 3]]
 
-    A size above the budget becomes a separate batch.
+    A size above the budget is a batch by itself.
     """
     batches: list[list[int]] = []
     room: list[int] = []

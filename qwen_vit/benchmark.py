@@ -1,9 +1,9 @@
 """Time the tower on this GPU, and compare the time with the GPU's roofline.
 
-The roofline is the time of all the tower's operations at the rate of a large GEMM. The benchmark
-interleaves that GEMM with the tower. Two GPUs of one model differ in speed. At the power limit, the
+The roofline is the time of all the tower's operations at the rate of a large GEMM, which the
+benchmark interleaves with the tower. Two GPUs of one model differ in speed. At the power limit, the
 clock falls within a second, and the GEMM becomes a sixth slower. An interleaved GEMM runs at the
-tower's clock. Ratios therefore transfer between GPUs. Times in milliseconds differ.
+tower's clock, so ratios transfer between GPUs, although times in milliseconds do not.
 """
 
 import statistics
@@ -55,7 +55,7 @@ GEMM_FLOPS = 2 * GEMM_SIDE**3  # 2 per multiply-add
 def median_ms(run: Callable[[], Any], repeats: int = REPEATS, warm_ups: int = WARM_UPS) -> float:
     """Return the median GPU time of `run`. Queue each call before the previous one ends.
 
-    The host's launch time therefore counts only while the GPU waits for the host.
+    The host's launch time then counts only while the GPU waits for the host.
     """
     for _ in range(warm_ups):
         run()
@@ -83,7 +83,7 @@ def interleaved_with_gemm(
 ) -> tuple[float, float]:
     """Return the median GPU time of `run` in milliseconds, and the FLOP/s of an interleaved GEMM.
 
-    `run` and the GEMMs take about the same time in each round. A round has at least one GEMM.
+    In each round, `run` and the GEMMs take about the same time. A round has at least one GEMM.
     """
     gemm = large_gemm(device)
     run_once, gemm_once = (median_ms(each, 1, 1) for each in (run, gemm))
@@ -174,8 +174,8 @@ def _squared(length: int, window: int) -> int:
 
 
 def in_batches(grids: Iterable[Grid], budget: int = MAX_BUCKET) -> list[tuple[Grid, ...]]:
-    """Split images, in order, into batches of at most `budget` patches. A larger image has a
-    separate batch.
+    """Split images, in order, into batches of at most `budget` patches. A larger image is a batch
+    by itself.
 
     >>> [len(batch) for batch in in_batches([Grid(1, 8, 8)] * 5, budget=128)]
     [2, 2, 1]
@@ -192,7 +192,7 @@ def in_batches(grids: Iterable[Grid], budget: int = MAX_BUCKET) -> list[tuple[Gr
 
 
 class TimedTower:
-    """Run a tower with inputs on the GPU, either with a graph, like `encode`, or kernel by
+    """Run a tower on inputs in GPU memory, either with a graph, like `encode`, or kernel by
     kernel."""
 
     def __init__(self, tower: VisionTower, device: torch.device, dtype: torch.dtype) -> None:
@@ -272,9 +272,9 @@ GPU.
 
     With `plain`, a Hopper GPU runs the plain Triton kernels, as other GPUs do.
 
-    The function first checks that CUDA graphs and single kernels give the same, finite bits. Raises
-    CheckpointError if the bits differ or are not finite. Raises ArgumentError without a GPU or for
-    an unknown workload.
+    The function first checks that CUDA graphs and single kernels give the same finite values, bit
+    for bit. Raises CheckpointError if they do not, and ArgumentError without a GPU or for an
+    unknown workload.
     """
     check_device(encoder.device.type)
     kernels = plain_kernels() if plain else nullcontext()

@@ -41,7 +41,7 @@ MAX_PIXEL_LIMIT = 2**31
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Describe one image or video as patches: `t` frames of `h` rows and `w` columns.
+    """Describe the patches of one image or video: `t` frames of `h` rows and `w` columns.
 
     >>> Grid(1, 32, 24).n_patches, Grid(1, 32, 24).n_tokens(merge_unit=4)
     (768, 192)
@@ -63,14 +63,14 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    """Describe the tower's architecture. The fields have no defaults, because every config gives
-    every number.
+    """Describe the tower's architecture. No field has a default, so every config states every
+    number.
 
     >>> config = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
     >>> config.head_dim, config.patch_dim, config.window_units, config.factor_px
     (80, 1176, 4, 28)
 
-    A value that the tower cannot have raises CheckpointError with the rule. Key names follow
+    Raises CheckpointError with the rule for a value that the tower cannot have. Key names follow
     transformers' models/qwen2_5_vl/configuration_qwen2_5_vl.py.
     """
 
@@ -169,7 +169,7 @@ class VisionConfig:
 
     @property
     def factor_px(self) -> int:
-        """Return a merge unit's side in pixels. Image sides are multiples of this side."""
+        """Return a merge unit's side in pixels. The sides of resized images are multiples of it."""
         return self.patch_px * self.spatial_merge_size
 
     @classmethod
@@ -178,7 +178,7 @@ class VisionConfig:
     ) -> Self:
         """Read a whole model's config.json, or its vision part, as parsed JSON or a path.
 
-        Missing keys have the published Qwen2.5-VL values, except out_hidden_size, which differs
+        Missing keys get the published Qwen2.5-VL values, except out_hidden_size, which differs
         between the models. Raises CheckpointError with the file and the rule.
         """
         config, source = _open(config, source)
@@ -252,8 +252,8 @@ class ImageConfig:
     ) -> Self:
         """Read preprocessor_config.json, or processor_config.json, as parsed JSON or a path.
 
-        Missing or null keys have transformers' defaults. Raises CheckpointError with the file and
-        the rule for a step that this package lacks.
+        Missing or null keys get transformers' defaults. Raises CheckpointError with the file and
+        the rule, for example if the file requests a step that this package lacks.
         """
         config, source = _open(config, source)
         if "image_processor" in config:
@@ -266,7 +266,7 @@ class ImageConfig:
             ) from None
 
     def bounded(self, min_pixels: int | None, max_pixels: int | None) -> "ImageConfig":
-        """Return a copy with other limits of height x width. None keeps a limit.
+        """Return a copy with other limits on height x width. None keeps a limit.
 
         >>> ImageConfig.from_json({}).bounded(None, 50_176).max_pixels
         50176

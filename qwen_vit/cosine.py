@@ -18,7 +18,8 @@ Rows: TypeAlias = AnyFeatures | Tensor | NDArray[Any]
 
 
 def similarity(a: Rows, b: Rows | None = None) -> Tensor:
-    """Return the cosine similarity of every row of `a` to every row of `b`, or of `a` itself.
+    """Return the cosine similarity of every row of `a` to every row of `b`, or of `a` if `b` is
+    None.
 
     >>> from qwen_vit import VisionEncoder
     >>> encoder = VisionEncoder.from_pretrained("tiny")
@@ -32,8 +33,7 @@ def similarity(a: Rows, b: Rows | None = None) -> Tensor:
     Args:
         a: one image's features, a list of images or stored features with one row each
             (`output="mean"`), or your own rows (N, D), such as `features.layers[7]`.
-        b: the features to compare `a` with, of the same kinds. With None, the function compares `a`
-            with itself.
+        b: the features with which to compare `a`, of the same kinds. None compares `a` with itself.
 
     Returns:
         A float32 tensor (rows of a, rows of b) from -1 to 1, on the device of `a`. A row of zeros

@@ -31,7 +31,7 @@ USE_CPU = with_options("use {}", ("device", "cpu"))
 def choose_device(device: str | torch.device) -> torch.device:
     """Return the device with this name, with an index for a GPU. "auto" prefers a GPU.
 
-    Raises ArgumentError for a missing device or a device that the kernels do not support.
+    Raises ArgumentError for a device that is missing or that the kernels do not support.
     """
     if device == "auto":
         if not torch.cuda.is_available():
@@ -72,8 +72,8 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def warn_without_gpu(device: str | torch.device) -> None:
-    """Log once if "auto" chooses a CPU. Call this function after all checks, because no check needs
-    a GPU."""
+    """Log a warning once if "auto" chooses a CPU. Call this after all checks, because none needs a
+    GPU."""
     if device == "auto" and not torch.cuda.is_available():
         _warn_once(
             "no CUDA GPU: computing on the CPU in float32, with the attention kernel "
@@ -82,7 +82,7 @@ def warn_without_gpu(device: str | torch.device) -> None:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in. "auto" is bfloat16 on a GPU and float32 on a CPU.
+    """Return the dtype of the computation. "auto" is bfloat16 on a GPU and float32 on a CPU.
 
     Raises ArgumentError for a dtype that the kernels do not support on this device.
     """
@@ -139,7 +139,7 @@ def choose_quantization(
 
 
 def warn_of_error(quantization: Quantization | None) -> None:
-    """Log once how far "fp8" missed its tolerance. Call this after all refusals."""
+    """Log once how far "fp8" missed its tolerance. Call this after all checks."""
     if quantization == "fp8":  # ledger row `fp8 error ccd5d40`
         _warn_once(
             "quantization 'fp8' is experimental: its error was 4.1 to 5.1 times Hugging Face's in "

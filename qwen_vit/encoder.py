@@ -52,8 +52,8 @@ class VisionEncoder(LoadedTower):
     >>> features.embeds.shape, features.grid_thw
     (torch.Size([345, 192]), (1, 30, 46))
 
-    Build an encoder with `from_pretrained` or `from_tensors`. You can copy and pickle an encoder,
-    and send it to other processes. A copy has separate weights and gives the same bits.
+    Build an encoder with `from_pretrained` or `from_tensors`. An encoder can be copied, pickled and
+    sent to other processes. A copy has its own weights and gives the same bits.
 
     Source: "Qwen2.5-VL Technical Report" (arXiv:2502.13923).
     """
@@ -101,14 +101,14 @@ class VisionEncoder(LoadedTower):
             dtype: "auto" selects bfloat16 on a GPU and float32 on a CPU. float32 on a GPU is IEEE,
                 never TF32.
             quantization: "fp8" computes the MLP from 8-bit floats: faster, with about 5 times the
-                error. It is experimental. It needs a GPU of compute capability 8.9 or newer.
+                error. It is experimental, and needs a GPU of compute capability 8.9 or newer.
             token: the access token, as in huggingface_hub.
             cache_dir: the cache folder, as in huggingface_hub.
             local_files_only: True uses no network, as in huggingface_hub.
             min_pixels: the smallest height x width after resizing. None: the checkpoint's value.
             max_pixels: the largest height x width after resizing. None: the checkpoint's value.
-            cuda_graphs: False launches every kernel separately. Small batches are then slower, and
-                the bits are the same. Only merged output uses graphs.
+            cuda_graphs: False launches every kernel separately, which is slower for small batches
+                but gives the same bits. Only merged output uses graphs.
             torch_dtype: transformers' name for `dtype`, which raises ArgumentError.
             device_map: transformers' name for `device`, which raises ArgumentError.
 
@@ -149,7 +149,7 @@ class VisionEncoder(LoadedTower):
         max_pixels: int | None = None,
         cuda_graphs: bool = True,
     ) -> Self:
-        """Build an encoder from loaded tensors, with the checks for files.
+        """Build an encoder from loaded tensors, after the same checks as for files.
 
         >>> tiny = VisionEncoder.from_pretrained("tiny").checkpoint
         >>> given = {f"model.visual.{name}": tensor for name, tensor in tiny.tensors.items()}
@@ -159,7 +159,7 @@ class VisionEncoder(LoadedTower):
         Args:
             tensors: tensors by published names with any prefix or none, on any device. The mapping
                 may also contain tensors of a language model. The encoder keeps the tower's tensors
-                on the host, so do not change the tensors.
+                on the host, so do not change them.
             config: the tower's config, or the content of config.json.
             image_config: the image settings, or the content of preprocessor_config.json. None
                 selects transformers' defaults.
@@ -245,14 +245,13 @@ class VisionEncoder(LoadedTower):
                 output="mean".
             layers: numbers of blocks whose dense features `encode` also returns. The first block is
                 0. Layers do not change `embeds`. On a GPU, `encode` then uses no CUDA graphs.
-            layout: "HWC" or "CHW" if an array's shape leaves its channel axis open.
-            exif: "apply" rotates an image by its EXIF orientation. "ignore" does not rotate images
-                that are already upright. A transposed PIL image keeps its tag.
-            limits: the limits of decoded images. None selects ImageLimits().
-            video_limits: the limits of a video. None selects VideoLimits().
-            formats: the formats that `encode` decodes only on request: "PPM", "ICO", "TGA",
-                "JPEG2000".
-            frames: "first", or "all" for a list of every page of a TIFF and frame of an animation.
+            layout: "HWC" or "CHW", for arrays whose shape leaves the channel axis ambiguous.
+            exif: "apply" rotates an image by its EXIF orientation. "ignore" is for images that are
+                already upright, since a transposed PIL image keeps its tag.
+            limits: the limits on decoded images. None selects ImageLimits().
+            video_limits: the limits on a video. None selects VideoLimits().
+            formats: further formats to decode: "PPM", "ICO", "TGA", "JPEG2000".
+            frames: "first", or "all" for a list of all pages of a TIFF or frames of an animation.
                 Each page of an image with several pages has an id such as "scan.tif#page=2".
             decode_threads: the number of threads that read, decode and resize ahead of the encoder.
                 None selects one thread per two cores, from 2 to 16. The embeddings do not depend on
@@ -265,7 +264,8 @@ class VisionEncoder(LoadedTower):
             patches of 14 x 14 pixels. With output="mean" the shape is (1, out_hidden_size).
             `layers[k]` is the residual stream after block k, before any norm, with the shape
             (n_patches, hidden_size), row-major. After the last block, this stream equals
-            output="patch". An image's `id` is its path. Other images are "image 0", "image 1" ...
+            output="patch". The `id` is the image's path, or "image 0", "image 1", ... for images
+            without one.
 
         Raises:
             ImageError: `encode` cannot read or encode an image.
@@ -305,8 +305,8 @@ class VisionEncoder(LoadedTower):
         ...     print(features.grid_thw)
         (1, 22, 32)
 
-        The method iterates over `images` in the caller's thread, ahead of the results. On a GPU,
-        the method groups images by size, because an image's bits do not depend on its batch. Raises
+        The method iterates over `images` in the caller's thread, ahead of the results. On a GPU, it
+        groups images by size, because an image's bits do not depend on its batch. Raises
         ArgumentError at once for an invalid option.
         """
         return self._stream(
@@ -321,7 +321,7 @@ class VisionEncoder(LoadedTower):
         limits: ImageLimits | None, video_limits: VideoLimits | None, formats: Iterable[str],
         frames: Pages, decode_threads: int | None,
     ) -> Iterator[ImageFeatures | FailedImage]:  # fmt: skip
-        """Encode as `encode_iter` does. With `is_lent`, the caller changes no PIL image before the
+        """Encode like `encode_iter`. `is_lent` promises that no PIL image changes before the
         end."""
         outputs = OutputOptions.checked(output, normalize, layers, self.config.depth)
         limits = ImageLimits() if limits is None else limits
@@ -369,8 +369,7 @@ class VisionEncoder(LoadedTower):
             videos: a path, the bytes of a file, frames (t, h, w, c), a list of PIL images or arrays
                 as frames, or a `Video`. An iterable of such values gives several videos. A `Video`
                 has its own options.
-            fps: the number of frames to sample per second. For frames that you pass, `fps` is the
-                rate of these frames.
+            fps: the number of frames to sample per second. For frames that you pass, their rate.
             n_frames: the number of frames instead of `fps`, rounded to an even number.
             start: the seconds from the first frame to the start of sampling.
             end: the seconds from the first frame to the end of sampling.

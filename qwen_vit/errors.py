@@ -112,7 +112,7 @@ def _in_shell(text: str) -> str:
 
 
 def with_options(text: str, *options: str | tuple[str, object], **values: object) -> Wording:
-    """Put options into each {} of a text, in Python's and in the command line's spelling.
+    """Put an option into each {} of a text, in Python's and in the command line's spelling.
 
     >>> words = with_options("lower {}, or use {}", "max_pixels", ("dtype", "float32"))
     >>> print(words, words.shell, sep="; ")
@@ -144,7 +144,7 @@ def _as_flag(name: str, value: object) -> str:
 
 
 class QwenVitError(Exception):
-    """Hold the parts and make the message of every error that this package raises on purpose.
+    """Hold the parts of an error that this package raises on purpose, and build its message.
 
     >>> error = ExportError("a file", name="out", expected="a folder", remedy="pass another --out")
     >>> print(error)
@@ -227,8 +227,7 @@ def _as_sentence(text: str) -> str:
 class ImageError(QwenVitError, ValueError):
     """Report that qwen_vit cannot encode an image, an array or a set of patches.
 
-    `code` is a stable, machine-readable reason such as `"truncated"`, from the keys of
-    `IMAGE_CODES`.
+    `code` is a stable, machine-readable reason such as `"truncated"`: a key of `IMAGE_CODES`.
 
     >>> raise ImageError("ratio of 333", name="a.png", expected="at most 200", code="ratio")
     Traceback (most recent call last):
@@ -248,7 +247,7 @@ class ImageError(QwenVitError, ValueError):
         self.code = code
 
     def without_frames(self) -> "ImageError":
-        """Return the error without its traceback, because the frames keep the file's bytes or the
+        """Return the error without its traceback, whose frames would keep the file's bytes or the
         array."""
         return ImageError.of(self, code=self.code)
 
@@ -262,8 +261,7 @@ class CheckpointError(QwenVitError, ValueError):
 
 
 class ComparisonError(QwenVitError):
-    """Report that qwen_vit cannot compare results, because a golden file is damaged or does not
-    match."""
+    """Report that results cannot be compared, for example because a golden file is damaged."""
 
 
 class HubError(QwenVitError):
@@ -289,8 +287,7 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 
 
 def display_name(name: str) -> str:
-    """Return a name that fits on one line of any terminal. Escape and shorten the name if
-    necessary.
+    """Return a name that fits on one line of any terminal, escaped and shortened if necessary.
 
     >>> display_name("cat.png"), display_name("a\\tb")
     ('cat.png', "'a\\\\tb'")
@@ -302,7 +299,7 @@ def display_name(name: str) -> str:
 def one_line(text: str) -> str:
     r"""Escape unprintable characters, because text from outside may move a terminal's cursor.
 
-    Every error, log line and line of output uses this function.
+    All errors, log lines and lines of output pass through this function.
 
     >>> print(one_line("a\tb\x1b[2J"))
     a\tb\x1b[2J

@@ -39,7 +39,7 @@ FeatureOutput = Literal["merged", "patch", "mean"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageFeatures:
-    """Keep one image's embeddings.
+    """Hold one image's embeddings.
 
     >>> features = ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))
     >>> features.map.shape
@@ -98,7 +98,7 @@ class ImageFeatures:
     def map(self) -> Tensor:
         """Return `embeds` as a view (t, h, w, D), with one cell per merged token or patch.
 
-        Raises ArgumentError unless each row is a cell. With output="mean" no row is a cell.
+        Raises ArgumentError unless each row is a cell, for example with output="mean".
         """
         (t, h, w), rows = self.grid_thw, len(self.embeds)
         side = math.isqrt(t * h * w // rows) if rows and self.output != "mean" else 0
@@ -159,14 +159,14 @@ class ImageFeatures:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class VideoFeatures(ImageFeatures):
-    """Keep one video's embeddings, with the times of its frames.
+    """Hold one video's embeddings, with the times of its frames.
 
     >>> clip = VideoFeatures("clip.mp4", torch.ones(12, 8), (2, 4, 6), second_per_grid_t=1.0)
     >>> clip.map.shape, clip.step_seconds
     (torch.Size([2, 2, 3, 8]), (0.0, 1.0))
 
-    Step i of the grid's t is a pair of frames. A pair attends only to itself. `map[i]` is (h, w, D)
-    of pair i.
+    Step i of the grid's t is a pair of frames, which attends only to itself. `map[i]` (h, w, D) are
+    the features of pair i.
 
     Attributes:
         second_per_grid_t: seconds from one step to the next, from the sampling rate. A language
@@ -179,7 +179,8 @@ class VideoFeatures(ImageFeatures):
 
     @classmethod
     def of(cls, features: ImageFeatures, timing: VideoTiming) -> "VideoFeatures":
-        """Create the features of a video from its patches' features and its frame times."""
+        """Create the features of a video from the features of its patches and the times of its
+        frames."""
         facts = {each.name: getattr(features, each.name) for each in fields(ImageFeatures)}
         return cls(
             **facts, second_per_grid_t=timing.second_per_grid_t, frame_seconds=timing.frame_seconds
@@ -198,7 +199,7 @@ class VideoFeatures(ImageFeatures):
 
 @dataclass(frozen=True, slots=True)
 class FailedImage:
-    """Describe a failed image and the reason for the failure.
+    """Describe a failed image, and why it failed.
 
     Attributes:
         id: as `ImageFeatures.id`.

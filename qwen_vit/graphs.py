@@ -1,10 +1,10 @@
-"""Replay a CUDA graph per bucket of patches, with one launch instead of about 170 launches.
+"""Replay a CUDA graph per bucket of patches, with one launch instead of about 170.
 
-A graph belongs to a number of rows, not to an image shape. Every call fills one buffer of indices
-before the replay. Padding rows attend to each other, and padding tiles are empty. One graph
-therefore handles every mix of images that fits its bucket. The model has no code for graphs. An
-image's embedding has the same bits with and without graphs. No row depends on other images' rows or
-on the number of rows.
+A graph is captured for a number of rows, not for image shapes. Every call fills one buffer of
+indices before the replay. Padding rows attend to each other, and padding tiles are empty, so one
+graph handles every mix of images that fits its bucket. The model contains no code for graphs. An
+image's embedding has the same bits with and without graphs, because no row depends on other images'
+rows or on the number of rows.
 """
 
 import logging
@@ -34,7 +34,7 @@ TILE_HEADROOM = 2  # times the tiles of whole windows and frames; smaller pieces
 
 
 def bucket_for(n_patches: int) -> int | None:
-    """Return the rows of the graph for this many patches, or None if no graph fits.
+    """Return the number of rows of the graph for this many patches, or None if no graph fits.
 
     >>> bucket_for(1000), bucket_for(4097), bucket_for(9216), bucket_for(40_000)
     (1024, 4352, 9216, None)
@@ -77,12 +77,12 @@ class GraphRunner:
         return GraphRunner, (self._tower, self._device)
 
     def graph_bucket(self, patches: Tensor) -> int | None:
-        """Return the rows of the graph for these patches, captured or not, or None if no graph
-        fits.
+        """Return the number of rows of the graph for these patches, captured or not, or None if
+        none fits.
 
-        `bucket_for` gives the rows, unless a larger graph exists. The larger graph runs until the
-        rows that a smaller graph would have saved equal the cost of a capture. A graph for a rare
-        size, such as the last batch of a packing, is not worth its capture.
+        The number is that of `bucket_for`, unless a larger graph exists. The larger graph runs
+        until the rows that a smaller one would have saved equal the cost of a capture. A graph for
+        a rare size, such as that of the last batch, is not worth its capture.
         """
         own = bucket_for(len(patches))
         with self._lock:
@@ -157,7 +157,7 @@ class GraphRunner:
     def _capture_and_run(
         self, static: Layout, indices: Tensor, patches: Tensor
     ) -> tuple[CapturedGraph | None, Tensor]:
-        """Return a graph, and the tower's result without it. Computing that result compiles missing
+        """Return a graph, and the tower's result computed without it, which compiles missing
         kernels. The host captures the graph while the GPU computes the result. If the GPU runs out
         of memory, the method returns None instead of a graph.
         """
@@ -207,7 +207,7 @@ class GraphRunner:
         """Compile every kernel and capture every bucket's graph before the first request.
 
         Args:
-            dtype: dtype of the patches that `run` will get: uint8 or a float.
+            dtype: dtype of the patches that `run` will receive: uint8 or a float.
             width: values per patch: P / 2 for uint8, P for a float.
             largest: the largest number of patches per call.
         """
@@ -236,8 +236,7 @@ def run_tower(
 ) -> Tensor:
     """Run a tower on uint8 or float rows in grid order, with a graph if a graph fits.
 
-    Graphs are available for merged output without taps. The bits are the same with and without
-    graphs.
+    Only merged output without taps uses graphs. The bits are the same with and without them.
     """
     config = tower.config
     if device.type == "cuda" and patches.device.type == "cpu":

@@ -1,8 +1,8 @@
 """Compute the layout of a batch: token orders, attention segments, positions and kernel tiles.
 
-The host computes a layout once, only from the grids' integers and never from pixels or weights. The
-layout contains every index that depends on the data. The model only applies the layout. One code
-path therefore handles a single image, any mix of images, several frames, and a fixed token budget.
+The host computes a layout once, from the grids' integers alone, never from pixels or weights. It
+contains every index that depends on the data, and the model only applies it. One code path
+therefore handles a single image, any mix of images, several frames, and a fixed token budget.
 
 The package uses three token orders:
 
@@ -40,7 +40,8 @@ MAX_ROWS = 2**31 - 1  # rows are indexed in int32; kernels widen to int64 before
 class SegmentTiling:
     """Choose how a kernel cuts segments into tiles.
 
-    `rows` is the largest number of query rows of one tile. A tile's rows belong to one segment.
+    `rows` is the largest number of query rows of one tile. All rows of a tile belong to one
+    segment.
     """
 
     rows: int
@@ -116,7 +117,7 @@ def tile_table(lengths: Integers, tiling: SegmentTiling) -> Integers:
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Describe runs of rows that attend to each other, and the tiles that cover the runs."""
+    """Describe runs of rows that attend to each other, and the tiles that cover them."""
 
     cu_seqlens: torch.Tensor  # (S + 1,) int32: segment s is rows cu_seqlens[s] : cu_seqlens[s + 1]
     tiles: torch.Tensor  # (tiles, 4) int32: q_start, q_end, k_start, k_end
@@ -124,7 +125,7 @@ class Segments:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Hold every data-dependent index of one forward pass, with one integer tensor per meaning.
+    """Hold every data-dependent index of one forward pass, in one integer tensor per purpose.
 
     >>> config = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
     >>> layout = Layout.from_grids([Grid(1, 6, 10)], config)
@@ -226,7 +227,7 @@ class Layout:
     def flat(self, *, pinned: bool = False) -> torch.Tensor:
         """Return every tensor in one buffer. Each tensor begins at a multiple of 16 bytes.
 
-        Triton compiles a second kernel for pointers that are not 16-byte aligned.
+        For pointers that are not aligned to 16 bytes, Triton would compile a second kernel.
         """
         tensors = self.tensors()
         lengths = [_aligned(tensor.numel()) for tensor in tensors]

@@ -143,9 +143,9 @@ class LoadedTower:
         Args:
             rows: (N, 1176) uint8, each (channel, 2 frames, 14, 14), in the processor's order.
             grid_thw: (images, 3) integers in patches.
-            still: True if both frames of every row are the same image. The method then reads the
-                first frame, and gives the bits of `encode`. For videos pass False, which gives the
-                bits of `encode_patches` on the normalised rows.
+            still: True if both frames of every row are the same image. The method then reads only
+                the first frame, and the result has the same bits as that of `encode`. For videos
+                pass False, which gives the same bits as `encode_patches` on the normalised rows.
 
         Returns:
             The merged tokens (M, out_hidden_size), as from `encode_patches`.
@@ -179,8 +179,8 @@ class LoadedTower:
         self, patches: Tensor, grids: tuple[Grid, ...], output: Output,
         taps: LayerTaps | None = None,
     ) -> Tensor:  # fmt: skip
-        """Run the tower on uint8 or float rows in grid order, with a graph if a graph fits. The
-        method normalises uint8 rows of two frames on the device, because the device is fast.
+        """Run the tower on uint8 or float rows in grid order, with a graph if one fits. The device,
+        which is faster than the host, normalises uint8 rows of two frames.
         """
         if patches.dtype == torch.uint8 and patches.shape[1] == self.config.patch_dim:
             rows = patches.to(self.device, non_blocking=True)

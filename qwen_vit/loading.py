@@ -146,7 +146,7 @@ def _is_picture(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LoadedImage:
-    """Hold the patches, the picture for the GPU or the error of an image or video."""
+    """Hold an image's or video's patches, its decoded pixels for the GPU, or its error."""
 
     id: str
     size_px: tuple[int, int] = UNKNOWN_SIZE
@@ -170,12 +170,12 @@ class LoadedImage:
 class ImageLoader:
     """Load, resize and patchify any kind of image or video, in any thread.
 
-    With `on_gpu`, images and videos come as decoded pixels, which the GPU resizes and cuts. With
-    `is_lent`, the caller does not change its PIL images before their features arrive.
-    `video` contains the options for videos that have no options. With `as_video`, animations are
-    videos. `video_threads` is the number of threads that decode one video. The loader cuts a video
-    file of more than `piece_patches` into pieces. The loader returns the first pieces while threads
-    decode later pieces. If `piece_patches` is None, the loader cuts no video.
+    With `on_gpu`, the loader returns decoded pixels, which the GPU resizes and cuts. With
+    `is_lent`, the caller does not change its PIL images before their features arrive. `video`
+    contains the options for videos without their own. With `as_video`, animations are videos.
+    `video_threads` is the number of threads that decode one video. A video file of more than
+    `piece_patches` patches is cut into pieces, and the first pieces are returned while threads
+    decode later ones. If `piece_patches` is None, no video is cut.
     """
 
     config: VisionConfig
@@ -207,8 +207,8 @@ class ImageLoader:
             )
 
     def jobs(self, images: Iterable[ImageInput], *, is_ahead: bool) -> Iterator[Job[LoadedImage]]:
-        """Yield a job for each image. With `is_ahead`, the job may run after the iteration has
-        reached the next image."""
+        """Yield a job for each image. With `is_ahead`, a job may run after the iteration has moved
+        on."""
         for image, name in self._named(images):
             is_fixed = isinstance(image, FIXED) or (self.is_lent and isinstance(image, Image.Image))
             if isinstance(image, Video):
@@ -255,7 +255,7 @@ class ImageLoader:
         *,
         is_ahead: bool = False,
     ) -> LoadedImage:
-        """Return one image's patches. With on_error="skip" return its error instead of raising it.
+        """Return one image's patches. With on_error="skip", return its error instead of raising it.
 
         With `is_ahead`, this thread decodes the rest of a long video in `_decode_rest`.
         """

@@ -25,8 +25,8 @@ def origin_metadata(
     device: torch.device,
     quantization: str | None,
 ) -> dict[str, Any]:
-    """Return all facts that determine an embedding's values, as JSON. None marks a value that does
-    not apply.
+    """Return all facts that determine an embedding's values, as JSON values. None marks a fact that
+    does not apply.
     """
     return {
         "model": origin.name,

@@ -2,10 +2,10 @@
 
     patch embedding -> window order -> blocks -> patch merger -> row-major order
 
-The two kinds of block differ only in the patches that a patch attends to. In a window block, a
-patch attends to its window of 8 x 8 patches. In the blocks of `fullatt_block_indexes`, a patch
-attends to its whole frame. Every index that depends on the data comes from the layout. The forward
-pass therefore has no loop over images, no branch on values and no wait for the host.
+The two kinds of block differ only in which patches a patch attends to. In a window block, a patch
+attends to its window of 8 x 8 patches. In the blocks of `fullatt_block_indexes`, it attends to its
+whole frame. Every index that depends on the data comes from the layout, so the forward pass
+contains no loop over images, no branch on values and no synchronisation with the host.
 
 Sources: "Qwen2.5-VL Technical Report" (arXiv:2502.13923), section 2.1; transformers'
 models/qwen2_5_vl/modeling_qwen2_5_vl.py.
@@ -78,7 +78,7 @@ def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """Hold a weight and a bias. The caller names the epilogue, which the GEMM includes."""
+    """Hold a weight and a bias. The caller names the epilogue that is fused into the GEMM."""
 
     def __init__(self, n_in: int, n_out: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -97,7 +97,8 @@ class NormedLinear(Linear):
 
 
 class ResidualLinear(Linear):
-    """Apply a GEMM and add the result to the residual stream, for an e4m3 MLP also in e4m3."""
+    """Apply a GEMM and add the result to the residual stream, also in e4m3 if an e4m3 MLP
+    follows."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, stream: ResidualStream, *, quantized: bool = False
@@ -175,7 +176,7 @@ class MLP(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """Keep an e4m3 weight with a scale per output column, and a bias."""
+    """Hold an e4m3 weight with a scale per output column, and a bias."""
 
     def __init__(self, n_in: int, n_out: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -196,7 +197,7 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedMLP(nn.Module):
-    """Compute what `MLP` computes from e4m3 rows and weights, with sums in float32.
+    """Compute the same function as `MLP`, from e4m3 rows and weights, with sums in float32.
 
     The kernels that write the stream and the hidden rows also quantise them.
     """
@@ -248,7 +249,7 @@ class PatchMerger(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class LayerTaps:
-    """Collect the residual stream after chosen blocks, which is the input of the next block's norm.
+    """Collect the residual stream after chosen blocks, which is the input to the next block's norm.
 
     `rows` maps a block to (N, C) in raster order, a copy in the tower's dtype. After the last
     block, the rows equal `output="patch"`.
@@ -300,7 +301,8 @@ class VisionTower(nn.Module):
         """Encode `patches`, (N, P / 2) uint8 or (N, P) float, to (M, O), or un-merged to (N, C).
 
         `patches` are in grid order. The rows of the result are in raster order of their cells,
-        image after image. `taps` collect the rows after single blocks and change no result.
+        image after image. `taps` collects the rows after chosen blocks, and does not change the
+        result.
         """
         cos, sin = self._rotary_angles(layout.n_positions)
         rotary = RotaryTable(cos, sin, layout.positions)
@@ -324,8 +326,8 @@ class VisionTower(nn.Module):
     def _rotary_angles(self, n_positions: int) -> tuple[Tensor, Tensor]:
         """Return one axis's cosines and sines by position and frequency: (positions, R / 2).
 
-        The function computes the float32 tables in float64, and rounds once for every dtype of the
-        tower. Angles in bf16 have errors of up to 0.4 in their cosine at position 256.
+        The tables are computed in float64 and rounded once to float32, whatever the tower's dtype.
+        Angles in bf16 would have errors of up to 0.4 in their cosine at position 256.
         """
         angles = self.angles
         if angles is None or len(angles[0]) < n_positions:

@@ -17,7 +17,7 @@ __all__ = ["ImageRows", "OutputOptions", "check_layers", "check_normalize"]
 
 
 class ImageRows(NamedTuple):
-    """Hold one image's rows in separate memory, and the image's rows after each chosen block."""
+    """Hold one image's rows and its rows after each chosen block, in separate memory."""
 
     embeds: Tensor
     layers: dict[int, Tensor]
@@ -33,7 +33,7 @@ class OutputOptions:
 
     @classmethod
     def checked(cls, output: Any, normalize: Any, layers: Any, depth: int) -> Self:
-        """Return valid options for a tower of `depth` blocks. Raises ArgumentError otherwise."""
+        """Check options for a tower of `depth` blocks, and return them. Raises ArgumentError."""
         check_choice("output", output, get_args(FeatureOutput))
         check_normalize(output, normalize)
         return cls(output, normalize, check_layers(layers, depth))
@@ -48,7 +48,7 @@ class OutputOptions:
         return LayerTaps(self.layers) if self.layers else None
 
     def join(self, pieces: Sequence[ImageRows]) -> ImageRows:
-        """Return the rows of one video from its pieces' rows, which `split` did not pool."""
+        """Return the rows of one video from those of its pieces, which `split` did not pool."""
         embeds = torch.cat([piece.embeds for piece in pieces])
         if self.output == "mean":
             embeds = segment_means(embeds, [len(embeds)])
@@ -67,7 +67,7 @@ class OutputOptions:
     ) -> list[ImageRows]:
         """Return the rows of a batch by image. `patches` gives each image's patch count.
 
-        With `pool=False`, `join` computes a mean later.
+        With `pool=False`, a mean is left to `join`.
         """
         lengths = [n if self.output == "patch" else n // merge_unit for n in patches]
         if self.output == "mean" and pool:
@@ -95,12 +95,12 @@ def check_normalize(output: str, normalize: object) -> None:
 
 
 def check_layers(layers: Iterable[Any], depth: int | None = None) -> tuple[int, ...]:
-    """Return blocks in ascending order. Raises ArgumentError for missing or repeated blocks.
+    """Return blocks in ascending order. Raises ArgumentError for repeated or nonexistent blocks.
 
     >>> check_layers([31, 7], depth=32)
     (7, 31)
 
-    Without `depth`, the function accepts any block number >= 0.
+    Without `depth`, any block number >= 0 is valid.
     """
     last = "" if depth is None else f" to {depth - 1}"
     expected = f"blocks from 0{last}, each once"

@@ -1,4 +1,5 @@
-"""Define padding, order, scales and 8-bit floats of stored weights, for loader and model."""
+"""Define the padding, order, scales and 8-bit floats of stored weights, for the loader and the
+model."""
 
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -32,8 +33,8 @@ UP_TO_448 = 0x1FFFFF  # carries into the exponent for a mantissa above 1.75
 def pixel_weight_exponent(dtype: torch.dtype) -> int:
     """Return the exponent e of pixel_weight's scale 2**e: 10 for bfloat16, 0 for float32.
 
-    With bfloat16 the folded weights are float16, which has 3 more bits but a smaller range. The
-    factor keeps weights of about 1e-4 out of float16's subnormal numbers.
+    With bfloat16, the folded weights are float16, which has 3 more mantissa bits but a smaller
+    range. The factor keeps weights of about 1e-4 out of float16's subnormal range.
 
     >>> pixel_weight_exponent(torch.bfloat16)
     10
@@ -92,8 +93,8 @@ def quantize(rows: Tensor, columns: int = SCALE_COLUMNS) -> QuantizedRows:
     (tensor([[1.]]), tensor([448.,   3.]))
 
     The kernels give the same bits. A scale is a power of two, so multiplying by it is exact, and
-    the only rounding is that to e4m3. An infinite value makes its scale NaN, and NaN stays NaN.
-    Therefore a value that e4m3 cannot hold never becomes a finite value.
+    the only rounding is that to e4m3. An infinite value makes its scale NaN, and NaN stays NaN, so
+    neither ever becomes a finite value.
 
     Source: "FP8 Formats for Deep Learning" (arXiv:2209.05433).
     """
@@ -113,7 +114,8 @@ def quantize(rows: Tensor, columns: int = SCALE_COLUMNS) -> QuantizedRows:
 
 
 def fp8_column_order(n_columns: int) -> Tensor:
-    """Return the order of the e4m3 stream's columns: a thread's 32 of each 128 are adjacent.
+    """Return the order of the e4m3 stream's columns, in which a thread's 32 of each 128 are
+    adjacent.
 
     >>> fp8_column_order(128)[:6].tolist()
     [0, 1, 8, 9, 16, 17]
@@ -132,6 +134,7 @@ def interleave_fp8(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def split_gate_and_up(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Return gate and up (N, I) of the columns (N, 2 I) of a GEMM by `interleave_fp8`'s weight."""
+    """Split the columns (N, 2 I) of a GEMM with the weight of `interleave_fp8` into gate and up (N,
+    I)."""
     parts = columns.unflatten(1, (-1, 8, 2, 4, 2)).permute(3, 0, 1, 4, 2, 5).flatten(2)
     return parts[0], parts[1]

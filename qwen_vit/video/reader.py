@@ -367,8 +367,8 @@ def read_header(source: str | BinaryIO, name: str, limits: VideoLimits) -> Video
 def _turn_of(frame: Any) -> tuple[Image.Transpose | None, bool]:
     """Return the operation of a frame's display matrix, and whether that is an unsupported one.
 
-    The function reads the matrix from a small copy of the frame, because PyAV's side data and frame
-    refer to each other, and only Python's garbage collector would free the pair.
+    The function reads the matrix from a small copy of the frame. PyAV's side data and frame refer
+    to each other, so only Python's garbage collector would free the pair.
     """
     data = frame.reformat(width=16, height=16).side_data.get("DISPLAYMATRIX")
     if data is None:
