@@ -198,6 +198,15 @@ def test_a_command_works(
     assert done.code == 0, done.err
 
 
+def test_the_readmes_command_line_runs_on_a_laptop() -> None:
+    """The block once ended with `bench`, which fails without a GPU."""
+    _, section = README.read_text("utf-8").split("\n## Command line\n")
+    [lines] = [body for _, body in FENCE.findall(section.split("\n## ")[0])]
+    for line in lines.splitlines():
+        assert "bench" not in line
+        assert not only_parsed(line), line
+
+
 @pytest.mark.parametrize("line", sorted({line for _, line in COMMANDS}))
 def test_a_program_exists(line: str) -> None:
     program = shlex.split(line, comments=True)[0]
