@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from qwen_vit.common.installation import install_command
 from qwen_vit.errors import ArgumentError
@@ -157,7 +158,10 @@ def panel_png(layout: StripLayout, draw: Callable[[Any], None]) -> bytes:
 
 
 def sheet_png(view: FeatureView, views: FeatureViews, titles: Sequence[str]) -> bytes:
-    """Draw an image's panels with titles side by side, or in a column for a wide image."""
+    """Draw an image's panels with titles side by side, or in a column for a wide image.
+
+    The sheet is opaque, and JPEG cannot store an alpha channel. Therefore the PNG has none.
+    """
     layout = StripLayout.of(view.h, view.w, views.window)
     draws: list[Callable[..., Any]] = [draw_picture, draw_colours]
     if view.similarity is not None:
@@ -177,7 +181,11 @@ def sheet_png(view: FeatureView, views: FeatureViews, titles: Sequence[str]) -> 
 
     across, down = (1, len(draws)) if is_column else (len(draws), 1)
     size = (across * width + 0.1 * across, down * (height + TITLE_IN))
-    return figure_png(size, fill, bbox_inches="tight", pad_inches=0.06)
+    png = figure_png(size, fill, bbox_inches="tight", pad_inches=0.06)
+    opaque = io.BytesIO()
+    with Image.open(io.BytesIO(png)) as sheet:
+        sheet.convert("RGB").save(opaque, "PNG", dpi=(DOTS_PER_INCH, DOTS_PER_INCH))
+    return opaque.getvalue()
 
 
 def heat_colours(count: int = 9) -> list[str]:

@@ -22,7 +22,7 @@ from qwen_vit.show.draw import (
 )
 from qwen_vit.show.sheets import panel_titles
 from qwen_vit.show.strips import StripLayout
-from qwen_vit.show.views import FeatureView, FeatureViews
+from qwen_vit.show.views import UNKNOWN_SIZE, FeatureView, FeatureViews
 
 __all__ = ["PageText", "data_uri", "feature_page", "render_page"]
 
@@ -37,7 +37,8 @@ class PageText:
         title: the heading.
         facts: one name and value per line, such as the model and the output.
         notices: warnings at the top of the page, for example that weights are random.
-        cell: the name of a map's cell, for example "merged token of 28 x 28 pixels".
+        cell: the name of a map's cell: "merged token" or "patch".
+        cell_px: the side of a cell, in pixels of the resized image.
         window_px: the size of a window, such as "112 x 112 pixels".
         full_attention: a sentence on the blocks that attend to the whole image.
         command: the command that creates the page again, or an empty text.
@@ -47,6 +48,7 @@ class PageText:
     facts: Mapping[str, str]
     notices: tuple[str, ...]
     cell: str
+    cell_px: int
     window_px: str
     full_attention: str
     command: str = ""
@@ -64,10 +66,11 @@ def feature_page(views: FeatureViews, text: PageText, *, today: date | None = No
         facts=text.facts,
         notices=text.notices,
         images=[
-            _image(view, views, layout)
+            _image(view, views, layout, text.cell_px)
             for view, layout in zip(views.views, layouts, strict=True)
         ],
         cell=text.cell,
+        cell_px=text.cell_px,
         window_px=text.window_px,
         full_attention=text.full_attention,
         components=[
@@ -112,22 +115,35 @@ def _template(name: str) -> str:
     return files("qwen_vit.show").joinpath(name).read_text("utf-8")
 
 
-def _image(view: FeatureView, views: FeatureViews, layout: StripLayout) -> dict[str, Any]:
+def _image(
+    view: FeatureView, views: FeatureViews, layout: StripLayout, cell_px: int
+) -> dict[str, Any]:
     draws: list[Any] = [draw_picture, draw_colours]
     if view.similarity is not None:
         draws.append(draw_similarity)
-    height, width = view.size_px
-    size = f"{width} x {height} pixels, " if (height, width) != (0, 0) else ""
     titles = panel_titles(view, views)
     return {
         "id": view.id,
-        "facts": f"{size}{view.w} x {view.h} patches",
+        "facts": _facts(view, cell_px),
         "is_wide": layout.size[0] > 2 * layout.size[1],
         "panels": [
             _panel(layout, partial(draw, layout=layout, view=view, views=views), title)
             for draw, title in zip(draws, titles, strict=False)
         ],
     }
+
+
+def _facts(view: FeatureView, cell_px: int) -> str:
+    """Return the image's size and its cells, for example "512 x 512 pixels, resized to 504 x 504:
+    18 x 18 cells"."""
+    rows, columns = view.colours.shape[:2]
+    resized_px = rows * cell_px, columns * cell_px
+    size = "{1} x {0} pixels".format(*view.size_px)
+    if view.size_px == UNKNOWN_SIZE:
+        size = "resized to {1} x {0} pixels".format(*resized_px)
+    elif view.size_px != resized_px:
+        size += ", resized to {1} x {0}".format(*resized_px)
+    return f"{size}: {columns} x {rows} cells"
 
 
 def _panel(layout: StripLayout, draw: Any, title: str) -> dict[str, Any]:

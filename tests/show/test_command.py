@@ -67,7 +67,7 @@ def test_images_become_one_page_that_needs_nothing_else(folder: Path, run: Any) 
     assert "url(" not in source
     assert "prefers-color-scheme: dark" in source
     for words in (
-        "a.png", "84 x 56 pixels, 6 x 4 patches", "Similarity to the marked cell",
+        "a.png", "84 x 56 pixels: 6 x 4 cells", "Similarity to the marked cell",
         "The weights of tiny are random", "Of 5 blocks, 2 attend to the whole image",
         "windows of 112 x 112 pixels", "of the variance", "patches, a cell of 14 x 14 pixels",
         "qwen-vit show p --model tiny --device cpu --point 10,20", "Made by qwen_vit",

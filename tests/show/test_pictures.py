@@ -22,6 +22,7 @@ from qwen_vit import (
 from qwen_vit.common.installation import install_command
 from qwen_vit.errors import ArgumentError
 from qwen_vit.show import draw
+from qwen_vit.show.page import PageText, feature_page
 from qwen_vit.show.sheets import panel_titles
 from qwen_vit.show.strips import StripLayout
 from qwen_vit.show.views import view_features
@@ -120,12 +121,31 @@ def test_without_the_picture_windows_lie_over_the_features() -> None:
     assert axes.patches
 
 
+@pytest.mark.parametrize(
+    ("size_px", "facts"),
+    [
+        ((84, 140), "140 x 84 pixels: 5 x 3 cells"),
+        ((80, 150), "150 x 80 pixels, resized to 140 x 84: 5 x 3 cells"),
+        ((0, 0), "resized to 140 x 84 pixels: 5 x 3 cells"),
+    ],
+)
+def test_the_sizes_on_a_page_agree(undrawn: None, size_px: tuple[int, int], facts: str) -> None:
+    """A page once named cells of 28 x 28 pixels, and then patches, which are half as wide."""
+    rows = torch.randn(3 * 5, 16, generator=torch.Generator().manual_seed(0))
+    views = view_features([ImageFeatures("a", rows, (1, 6, 10), size_px)])
+    text = PageText("Features", {}, (), "merged token", 28, "112 x 112 pixels", "")
+    page = feature_page(views, text).decode()
+    assert f'<p class="soft small">{facts}</p>' in page
+    assert "one merged token of 28 x 28 pixels" in page
+    assert "patches" not in page
+
+
 def test_features_show_themselves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=30_000)
     found = encoder.encode(CHELSEA, output="patch")
     shown = found.show(point=(120, 100))
     assert isinstance(shown, Image.Image)
-    shown.save(tmp_path / "a.png")
+    shown.save(tmp_path / "a.jpg")  # JPEG cannot store an alpha channel
     explicit = found.show(Image.open(CHELSEA), point=(120, 100))
     assert explicit.tobytes() == shown.tobytes()
     monkeypatch.chdir(tmp_path)

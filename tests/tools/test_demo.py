@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from PIL import Image
 
 from tests.support import ROOT
 
@@ -106,6 +109,12 @@ def test_what_pip_could_not_do_is_shown_and_tried_again(checkout: Path) -> None:
     assert install(checkout).returncode == 0
 
 
+def pixels(path: Path) -> NDArray[np.int16]:
+    with Image.open(path) as picture:
+        assert picture.mode == "RGB"
+        return np.asarray(picture, np.int16)
+
+
 @pytest.mark.slow
 def test_the_demo_writes_a_page_and_pictures_and_says_where(checkout: Path) -> None:
     shutil.copytree(ROOT / "tests" / "photographs", checkout / "tests" / "photographs")
@@ -126,4 +135,11 @@ def test_the_demo_writes_a_page_and_pictures_and_says_where(checkout: Path) -> N
         assert words in done.stdout
     assert len(done.stdout.splitlines()) < 25
     assert "were never trained" in (checkout / "demo" / "index.html").read_text("utf-8")
+    # README once showed a picture that the demo no longer drew
+    drawn = pixels(checkout / "demo" / "01-astronaut.png")
+    shown = pixels(ROOT / "docs" / "features.png")
+    assert drawn.shape == shown.shape, (
+        "run ./tools/demo; cp demo/01-astronaut.png docs/features.png"
+    )
+    assert np.abs(drawn - shown).mean() < 1  # of 255: another CPU rounds differently
     assert "/demo/" in (ROOT / ".gitignore").read_text().splitlines()
