@@ -59,7 +59,7 @@ def info(model: str, image: str | None, verify: bool, as_json: bool, **finding: 
         found = verify_stored(model) if source is None else verify_checkpoint(source)
     facts: dict[str, Any] = {}
     lines = []
-    if found is None or not found.problems:  # a damaged file cannot be described
+    if found is None or not found.is_damaged:  # a damaged file cannot be described
         facts = describe_features(model) if source is None else describe(source, image)
         lines.append(features_text(facts) if source is None else facts_text(facts))
     if found is not None:

@@ -22,6 +22,7 @@ __all__ = [
     "facts_text",
     "features_text",
     "table",
+    "unfinished_text",
     "waits_text",
 ]
 
@@ -44,7 +45,7 @@ def estimate_text(estimate: Estimate, folder: AnyPath) -> str:
     ]  # fmt: skip
     images = [
         f"{estimate.done:,} done" * bool(estimate.done),
-        f"{estimate.to_do:,} to do" + f" ({', '.join(unfit)})" * bool(unfit),
+        unfinished_text(estimate.saved, estimate.to_do) + f" ({', '.join(unfit)})" * bool(unfit),
         f"{estimate.failed:,} failed earlier" * bool(estimate.failed),
     ]
     return facts_text(
@@ -71,14 +72,23 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:,.0f} min" if seconds < 7_200 else f"{seconds / 3600:,.1f} hours"
 
 
-def counts_text(done: int, to_do: int, failed: int, failed_earlier: int = 0) -> str:
+def unfinished_text(saved: int, to_do: int) -> str:
+    """Return the number of images that no finished shard has, as text.
+
+    >>> unfinished_text(58, 142)
+    '58 saved in an open shard, 142 to do'
+    """
+    return f"{saved:,} saved in an open shard, " * bool(saved) + f"{to_do:,} to do"
+
+
+def counts_text(done: int, to_do: int, failed: int, failed_earlier: int = 0, saved: int = 0) -> str:
     """Return the number of an export's images in each state, as text.
 
     >>> counts_text(497, 0, 0, 3)
     '497 done, 0 to do, 3 failed earlier'
     """
     now = f", {failed:,} failed" * bool(failed)
-    return f"{done:,} done, {to_do:,} to do{now}" + (
+    return f"{done:,} done, {unfinished_text(saved, to_do)}{now}" + (
         f", {failed_earlier:,} failed earlier" * bool(failed_earlier)
     )
 
@@ -214,13 +224,16 @@ def features_text(facts: dict[str, Any]) -> str:
     done = rest.pop("images_done")
     if facts["kind"] == "export folder":
         failed, to_do = rest.pop("images_failed"), rest.pop("images_to_do")
-        head["images"] = counts_text(done, to_do, sum(failed.values()))
+        saved = rest.pop("images_saved")
+        head["images"] = counts_text(done, to_do, sum(failed.values()), saved=saved)
         head["failed"] = ", ".join(f"{count:,} {code}" for code, count in failed.items())
         missing = rest.pop("shards_missing")
         head["shards"] = f"{rest.pop('shards'):,}" + f", {missing:,} missing" * bool(missing)
     else:
         head["images"] = f"{done:,}"
-    head["rows"] = f"{rest.pop('rows'):,} of {rest.pop('width')} values, {rest.pop('dtype')}"
+    width, dtype = rest.pop("width"), rest.pop("dtype")
+    of_values = f" of {width} values, {dtype}" if width is not None else ""
+    head["rows"] = f"{rest.pop('rows'):,}{of_values}"
     head["bytes"] = f"{rest.pop('bytes'):,}"
     return facts_text(head | rest)
 

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from qwen_vit.checkpoint import cache
 from qwen_vit.checkpoint.hub import Source
 from qwen_vit.checkpoint.load import load_checkpoint
+from qwen_vit.cli.text import unfinished_text
 from qwen_vit.common.progress import shows_progress
 from qwen_vit.common.tensors import check_finite
 from qwen_vit.errors import CheckpointError, one_line, plural
@@ -25,6 +26,12 @@ class Findings:
 
     checked: str | dict[str, str]
     problems: tuple[str, ...]
+    unfinished: str = ""  # the counts of an export whose only problem is missing shards
+
+    @property
+    def is_damaged(self) -> bool:
+        """Return whether there is a problem other than missing shards."""
+        return bool(self.problems) and not self.unfinished
 
     def to_json(self) -> dict[str, Any]:
         """Return the findings as JSON values."""
@@ -37,10 +44,13 @@ class Findings:
             checked = "; ".join(f"{name}: {how}" for name, how in checked.items())
         if not self.problems:
             return f"whole: {checked}"
+        verdict = f"not complete: {self.unfinished}"
+        if not self.unfinished:
+            verdict = f"damaged: {plural(len(self.problems), 'problem')}"
         more = len(self.problems) - MAX_LISTED
         return "\n".join(
             [
-                f"damaged: {plural(len(self.problems), 'problem')}; {checked}",
+                f"{verdict}; {checked}",
                 *(f"  {one_line(problem)}" for problem in self.problems[:MAX_LISTED]),
                 *([f"  and {more} more: --json lists all"] if more > 0 else []),
             ]
@@ -69,4 +79,6 @@ def verify_stored(path: str) -> Findings:
     by_digest = f"{digests} by their digests" if found.digests else "no digests are recorded"
     rows = f"{plural(found.images, 'image')}, {plural(found.rows, 'row')} read; {by_digest}"
     older = f"; {found.superseded:,} superseded as well" * bool(found.superseded)
-    return Findings(rows + older, found.problems)
+    is_unfinished = bool(found.problems) and not found.is_damaged
+    counts = unfinished_text(found.saved, found.to_do) if is_unfinished else ""
+    return Findings(rows + older, found.problems, counts)

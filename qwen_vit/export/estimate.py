@@ -31,7 +31,9 @@ from qwen_vit.export.plan import (
     plan_dry_run,
 )
 from qwen_vit.export.store_folder import as_folder
+from qwen_vit.export.whole_shards import segments_to_keep
 from qwen_vit.feature_files.file import FeatureFile
+from qwen_vit.feature_files.segments import segments_among
 from qwen_vit.features import ImageFeatures
 from qwen_vit.images.formats import IDENTIFY_BYTES, decoder, identify
 from qwen_vit.images.image import ImageLimits
@@ -69,6 +71,7 @@ class Estimate:
         done: the number of images whose features are in existing shards.
         failed: the number of images that failed earlier, from existing shards.
         missing: the number of unfinished images whose file does not exist.
+        saved: the number of images whose features an interrupted run saved in unfinished shards.
     """
 
     images: int
@@ -80,11 +83,12 @@ class Estimate:
     done: int = 0
     failed: int = 0
     missing: int = 0
+    saved: int = 0
 
     @property
     def to_do(self) -> int:
-        """Return the number of images that are neither done nor failed."""
-        return self.images - self.done - self.failed
+        """Return the number of images that are neither done, saved nor failed."""
+        return self.images - self.done - self.saved - self.failed
 
 
 def estimate_export(
@@ -114,13 +118,24 @@ def estimate_export(
         with tqdm(
             total=plan.n_images, unit="image", file=sys.stderr, disable=not show_progress
         ) as bar:
+            firsts = {} if where is None else segments_among(where.names())
             for shard in plan.shards:
                 file = None if where is None else open_if_whole(where, shard)
                 if file is not None:
                     counts.add_stored(file, partial(plan.listing.current.has, shard))
                     bar.update(plan.listing.shard_length(shard))
                     continue
-                for item in plan.listing.shard(shard):
+                items, start = plan.listing.shard(shard), 0
+                if where is not None and shard in firsts:
+                    names = [item.id for item in items]
+                    for kept in segments_to_keep(
+                        plan, shard, firsts[shard], names, where.__truediv__
+                    ):
+                        is_current = partial(plan.listing.current.has, shard)
+                        counts.add_stored(kept.file, is_current, is_saved=True)
+                        start = kept.end
+                bar.update(start)
+                for item in items[start:]:
                     counts.add(item, shard, plan.listing.current.has(shard, item.id))
                     bar.update()
         return replace(
@@ -196,7 +211,7 @@ class _Counts:
         self.sample: list[Item] = []  # of the images to do, to time them
         self._chance = Random(0)
         self._seen = self._images = self._done = self._failed = 0
-        self._missing = self._unreadable = self._rows = self._bytes = 0
+        self._missing = self._unreadable = self._rows = self._bytes = self._saved = 0
 
     def add(self, item: Item, shard: int = 0, is_current: bool = True) -> None:
         """Count an unfinished image. Even an image that a later shard replaces takes time and
@@ -214,14 +229,17 @@ class _Counts:
         self._bytes += self._form.n_bytes(rows, n_patches)
         self.work.add(n_patches, TOKEN_BUDGET[self._encoder.device.type], shard)
 
-    def add_stored(self, file: FeatureFile, is_current: Callable[[str], bool]) -> None:
-        """Count the images of an existing shard that no later shard replaces."""
+    def add_stored(
+        self, file: FeatureFile, is_current: Callable[[str], bool], *, is_saved: bool = False
+    ) -> None:
+        """Count the images of a shard, or of a saved segment, that no later shard replaces."""
         counts = [
             count for name, count in zip(file.ids, file.row_counts, strict=True) if is_current(name)
         ]
         failed = sum(is_current(error.id) for error in file.errors)
         self._images += len(counts) + failed
-        self._done += len(counts)
+        self._done += len(counts) * (not is_saved)
+        self._saved += len(counts) * is_saved
         self._failed += failed
         self._rows += sum(counts)
         self._bytes += os.stat(str(file.path)).st_size
@@ -230,7 +248,7 @@ class _Counts:
         """Return the estimate, without the encoder time."""
         return Estimate(
             self._images, self._unreadable, self._rows, self._bytes, None, done=self._done,
-            failed=self._failed, missing=self._missing,
+            failed=self._failed, missing=self._missing, saved=self._saved,
         )  # fmt: skip
 
     def _take_for_sample(self, item: Item) -> None:

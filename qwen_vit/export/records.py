@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from qwen_vit.errors import ImageError
 from qwen_vit.export.manifest import ManifestRow
-from qwen_vit.export.segments import Segment
+from qwen_vit.feature_files.segments import Segment
 from qwen_vit.features import UNKNOWN_SIZE
 from qwen_vit.images.frames import Frames
 from qwen_vit.images.patches import Patches

@@ -14,7 +14,7 @@ from qwen_vit.export.device_to_host import HostCopy
 from qwen_vit.export.options import RowFormat
 from qwen_vit.export.plan import ExportPlan, reserved_header_bytes
 from qwen_vit.export.records import ImageRecord, ShardStart
-from qwen_vit.export.segments import Segment, remove_segments, segment_name
+from qwen_vit.export.segments import remove_segments
 from qwen_vit.feature_files.file import open_shard
 from qwen_vit.feature_files.schema import (
     EMBEDS,
@@ -23,6 +23,7 @@ from qwen_vit.feature_files.schema import (
     rows_by_tensor,
     shard_name,
 )
+from qwen_vit.feature_files.segments import Segment, segment_name
 from qwen_vit.feature_files.writer import FeatureWriter
 from qwen_vit.features import FailedImage, ImageFeatures, not_finite
 from qwen_vit.images.image import ExifPolicy

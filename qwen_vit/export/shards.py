@@ -36,10 +36,15 @@ from qwen_vit.export.records import (
     ShardStart,
 )
 from qwen_vit.export.retry import may_work_now
-from qwen_vit.export.segments import find_segments, open_segments
+from qwen_vit.export.segments import find_segments
 from qwen_vit.export.shard_writer import ShardWriter
 from qwen_vit.export.under_way import UnderWay
-from qwen_vit.export.whole_shards import publish_unsent, rows_of_saved, whole_shard
+from qwen_vit.export.whole_shards import (
+    publish_unsent,
+    rows_of_saved,
+    segments_to_keep,
+    whole_shard,
+)
 from qwen_vit.feature_files.schema import rows_by_tensor
 from qwen_vit.features import FailedImage, ImageFeatures
 from qwen_vit.images.frames import Frames
@@ -205,7 +210,7 @@ def _jobs(
         items = plan.listing.shard(shard) if rows is None else []
         names = [item.id for item in items]
         firsts = kept.get(shard, ()) if rows is None else ()
-        segments = open_segments(plan.folder, shard, firsts, names, plan.settings_of(shard))
+        segments = segments_to_keep(plan, shard, firsts, names, plan.folder.fetch)
         first = segments[-1].end if segments else 0
         replaces = rows is None and plan.has(shard)
         start = partial(ShardStart, shard, len(items) - first, rows, segments, firsts, replaces)

@@ -1,6 +1,8 @@
-"""Recognise finished shards, and read their rows of the manifest."""
+"""Recognise finished shards and saved segments, and read the rows of the manifest."""
 
 import logging
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from qwen_vit.common.store_path import AnyPath, StorePath
@@ -9,9 +11,11 @@ from qwen_vit.export.manifest import ManifestRow, shard_rows
 from qwen_vit.export.plan import ExportPlan
 from qwen_vit.export.settings import LISTING, SETTINGS
 from qwen_vit.feature_files.file import open_shard
+from qwen_vit.feature_files.listed import is_made_by
 from qwen_vit.feature_files.schema import shard_name
+from qwen_vit.feature_files.segments import Segment, open_segments
 
-__all__ = ["publish_unsent", "rows_of_saved", "whole_shard"]
+__all__ = ["publish_unsent", "rows_of_saved", "segments_to_keep", "whole_shard"]
 
 logger = logging.getLogger("qwen_vit")
 
@@ -41,6 +45,19 @@ def whole_shard(
     if not plan.has(shard):
         return None
     return _rows_in(plan, shard, plan.path(shard), then)
+
+
+def segments_to_keep(
+    plan: ExportPlan, shard: int, firsts: Sequence[int], names: Sequence[str],
+    path_of: Callable[[str], AnyPath | None],
+) -> list[Segment]:  # fmt: skip
+    """Return the segments whose rows this run's shard takes over. `names` are the shard's ids.
+
+    This run must have the segments' settings and versions, because a shard records one version of
+    each package.
+    """
+    is_ours = partial(is_made_by, settings=plan.settings_of(shard), accepted=())
+    return open_segments(path_of, shard, firsts, names, is_ours)
 
 
 def publish_unsent(plan: ExportPlan, shard: int) -> None:

@@ -2,6 +2,8 @@
 
 import os
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +42,17 @@ def describe_features(path: str | Path) -> dict[str, Any]:
     >>> describe_features("export")["images_done"]  # doctest: +SKIP
     497
 
+    For an unfinished export, `images_saved` counts the images saved in unfinished shards. `rows`
+    and `bytes` include these images.
+
     Raises ExportError if the path has no features or a damaged file.
     """
     features = load_features(path)
     metadata = features.metadata
     files = feature_files_of(features)
-    tensors = [read_header(file)["image_embeds"] for file in files]
+    segments = features.segments if isinstance(features, FeatureFolder) else {}
+    stored = [*files, *(file.path for kept in segments.values() for file in kept)]
+    tensors = [read_header(file)["image_embeds"] for file in stored]
     facts: dict[str, Any] = {
         "kind": "feature file",
         "path": str(path),
@@ -53,9 +60,18 @@ def describe_features(path: str | Path) -> dict[str, Any]:
     }
     if isinstance(features, FeatureFolder):
         failed = Counter(each.code for each in features.errors)
+        failed += Counter(
+            error.code
+            for shard, kept in segments.items()
+            for file in kept
+            for error in file.errors
+            if features.is_current(shard, error.id)
+        )
+        saved = len(_current_row_counts(features, segments))
         facts |= {
             "kind": "export folder",
-            "images_to_do": len(features.listing) - len(features) - failed.total(),
+            "images_saved": saved,
+            "images_to_do": len(features.listing) - len(features) - saved - failed.total(),
             "images_failed": dict(failed.most_common()),
             "shards": len(files),
             "shards_missing": n_shards_of(features) - len(files),
@@ -64,7 +80,7 @@ def describe_features(path: str | Path) -> dict[str, Any]:
         **facts,
         "rows": _count_rows(features),
         **_row_facts(tensors),
-        "bytes": sum(file.stat().st_size for file in files),
+        "bytes": sum(file.stat().st_size for file in stored),
         "output": features[0].output if len(features) else metadata.get("output"),
         "layers": metadata.get("layers") or [],
         "quantization": metadata.get("quantization"),
@@ -93,13 +109,23 @@ def _count_rows(features: FeatureFile | FeatureFolder) -> int:
     again."""
     if isinstance(features, FeatureFile):
         return sum(features.row_counts)
+    files = ({shard: [features.open_shard(shard)]} for shard in features.shards)
     return sum(
-        count
-        for shard in features.shards
-        for file in [features.open_shard(shard)]
-        for name, count in zip(file.ids, file.row_counts, strict=True)
-        if features.is_current(shard, name)
+        sum(_current_row_counts(features, each)) for each in chain(files, [features.segments])
     )
+
+
+def _current_row_counts(
+    folder: FeatureFolder, files: Mapping[int, Sequence[FeatureFile]]
+) -> list[int]:
+    """Return the number of rows of each image in the shards' files that no later shard replaced."""
+    return [
+        count
+        for shard, parts in files.items()
+        for file in parts
+        for name, count in zip(file.ids, file.row_counts, strict=True)
+        if folder.is_current(shard, name)
+    ]
 
 
 def _row_facts(tensors: list[TensorInfo]) -> dict[str, Any]:

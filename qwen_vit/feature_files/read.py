@@ -7,9 +7,9 @@ describes the format of files and folders.
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -26,6 +26,7 @@ from qwen_vit.feature_files.schema import (
     read_description,
     shard_name,
 )
+from qwen_vit.feature_files.segments import open_segments, segments_among
 from qwen_vit.features import FailedImage, ImageFeatures
 
 __all__ = ["FeatureFolder", "load_features", "open_features"]
@@ -64,6 +65,7 @@ class FeatureFolder(Features):
         found = _names_in(path)
         self._shard_count = self._listed.n_shards
         self._present = [i for i in range(self._shard_count) if shard_name(i) in found]
+        self._first_saved = segments_among(found)
         self._shard = lru_cache(SHARDS_OPEN)(self._open)
         if not self.is_complete:
             logger.warning(
@@ -92,6 +94,22 @@ class FeatureFolder(Features):
     def shards(self) -> Sequence[int]:
         """Return the shards that existed when this object opened the folder."""
         return self._present
+
+    @cached_property
+    def segments(self) -> Mapping[int, Sequence[FeatureFile]]:
+        """Return the saved parts of each unfinished shard.
+
+        The next run of the export takes them over. The features of this object omit them.
+        """
+        found = {
+            shard: open_segments(
+                self.path.__truediv__, shard, firsts, self._listed.of(shard),
+                partial(self._listed.has_settings, shard),
+            )
+            for shard, firsts in sorted(self._first_saved.items())
+            if shard not in self._present and shard < self._shard_count
+        }  # fmt: skip
+        return {shard: [each.file for each in kept] for shard, kept in found.items() if kept}
 
     @cached_property
     def errors(self) -> Sequence[FailedImage]:

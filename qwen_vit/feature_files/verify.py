@@ -30,6 +30,10 @@ class Verification:
         digests: the number of images whose rows match the recorded sha256.
         superseded: the number of superseded images, whose features the check also read. The export
             encoded these images again.
+        saved: the number of these images that an unfinished shard has. The next run of the export
+            takes them over.
+        to_do: the number of images that a finished export would also have.
+        is_damaged: whether the check found a problem other than missing shards.
         problems: one sentence per problem, or an empty list.
     """
 
@@ -37,6 +41,9 @@ class Verification:
     rows: int
     digests: int
     superseded: int
+    saved: int
+    to_do: int
+    is_damaged: bool
     problems: tuple[str, ...]
 
 
@@ -61,14 +68,16 @@ def verify_features(
     else:
         check.file(features)
     return Verification(
-        check.images, check.rows, check.digests, check.superseded, tuple(check.problems)
-    )
+        check.images, check.rows, check.digests, check.superseded, check.saved, check.to_do,
+        bool(check.problems), (*check.problems, *check.unfinished),
+    )  # fmt: skip
 
 
 class _Check:
     def __init__(self, on_image: Callable[[], Any]) -> None:
-        self.images = self.rows = self.digests = self.superseded = 0
+        self.images = self.rows = self.digests = self.superseded = self.saved = self.to_do = 0
         self.problems: list[str] = []
+        self.unfinished: list[str] = []  # one sentence about missing shards
         self._on_image = on_image
 
     def folder(self, folder: FeatureFolder) -> None:
@@ -79,19 +88,26 @@ class _Check:
                     self.problems.append(
                         f"{listing.name}: its sha256 is not the one in export.json"
                     )
-        missing = 0
+        missing = failed = 0
         for shard in range(listings[-1].shards.stop):
             if not (folder.path / shard_name(shard)).exists():
                 missing += 1
                 continue
             try:
-                self.file(folder.open_shard(shard), partial(folder.is_current, shard))
+                failed += self.file(folder.open_shard(shard), partial(folder.is_current, shard))
             except ExportError as error:
                 self.problems.append(str(error))
+        before = self.images
+        for shard, files in folder.segments.items():
+            for file in files:
+                failed += self.file(file, partial(folder.is_current, shard))
+        self.saved = self.images - before
+        self.to_do = len(folder.listing) - self.images - failed
         if missing:
-            self.problems.append(f"{plural(missing, 'shard')} missing: {RESUME}")
+            self.unfinished.append(f"{plural(missing, 'shard')} missing: {RESUME}")
 
-    def file(self, file: FeatureFile, is_current: Callable[[str], bool] = lambda _: True) -> None:
+    def file(self, file: FeatureFile, is_current: Callable[[str], bool] = lambda _: True) -> int:
+        """Check a file, and return the number of its failed images."""
         per_row = file.metadata.get("patches_per_row")
         facts = file.metadata.get("images") or [{} for _ in file.ids]
         for name, features, entry in zip(file.ids, file, facts, strict=True):
@@ -116,3 +132,4 @@ class _Check:
                 self.digests += bool(digests)
             else:
                 self.superseded += 1
+        return sum(is_current(error.id) for error in file.errors)

@@ -18,6 +18,7 @@ from qwen_vit.feature_files.write import write_features
 from tests.support import IMAGES
 from tests.support.checkpoints import SMALL, write_checkpoint, write_weights
 from tests.support.commands import TO_FILE
+from tests.support.feature_file_cases import poison
 from tests.support.features import random_features
 
 TINY = ("--model", "tiny", "--device", "cpu")
@@ -35,15 +36,6 @@ def export_dir(folder: Path) -> Path:
 def facts_of(text: str) -> dict[str, str]:
     """Return each line's words by its first word."""
     return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in text.splitlines() if "  " in line)
-
-
-def poison(file: Path, row: int = 0) -> None:
-    """Put a NaN into a feature file, as a disk or a bad GPU would."""
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    tensors = load_file(file)
-    tensors["image_embeds"][row, 3] = float("nan")
-    save_file(tensors, file, metadata)
 
 
 def test_a_feature_file_is_described_and_verified(folder: Path, run: Any) -> None:

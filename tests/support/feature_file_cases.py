@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from qwen_vit.errors import ExportError, ImageError
 from qwen_vit.feature_files.read import load_features
@@ -26,3 +28,12 @@ def refused(path: Path) -> str:
 def set_fact(name: str, value: Any) -> Any:
     """Convert a change of a file's facts to a function that edits facts and tensors."""
     return lambda facts, tensors: facts.__setitem__(name, value)
+
+
+def poison(file: Path, row: int = 0) -> None:
+    """Put a NaN into a feature file, as a disk or a bad GPU would."""
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    tensors["image_embeds"][row, 3] = float("nan")
+    save_file(tensors, file, metadata)
