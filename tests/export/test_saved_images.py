@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -19,9 +19,9 @@ from tests.support.interrupted_exports import Stop, segments
 
 
 def interrupted(shard_size: int, after: int) -> ExportOptions:
-    options = ExportOptions(shard_size=shard_size)
+    options, stop = ExportOptions(shard_size=shard_size), cast(Any, Stop(after))
     with pytest.raises(KeyboardInterrupt):
-        export_features(FakeEncoder(), ["p"], "out", options, stop=Stop(after))
+        export_features(FakeEncoder(), ["p"], "out", options, stop=stop)
     return options
 
 
