@@ -93,7 +93,8 @@ def repository_folder(cache: Path, repo: str) -> Path:
 
 
 def find(folder: Path) -> Manifest | None:
-    """Return a folder's manifest, or None for no folder. Check the files' sizes and the header.
+    """Return a folder's manifest after checking file sizes and the header, or None without a
+    folder.
 
     Raises CheckpointError for a folder that another program damaged after the download.
     """

@@ -84,8 +84,7 @@ def convert(
 
     The function reads each tensor on demand and converts it on `device`. Only the patch embedding,
     a small tensor, is converted on the CPU, in float64. The bits do not depend on the device.
-    Raises CheckpointError for NaN or infinite weights, with their names, or with the result of
-    `locate`.
+    Raises CheckpointError for NaN or infinite weights, and names them by `locate`.
     """
     planned = list(
         recipes(config, image_config, dtype, device, quantization=quantization, locate=locate)

@@ -1,6 +1,6 @@
 """Fetch pieces of remote files into one local file: merged, in parallel, with retries.
 
-This module does not use HTTP itself: a given function opens a range of a named file.
+This module does not use HTTP itself: the caller passes a function that opens a range of a file.
 """
 
 import logging

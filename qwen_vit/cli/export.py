@@ -288,7 +288,7 @@ def _ask_if_large(estimate: "Estimate", folder: "AnyPath") -> None:
         raise ExportError(
             fact, name=str(folder), remedy="pass --yes to skip the question, or fewer images"
         )
-    if not click.confirm(f"{display_name(str(folder))}: {fact}. Go on?", err=True):
+    if not click.confirm(f"{display_name(str(folder))}: {fact}. Continue?", err=True):
         raise ExportError(
             "export cancelled",
             remedy="to make the export smaller, pass fewer images, --max-pixels, --output mean or "

@@ -3,8 +3,8 @@
 Data goes to stdout. Progress and logs go to stderr. `exit_codes` lists the exit codes. Python
 imports a command's module only for that command, and torch only for the command's body, so
 `--help`, `--version` and usage errors respond at once. To keep these fast, the modules of this
-folder import only click and other modules that import quickly. Command bodies import the
-exceptions, such as `text` and `describe`.
+folder import only click and other modules that import quickly. Command bodies import modules that
+import slowly, such as `text` and `describe`.
 """
 
 import logging
@@ -35,7 +35,7 @@ MORE_MEMORY = "free some memory, or raise its limit, and run the same command ag
 
 
 class _LazyGroup(click.Group):
-    """Import a command's module, which has the command's name, only on request."""
+    """Import a command's module, which is named after the command, only on request."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the imported command, or None if no command has this name."""

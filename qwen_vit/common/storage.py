@@ -145,7 +145,7 @@ def open_object(
     """Open an object for reading, in blocks. On S3, a read raises an error if the object was
     replaced.
 
-    Raises ReplacedError if the object has another version, and OSError otherwise.
+    Raises ReplacedError if the object has another version, and OSError for other failures.
     """
     files, path = files_of(address)
     with os_errors():
@@ -163,7 +163,7 @@ def open_object(
 def read_range(address: str, start: int, end: int, version: str | None = None) -> bytes:
     """Return the bytes from `start` to `end`, on S3 with one request.
 
-    Raises ReplacedError if the object has another version, and OSError otherwise.
+    Raises ReplacedError if the object has another version, and OSError for other failures.
     """
     if end <= start:
         return b""

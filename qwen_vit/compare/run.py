@@ -84,7 +84,7 @@ def compare_checkpoint(
         raise ArgumentError(
             "images is empty",
             remedy=with_options(
-                "pass at least one image; only a file for {} contains images", "golden"
+                "pass at least one image, or {}, whose file contains images", "golden"
             ),
         )
     stored = None if golden is None else load_golden(golden)

@@ -148,7 +148,7 @@ def _image_row(image: ImageComparison) -> tuple[str, ...]:
 
 
 def _with_ratios(rows: Sequence[Sequence[str]], comparison: Comparison) -> list[Sequence[str]]:
-    """Return a table's rows, without ratios if the weights are of different models."""
+    """Return a table's rows, without the ratios if the two models have different weights."""
     if comparison.has_same_weights:
         return [*rows]
     place = rows[0].index(RATIO)

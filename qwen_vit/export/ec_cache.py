@@ -31,7 +31,7 @@ class CacheWriter:
         if plan.options.output != "merged":
             raise ArgumentError(
                 with_options("an encoder cache cannot hold {}", ("output", plan.options.output)),
-                expected=with_options("{}, which a language model takes", ("output", "merged")),
+                expected=with_options("{}, which a language model accepts", ("output", "merged")),
                 remedy="export merged rows, or omit the encoder cache",
             )
         check_ec_folder(folder, plan.settings, plan.settings["dtype"])

@@ -393,7 +393,7 @@ def _plain_errors() -> Iterator[None]:
         raise
     except RayActorError as error:
         raise ExportError(
-            f"a worker of the Ray cluster died {MAX_TASK_RETRIES + 1} times at one shard, or did "
+            f"a worker of the Ray cluster died {MAX_TASK_RETRIES + 1} times on one shard, or did "
             f"not start ({str(error).splitlines()[0]})",
             remedy="check Ray's logs and run the same command again, which keeps finished shards",
         ) from None

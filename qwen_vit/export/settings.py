@@ -199,7 +199,7 @@ class StoredExport:
         ways = ["to continue, pass the inputs and settings that it was started with"]
         if names and all(name.partition(".")[0] in MADE_BY for name in names):
             ways.append(
-                with_options("to go on with these versions, pass {}", ("accept_versions", True))
+                with_options("to continue with these versions, pass {}", ("accept_versions", True))
             )
         if changes is not None and changes.describe() and not changes.moved:
             ways[0] += Wording(", or inputs of None", shell=f", or only --resume {self.folder}")

@@ -45,7 +45,7 @@ def describe_features(path: str | Path) -> dict[str, Any]:
     For an unfinished export, `images_saved` counts the images saved in unfinished shards. `rows`
     and `bytes` include these images.
 
-    Raises ExportError if the path has no features or a damaged file.
+    Raises ExportError if the path contains no features or a damaged file.
     """
     features = load_features(path)
     metadata = features.metadata

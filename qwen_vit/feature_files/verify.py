@@ -86,7 +86,7 @@ class _Check:
             with (folder.path / listing.name).open("rb") as file:
                 if file_digest(file, "sha256").hexdigest() != listing.sha256:
                     self.problems.append(
-                        f"{listing.name}: its sha256 is not the one in export.json"
+                        f"{listing.name}: its sha256 differs from the one in export.json"
                     )
         missing = failed = 0
         for shard in range(listings[-1].shards.stop):

@@ -108,7 +108,7 @@ def load_image(
 
 
 def unwrap(source: Mapping[str, Any], name: str) -> ImageSource:
-    """Return the image in a struct {bytes, path}, or in a dataset row with one image column.
+    """Return the image of a struct {bytes, path}, or of a dataset row with one image column.
 
     >>> unwrap({"image": {"bytes": None, "path": "a.png"}, "label": 3}, "image 0")
     'a.png'
@@ -156,7 +156,7 @@ def _is_struct(value: Mapping[str, Any]) -> bool:
 
 
 def read_image_file(path: str, name: str, limits: ImageLimits) -> bytes:
-    """Return a file's bytes, unchanged, if it is a regular file.
+    """Return the unchanged bytes of a regular file.
 
     Raises ImageError with this `name`.
     """

@@ -122,7 +122,7 @@ def _to_eight_bit_rgb(image: Image.Image, name: str, deep: bool, notes: list[str
     if image.mode.startswith("I;16"):
         return _from_sixteen_bit(image, notes)
     if image.mode in ("F", "I"):
-        raise _mode_error(name, f"Pillow mode {image.mode} does not say which value is white")
+        raise _mode_error(name, f"Pillow mode {image.mode} does not define which value is white")
     if deep:
         notes.append("16-bit scaled to 8")
     if image.has_transparency_data:

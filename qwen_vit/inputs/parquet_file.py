@@ -43,11 +43,11 @@ def check_images(schema: Any, column: str, name: str) -> None:
 
     remedy = "pass the name of a column of bytes, or of structs {bytes, path}"
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        remedy = "write its paths into a .txt list; download what is at addresses first"
+        remedy = "write its paths into a .txt list, after downloading any images at addresses"
     elif pa.types.is_null(kind):
-        remedy = "store images in it; it has none"
+        remedy = "store images in it, because it has none"
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        remedy = "write one image a row, for example with explode() of pandas"
+        remedy = "write one image per row, for example with pandas' explode()"
     raise ExportError(
         f"column {display_name(column)} contains {kind}",
         name=name,

@@ -64,7 +64,7 @@ class LoadedVideo:
 
     @property
     def patches(self) -> Patches:
-        """Return the patches, after resizing and cutting frames that are only decoded."""
+        """Return the patches. Frames that are only decoded are resized and cut first."""
         return self.decoded if isinstance(self.decoded, Patches) else self.decoded.patchify()
 
 

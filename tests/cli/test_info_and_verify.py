@@ -135,7 +135,7 @@ def test_each_fault_of_an_export_is_found_and_named(export_dir: Path, run: Any) 
     first.write_bytes(content)
     listing = export_dir / "listing.jsonl"
     listing.write_text(listing.read_text().replace("/a.png", "/A.png"))
-    assert "listing.jsonl: its sha256 is not the one in export.json" in problems()
+    assert "listing.jsonl: its sha256 differs from the one in export.json" in problems()
 
 
 def test_a_row_too_few_is_found(folder: Path, run: Any) -> None:

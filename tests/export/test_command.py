@@ -239,7 +239,7 @@ def test_who_answers_no_is_told_that_nothing_was_exported(
         monkeypatch.setattr(sys, "stdin", stdin)
         done = run("p", "--out", "out")
         assert (done[0], done[1]) == (code, "")
-        assert "Go on? [y/N]" in done[2]
+        assert "Continue? [y/N]" in done[2]
         assert words in done[2].splitlines()[-1]
         assert shards() == {}
 

@@ -212,7 +212,7 @@ def test_a_shard_on_a_disk_of_the_worker_alone_is_told(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_dies_too_often_is_told_with_what_to_do() -> None:
-    words = r"died 26 times at one shard, .* run the same command"
+    words = r"died 26 times on one shard, .* run the same command"
     with pytest.raises(ExportError, match=words), _plain_errors():
         raise ray.exceptions.RayActorError
 

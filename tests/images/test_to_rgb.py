@@ -155,7 +155,7 @@ def test_pixel_types_without_a_white_level_are_refused(mode: str) -> None:
     for source in (picture, encode(picture, "TIFF")):
         message = refusal("mode", source, name="depth.tif")
         assert message.startswith(
-            f"depth.tif: Pillow mode {mode} does not say which value is white"
+            f"depth.tif: Pillow mode {mode} does not define which value is white"
         )
         assert "Scale it to 0..255" in message
 
