@@ -270,7 +270,7 @@ def bench(
     qwen_vit.errors.ArgumentError: a benchmark on the CPU would time the interpreter. Use a \
 GPU.
 
-    With `plain`, a Hopper GPU runs the plain Triton kernels, as other GPUs do.
+    With `plain`, a Hopper GPU runs the plain Triton kernels, like other GPUs.
 
     The function first checks that CUDA graphs and single kernels give the same finite values, bit
     for bit. Raises CheckpointError if they do not, and ArgumentError without a GPU or for an

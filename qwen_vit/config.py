@@ -63,8 +63,8 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    """Describe the tower's architecture. No field has a default, so every config states every
-    number.
+    """Describe the tower's architecture. The fields have no defaults, so that each object states
+    every number.
 
     >>> config = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
     >>> config.head_dim, config.patch_dim, config.window_units, config.factor_px

@@ -246,8 +246,8 @@ class VisionEncoder(LoadedTower):
             layers: numbers of blocks whose dense features `encode` also returns. The first block is
                 0. Layers do not change `embeds`. On a GPU, `encode` then uses no CUDA graphs.
             layout: "HWC" or "CHW", for arrays whose shape leaves the channel axis ambiguous.
-            exif: "apply" rotates an image by its EXIF orientation. "ignore" is for images that are
-                already upright, since a transposed PIL image keeps its tag.
+            exif: "apply" rotates an image by its EXIF orientation. "ignore" does not, for images
+                that are already upright. A transposed PIL image keeps its tag.
             limits: the limits on decoded images. None selects ImageLimits().
             video_limits: the limits on a video. None selects VideoLimits().
             formats: further formats to decode: "PPM", "ICO", "TGA", "JPEG2000".

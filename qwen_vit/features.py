@@ -98,7 +98,7 @@ class ImageFeatures:
     def map(self) -> Tensor:
         """Return `embeds` as a view (t, h, w, D), with one cell per merged token or patch.
 
-        Raises ArgumentError unless each row is a cell, for example with output="mean".
+        Raises ArgumentError if the rows are not cells, as with output="mean".
         """
         (t, h, w), rows = self.grid_thw, len(self.embeds)
         side = math.isqrt(t * h * w // rows) if rows and self.output != "mean" else 0

@@ -27,7 +27,7 @@ __all__ = ["bench"]
     "--workload", "workloads", multiple=True, type=click.Choice(tuple(WORKLOADS)),
     help="Time only this workload. Repeat the option for several workloads.  [default: all]",
 )  # fmt: skip
-@click.option("--plain", is_flag=True, help="Run the plain Triton kernels on a Hopper GPU as well.")
+@click.option("--plain", is_flag=True, help="Run the plain Triton kernels, even on a Hopper GPU.")
 @device_option("Compute on cuda or cuda:1.")
 @dtype_option
 @quantization_option
@@ -44,8 +44,8 @@ def bench(
     qwen-vit bench --model tiny --workload "1 x 448^2" --json
 
     The roofline is the time of all operations at the rate of a large GEMM, which the benchmark
-    interleaves with the workload. Hopper GPUs have their own kernels. --plain also times the
-    kernels that other GPUs run.
+    interleaves with the workload. Hopper GPUs have their own kernels. With --plain, they run the
+    kernels of other GPUs.
     """
     with slow_imports():
         from qwen_vit import benchmark

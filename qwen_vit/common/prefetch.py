@@ -59,7 +59,7 @@ class Job(Generic[Result]):
 
     After delivery, `then` continues in the same thread. It receives the result, and a function that
     returns whether the caller has stopped taking results. It must not raise an error. With one
-    thread, `then` does not run, and the caller does the remaining work.
+    thread, `then` does not run, and the caller itself does the remaining work.
     """
 
     run: Callable[[], Result]

@@ -83,7 +83,7 @@ def export_features(
         raise ArgumentError(
             f"encoder is {encoder!r}",
             expected="a VisionEncoder",
-            remedy="make an encoder with VisionEncoder.from_pretrained",
+            remedy="load an encoder with VisionEncoder.from_pretrained",
         )
     if not isinstance(options, ExportOptions | None):
         raise ArgumentError(f"options is {options!r}", expected="ExportOptions or None")

@@ -33,7 +33,7 @@ def rows_of_saved(plan: ExportPlan, shard: int) -> list[ManifestRow]:
 
 
 def whole_shard(
-    plan: ExportPlan, shard: int, then: str = "it is made again"
+    plan: ExportPlan, shard: int, then: str = "the export writes it again"
 ) -> list[ManifestRow] | None:
     """Return a shard's rows of the manifest, or None if its file is missing or damaged.
 
@@ -66,7 +66,7 @@ def publish_unsent(plan: ExportPlan, shard: int) -> None:
     if path == plan.path(shard) or not path.exists():
         return
     try:
-        is_ours = _rows_in(plan, shard, path, "it is made again") is not None
+        is_ours = _rows_in(plan, shard, path, "the export writes it again") is not None
     except ExportError:  # it belongs to an export that had this address before
         is_ours = False
     if is_ours:

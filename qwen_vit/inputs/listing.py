@@ -186,7 +186,7 @@ class Listing:
                 yield file
         except OSError as error:
             raise ExportError(
-                f"cannot be read any more ({error.strerror})",
+                f"can no longer be read ({error.strerror})",
                 name=str(self.path),
                 remedy="run the same command again, which keeps the finished shards",
             ) from None

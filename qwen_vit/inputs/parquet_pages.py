@@ -108,7 +108,7 @@ class _Chunk:
             self._begin(at)
         end = at + len(data)
         if self._start <= at < self._end < end:  # by pyarrow for files that were written in 2013
-            raise cannot_read("", ValueError("its column is longer than its size"))
+            raise cannot_read("", ValueError("its column is longer than its declared size"))
         if at >= self._end:  # of a later column, because pyarrow reads a struct's columns by turns
             return
         while (place := self._at + len(self._held)) < min(end, self._end):

@@ -67,7 +67,7 @@ def _read_member(item: Item, offset: int, size: int, limits: ImageLimits) -> byt
     try:
         if not stat.S_ISREG(os.stat(item.source).st_mode):
             raise ImageError(
-                f"{tar} is not a regular file any more",
+                f"{tar} is no longer a regular file",
                 name=item.id,
                 remedy="restore the tar",
                 code="not-a-file",

@@ -125,7 +125,7 @@ def check_modalities(
     for image, (t, _, _) in zip(pictures, grids[:n].tolist(), strict=True):
         if t != 1:
             raise ArgumentError(
-                f"its grid has {t} steps in time",
+                f"its grid has {t} time steps",
                 name=image.id,
                 expected="an image with one time step",
                 remedy="pass a video in videos=, and its seconds in second_per_grid_ts=",

@@ -173,7 +173,7 @@ def test_tokens_that_do_not_fit_the_videos_are_refused(asked: Asked) -> None:
 
 def test_videos_need_an_argument_of_their_own_and_their_seconds() -> None:
     clip = features_with_grids((2, 4, 4))
-    with pytest.raises(ArgumentError, match=r"2 steps in time.* Pass a video in videos="):
+    with pytest.raises(ArgumentError, match=r"2 time steps.* Pass a video in videos="):
         to_hf(clip)
     with pytest.raises(ArgumentError, match=r"second_per_grid_ts has 0 values for 1 video"):
         to_hf(videos=clip)
