@@ -191,7 +191,7 @@ def test_a_breaker_counts_what_is_read_and_what_is_done() -> None:
 def test_a_listing_that_vanishes_meanwhile_is_told(export_dir: Path) -> None:
     with plan_of() as plan:
         (plan.folder / "listing.jsonl").unlink()
-        with pytest.raises(ExportError, match=r"listing.jsonl: cannot be read any more \(No such"):
+        with pytest.raises(ExportError, match=r"listing.jsonl: can no longer be read \(No such"):
             make_shard(FakeEncoder(), plan, 0)
 
 
