@@ -191,7 +191,9 @@ def hf_tower(
     check_transformers()
     if "flash" in attention and dtype == torch.float32:
         raise ArgumentError(
-            with_options("{} does not support float32, the dtype of this run", ("attention", attention)),
+            with_options(
+                "{} does not support float32, the dtype of this run", ("attention", attention)
+            ),
             remedy=with_options("pass {} on a GPU, or use sdpa or eager", ("dtype", "bfloat16")),
         )
     with _importing():

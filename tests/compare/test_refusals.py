@@ -66,7 +66,10 @@ BAD_USAGE = {
     ),
     "no golden": ((*SMALL, "--golden", "none"), "none: not a file. Expected a golden file"),
     "golden is a folder": ((*SMALL, "--golden", "."), "Expected a golden file"),
-    "attention": ((CHELSEA, *SMALL, "--attention", "flash_attention_2"), "does not support float32"),
+    "attention": (
+        (CHELSEA, *SMALL, "--attention", "flash_attention_2"),
+        "does not support float32",
+    ),
     "unknown attention": ((CHELSEA, *SMALL, "--attention", "fast"), "'fast' is not one of"),
     "torchvision": ((CHELSEA, *SMALL, "--processor", "torchvision"), "pass --processor pillow"),
     "report is a file": (
