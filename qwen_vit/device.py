@@ -104,7 +104,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 def choose_quantization(
     quantization: str | None, device: torch.device, dtype: torch.dtype
 ) -> Quantization | None:
-    """Return the quantization, if the kernels support it with this dtype on this device.
+    """Return the quantization if the kernels support it with this dtype on this device.
 
     >>> choose_quantization("int4", torch.device("cpu"), torch.float32)
     Traceback (most recent call last):

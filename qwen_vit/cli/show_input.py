@@ -52,7 +52,7 @@ class ShowInput:
 
     @property
     def is_random(self) -> bool:
-        """Return whether the weights are random, never trained."""
+        """Return whether the weights are random instead of trained."""
         return self.model in PACKAGED
 
 

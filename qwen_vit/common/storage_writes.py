@@ -75,7 +75,7 @@ def remove_object(address: str) -> None:
 
 
 def has_conditions(address: str, data: bytes) -> bool:
-    """Return whether the store rejects an existing object that a client writes as new.
+    """Return whether the store rejects a conditional write of an object that already exists.
 
     The object must contain `data`. Some servers ignore conditional writes. Raises OSError.
     """

@@ -36,7 +36,7 @@ POLL_S = 0.05
 
 
 class _HeldError(ExportError):
-    """Report that another process has the lock."""
+    """Report that another process holds the lock."""
 
 
 @contextmanager

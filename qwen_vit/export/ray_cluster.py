@@ -1,4 +1,4 @@
-"""Run an export on a Ray cluster. Workers make the shards, and this process counts them.
+"""Run an export on a Ray cluster. Workers write the shards, and this process counts them.
 
 Ray restarts dead workers, on another node if needed, and retries their tasks. A retry is safe,
 because a shard exists completely or not at all, and its bytes depend only on the plan.

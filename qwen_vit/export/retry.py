@@ -1,4 +1,4 @@
-"""Find failures that may be temporary, such as an outage, and make their shards again."""
+"""Find failures that may be temporary, such as an outage, and write their shards again."""
 
 from collections.abc import Sequence
 from types import TracebackType

@@ -74,8 +74,8 @@ def export_features(
     Raises:
         KeyboardInterrupt: An interrupt ended the export, which saved the encoded images for the
             next run.
-        ExportError: The folder contains another export, the inputs or settings differ from the
-            export, or the disk is full.
+        ExportError: The folder contains another export, the inputs or settings differ from those of
+            the export, or the disk is full.
         ImageError: An image failed, with on_error="raise".
         ArgumentError: An argument is invalid.
     """

@@ -1,4 +1,4 @@
-"""Make a plan's shards in order. Each shard is complete or absent.
+"""Write a plan's shards in order. Each shard is complete or absent.
 
 Loader threads prefetch images, and a writer thread writes results. An export waits only for the
 encoder.
@@ -78,7 +78,7 @@ def export_shards(
     clock: StageTimer | None = None,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[DoneShard]:
-    """Make shards in order, and yield each shard after writing it to disk.
+    """Write shards in order, and yield each one after it is on the disk.
 
     >>> for done in export_shards(encoder, plan, plan.shards):
     ...     print(done.shard, len(done.rows))  # doctest: +SKIP

@@ -30,9 +30,9 @@ class Verification:
         digests: the number of images whose rows match the recorded sha256.
         superseded: the number of superseded images, whose features the check also read. The export
             encoded these images again.
-        saved: the number of these images that an unfinished shard has. The next run of the export
-            takes them over.
-        to_do: the number of images that a finished export would also have.
+        saved: how many of `images` are saved in unfinished shards. The next run of the export
+            reuses them.
+        to_do: the number of images that the export has still to encode.
         is_damaged: whether the check found a problem other than missing shards.
         problems: one sentence per problem, or an empty list.
     """

@@ -138,7 +138,7 @@ def _resize_and_cut(pictures: Sequence[Picture], device: torch.device) -> torch.
 
 
 def _resize_and_cut_frames(videos: Sequence[Frames], device: torch.device) -> torch.Tensor:
-    """Return the rows of several videos, each of two frames. Process whole time steps in groups."""
+    """Resize and cut several videos into rows of two frames, in groups of whole time steps."""
     config = videos[0].config
     n_rows = sum(video.n_patches for video in videos)
     out = torch.empty((n_rows, videos[0].n_values), dtype=torch.uint8, device=device)

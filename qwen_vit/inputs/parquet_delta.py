@@ -1,7 +1,7 @@
 """Check the lengths in a delta-encoded Parquet page before pyarrow decodes the page.
 
-pyarrow allocates 4 bytes for each length that the content claims, and repeats a length in no bytes
-at all. A page of 20 bytes could take 8 GB. The encodings are at
+pyarrow allocates 4 bytes for each length that the content claims, and repeated lengths need no
+bytes at all, so a page of 20 bytes could take 8 GB. The encodings are described at
 https://parquet.apache.org/docs/file-format/data-pages/encodings/
 """
 
@@ -45,7 +45,7 @@ def without_levels(
 ) -> memoryview:
     """Return the values of a page of version 1, which follow the levels.
 
-    `levels` has the highest repetition and definition level, and the encoding of each.
+    `levels` gives the highest repetition and definition levels, and the encoding of each.
     """
     at = 0
     for highest, encoding in levels:
@@ -133,5 +133,5 @@ class _Lengths:
 
 
 def _signed(value: int) -> int:
-    """Return the number of 32 bits, as an unsigned one, that zigzag code stores as this one."""
+    """Decode a zigzag-encoded number of 32 bits, and return it as an unsigned number."""
     return (value >> 1 ^ -(value & 1)) & 0xFFFF_FFFF

@@ -297,6 +297,6 @@ class _Compact:
 
 
 def _signed(value: int) -> int:
-    """Return the signed integer of 32 bits that Thrift stores as this one."""
+    """Decode a zigzag-encoded signed integer of 32 bits, as Thrift stores it."""
     value &= 0xFFFF_FFFF
     return value >> 1 ^ -(value & 1)
