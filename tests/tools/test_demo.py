@@ -56,7 +56,7 @@ def test_installing_is_one_line_in_a_log(checkout: Path) -> None:
     """The output once had 60 lines from pip."""
     done = install(checkout, "show")
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr == "Installing into .venv; the first time takes 2 to 10 minutes\n"
+    assert done.stderr == "Installing into .venv; the first time takes 1 to 10 minutes\n"
     assert "-e .[show]" in (checkout / "pip-was-called").read_text()
     assert "Collecting torch" in (checkout / ".venv" / "install.log").read_text()
 
@@ -115,7 +115,7 @@ def test_a_terminal_sees_what_is_downloaded_on_one_line(checkout: Path) -> None:
     os.close(ours)
     assert child.wait(60) == 0
     assert seen.count(b"\n") == 1
-    assert re.search(rb"\r\x1b\[K +\d s: 2 packages, downloading triton\r", seen)
+    assert re.search(rb"\r\x1b\[K +\d s: \d packages?, downloading \w+\r", seen)
     assert seen.endswith(b"\r\x1b[K")  # what follows begins on an empty line
 
 
