@@ -10,7 +10,7 @@ import click
 
 from qwen_vit.cli.checks import check_distinct, check_output, check_paths
 from qwen_vit.cli.console import is_verbose, print_data, print_log
-from qwen_vit.cli.exit_codes import EXIT_SKIPPED
+from qwen_vit.cli.exit_codes import EXIT_ERROR, EXIT_SKIPPED
 from qwen_vit.cli.imports import slow_imports
 from qwen_vit.cli.options import (
     FILE,
@@ -68,7 +68,7 @@ def compare(
     qwen-vit compare --model Qwen/Qwen2.5-VL-7B-Instruct --golden 7b.safetensors
 
     The exit code is 0 if every stage is within tolerance. It is 1 if a stage exceeds its tolerance,
-    or if the command skipped an image.
+    or if the command skipped an image, and 2 if it skipped every image.
 
     transformers computes the reference, which --save-golden writes to a golden file. With --golden,
     you may omit IMAGES. -v lists every stage.
@@ -101,5 +101,7 @@ def compare(
         print_log(f"wrote {display_name(str(page))}")
     elif report is not None:
         print_log(f"wrote nothing to {display_name(str(report))}: no image was compared")
+    if not comparison.images:
+        sys.exit(EXIT_ERROR)
     if not comparison.passed:
         sys.exit(EXIT_SKIPPED)

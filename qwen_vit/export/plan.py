@@ -24,7 +24,6 @@ from qwen_vit.export.lock import short_lock
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.segments import find_segments, remove_segments
 from qwen_vit.export.settings import (
-    MADE_BY,
     SETTINGS,
     EncoderInfo,
     StoredExport,
@@ -34,6 +33,7 @@ from qwen_vit.export.settings import (
     read_stored,
 )
 from qwen_vit.export.store_folder import as_folder
+from qwen_vit.export.versions import made_by_of
 from qwen_vit.feature_files.listed import is_made_by
 from qwen_vit.feature_files.schema import shard_name
 from qwen_vit.inputs.find import STDIN, find_items, no_image_found, warn_of_skipped
@@ -272,7 +272,7 @@ def _begin_or_resume(
             stored.save()
         elif scratch is None:
             stored.place_listing()
-    made_by = {name: settings[name] for name in MADE_BY}
+    made_by = made_by_of(settings, stored.settings)
     return ExportPlan(folder, stored.settings, stored.listings, options, made_by, stored.accepted)
 
 

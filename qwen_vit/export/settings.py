@@ -30,6 +30,7 @@ from qwen_vit.export.changes import InputChanges, failed_items
 from qwen_vit.export.folder import OTHER_FOLDER, ExportFolder
 from qwen_vit.export.listings import Listings
 from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.versions import MADE_BY, adds_only_decoders, flat, made_by_of, makers_in
 from qwen_vit.feature_files.head import cannot_read
 from qwen_vit.feature_files.listed import LISTINGS, OF_EXPORT, listing_name, listings_of
 from qwen_vit.feature_files.schema import READABLE, SCHEMA_VERSION, shard_name
@@ -39,7 +40,6 @@ from qwen_vit.video.source import decoder_name
 
 __all__ = [
     "LISTING",
-    "MADE_BY",
     "SETTINGS",
     "EncoderInfo",
     "StoredExport",
@@ -56,7 +56,6 @@ SETTINGS, LISTING = "export.json", listing_name(0)
 NAMES_ALONE = {"model", "commit"}
 NOT_OF_PIXELS = {"max_seconds", "allow_urls"}  # these may change when resuming
 OF_LISTING = {"n_images", "listing_sha256"}
-MADE_BY = ("versions", "gpu")  # `accept_versions` allows changes of these
 SHARD = re.compile(r"(?:shard-\d+|segment-\d+-\d+)\.safetensors")
 
 
@@ -169,15 +168,19 @@ class StoredExport:
         """Raise an ExportError that names each difference from the current settings and inputs.
 
         With `options.accept_versions`, different versions are no error: the method adds them to the
-        accepted versions.
+        accepted versions. The method also adds versions whose only difference is a decoder that was
+        missing before.
         """
-        made_by = {name: settings.get(name) for name in MADE_BY}
-        known = [{name: self.description.get(name) for name in MADE_BY}, *self.accepted]
-        if made_by not in known and options.accept_versions:
-            self.description["accepted"] = [*self.accepted, made_by]
-            known.append(made_by)
-        before = _flat({**self.settings, **(made_by if made_by in known else {})})
-        now = _flat(settings)
+        ours = makers_in(settings)
+        known = [makers_in({**self.settings, **each}) for each in ({}, *self.accepted)]
+        versions = {name: ours[name] for name in MADE_BY}
+        last = {**known[-1], **(versions if options.accept_versions else {})}
+        if ours not in known and adds_only_decoders(last, ours):
+            self.description["accepted"] = [*self.accepted, made_by_of(settings, self.settings)]
+            known.append(ours)
+        closest = min(known, key=lambda each: (each != ours, {**each, **versions} != each))
+        before = flat({**self.settings, **closest})
+        now = flat(settings)
         names = {name for name in {*before, *now} if before.get(name) != now.get(name)}
         names -= NAMES_ALONE | OF_LISTING
         if len(names) > 1:
@@ -365,13 +368,3 @@ def _log_of_growth(changes: InputChanges, changed: Sequence[Item]) -> None:
     ):
         if items:
             logger.warning(f"%s {words}", plural(len(items), "image"), display_name(items[0].id))
-
-
-def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{above}{name}.")
-        else:
-            flat[above + name] = value
-    return flat

@@ -1,15 +1,16 @@
 """Recognise finished shards and saved segments, and read the rows of the manifest."""
 
 import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qwen_vit.common.store_path import AnyPath, StorePath
 from qwen_vit.errors import ExportError
 from qwen_vit.export.manifest import ManifestRow, shard_rows
 from qwen_vit.export.plan import ExportPlan
 from qwen_vit.export.settings import LISTING, SETTINGS
+from qwen_vit.export.versions import adds_only_decoders, makers_in
 from qwen_vit.feature_files.file import open_shard
 from qwen_vit.feature_files.listed import is_made_by
 from qwen_vit.feature_files.schema import shard_name
@@ -54,9 +55,16 @@ def segments_to_keep(
     """Return the segments whose rows this run's shard takes over. `names` are the shard's ids.
 
     This run must have the segments' settings and versions, because a shard records one version of
-    each package.
+    each package. Decoders that were missing then may differ.
     """
-    is_ours = partial(is_made_by, settings=plan.settings_of(shard), accepted=())
+    settings = plan.settings_of(shard)
+    ours = makers_in(settings)
+
+    def is_ours(metadata: Mapping[str, Any]) -> bool:
+        return adds_only_decoders(makers_in(metadata), ours) and is_made_by(
+            {**metadata, **ours}, settings, ()
+        )
+
     return open_segments(path_of, shard, firsts, names, is_ours)
 
 
