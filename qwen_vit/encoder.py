@@ -306,8 +306,8 @@ class VisionEncoder(LoadedTower):
         (1, 22, 32)
 
         The method iterates over `images` in the caller's thread, ahead of the results. On a GPU, it
-        groups images by size, because an image's bits do not depend on its batch. Raises
-        ArgumentError at once for an invalid option.
+        groups images by size, because an image has the same bits in any batch. Raises ArgumentError
+        at once for an invalid option.
         """
         return self._stream(
             images, is_lent=False, on_error=on_error, output=output, normalize=normalize,

@@ -1,7 +1,7 @@
 """Define the package's errors. Each error has a fact, the expected value, and a remedy.
 
-Each part is an attribute: `name`, `fact`, `expected`, `remedy`. Only this module makes the message,
-and no code parses messages.
+Each part is an attribute: `name`, `fact`, `expected`, `remedy`. Only this module builds the
+message, and no code parses messages.
 """
 
 import logging

@@ -91,7 +91,7 @@ def is_one_image(images: object) -> bool:
 
 
 def is_single_still(images: Any) -> bool:
-    """Return whether `images` is one image, or a list of one image, and no video.
+    """Return whether `images` is one image or a list of one image, and not a video.
 
     >>> is_single_still("a.jpg"), is_single_still(["a.jpg", "b.jpg"]), is_single_still("a.mp4")
     (True, False, False)

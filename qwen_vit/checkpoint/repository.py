@@ -188,7 +188,7 @@ class Repository:
         )
 
     def is_sound(self, name: str, path: Path) -> bool:
-        """Return whether `check` accepts a file, and log the error otherwise."""
+        """Return whether `check` accepts a file. Log its error if it does not."""
         try:
             self.check(name, path)
         except CheckpointError as error:

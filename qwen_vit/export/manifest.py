@@ -92,8 +92,8 @@ def shard_rows(file: FeatureFile, items: Sequence[Item], first: int) -> list[Man
 
 
 def load_arrow() -> bool:
-    """Return whether the manifest will be Parquet, and import pyarrow if so. Call it early, because
-    pyarrow takes memory."""
+    """Import pyarrow, and return False if it is missing. The manifest is then JSON lines, not
+    Parquet. Call this early, because pyarrow takes memory."""
     try:
         import pyarrow.parquet  # type: ignore[import-untyped]
     except ImportError:

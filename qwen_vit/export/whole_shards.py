@@ -52,7 +52,7 @@ def segments_to_keep(
     plan: ExportPlan, shard: int, firsts: Sequence[int], names: Sequence[str],
     path_of: Callable[[str], AnyPath | None],
 ) -> list[Segment]:  # fmt: skip
-    """Return the segments whose rows this run's shard takes over. `names` are the shard's ids.
+    """Return the segments whose rows this run's shard reuses. `names` are the shard's ids.
 
     This run must have the segments' settings and versions, because a shard records one version of
     each package. Decoders that were missing then may differ.

@@ -243,8 +243,8 @@ os.register_at_fork(after_in_child=_forget_other_threads)
 def _strictly() -> Iterator[None]:
     """Decode with Pillow's LOAD_TRUNCATED_IMAGES set to False, and restore it afterwards.
 
-    The flag is process-wide, and other libraries set it. The flag is False while any thread decodes
-    in this block.
+    The flag is process-wide, and other libraries set it. It is False while any thread decodes in
+    this block.
     """
     with _Strictness.lock:
         if _Strictness.threads == 0:

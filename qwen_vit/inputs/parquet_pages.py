@@ -109,7 +109,7 @@ class _Chunk:
         end = at + len(data)
         if self._start <= at < self._end < end:  # by pyarrow for files that were written in 2013
             raise cannot_read("", ValueError("its column is longer than its declared size"))
-        if at >= self._end:  # of a later column, because pyarrow reads a struct's columns by turns
+        if at >= self._end:  # of a later column: pyarrow alternates between a struct's columns
             return
         while (place := self._at + len(self._held)) < min(end, self._end):
             if place < at:

@@ -383,8 +383,8 @@ def tiling(device: torch.device, dtype: torch.dtype, kind: str) -> SegmentTiling
 def kind_of(segment_rows: int) -> str:
     """Return `window` if every segment fits one key tile, else `full`.
 
-    The choice depends only on the configuration. If it depended on segment lengths, an image's bits
-    would depend on the other images in its batch.
+    The choice depends only on the configuration. If it depended on segment lengths, an image's
+    result would depend on the other images in its batch.
     """
     return "window" if segment_rows <= TILES["window", 16].k_rows else "full"
 

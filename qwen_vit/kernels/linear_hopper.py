@@ -387,8 +387,8 @@ def _hopper_gemm(
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return whether `gemm` supports this GEMM, which needs bf16, Hopper, and whole tiles along N
-    and K."""
+    """Return whether `gemm` supports this GEMM: in bf16, on Hopper, with whole tiles along N and
+    K."""
     N, K = weight.shape
     return (
         x.dtype == torch.bfloat16
