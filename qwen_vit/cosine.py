@@ -31,8 +31,8 @@ def similarity(a: Rows, b: Rows | None = None) -> Tensor:
     torch.Size([15, 23])
 
     Args:
-        a: one image's features, a list of images or stored features with one row each
-            (`output="mean"`), or your own rows (N, D), such as `features.layers[7]`.
+        a: the features of one image, those of several images with one row each (`output="mean"`),
+            in a list or stored, or your own rows (N, D), such as `features.layers[7]`.
         b: the features with which to compare `a`, of the same kinds. None compares `a` with itself.
 
     Returns:

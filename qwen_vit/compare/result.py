@@ -83,7 +83,8 @@ class FrameChoice:
 
 @dataclass(frozen=True, slots=True)
 class SampledFrames:
-    """Hold our frames, as indices into the file's frames, and the references' frames."""
+    """Hold the frames that we sample, as indices into the file's frames, and those of the
+    references."""
 
     sampling: str
     n_frames: int  # in the file

@@ -35,7 +35,7 @@ def parquet_file(file: Any) -> Any:
 
 
 def check_images(schema: Any, column: str, name: str) -> None:
-    """Raise ExportError unless the column contains bytes, or structs with a field of bytes."""
+    """Raise ExportError unless the column contains bytes, or structs with a field `bytes`."""
     kind = type_of(schema, column, name)
     if holds_images(kind):
         return
@@ -71,7 +71,7 @@ def type_of(schema: Any, column: str, name: str) -> Any:
 
 
 def holds_images(kind: Any) -> bool:
-    """Return whether a type is bytes, or structs with a field of bytes."""
+    """Return whether a type is bytes, or a struct with a field `bytes`."""
     import pyarrow as pa
 
     if pa.types.is_struct(kind):

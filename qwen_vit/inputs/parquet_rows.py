@@ -215,7 +215,7 @@ class _Readers:
         self._readers: OrderedDict[_Reader, _Key] = OrderedDict()
 
     def value(self, key: _Key, row: int) -> Any:
-        """Return the value of a row, from the reader with the closest position before it."""
+        """Return the value of a row, from the reader whose position is closest before it."""
         while True:
             reader = self._reader(key, row)
             with reader.lock:

@@ -344,7 +344,8 @@ def _bytes_of(rows: Tensor) -> Any:
 
 
 def _write_index(folder: Path, entries: Sequence[CachedFeatures], name: str) -> None:
-    """Write the map from images to entries. The reader uses the newest of several files."""
+    """Write the map from images to entries. If several files name an image, the reader uses the
+    newest."""
     lines = [json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in entries]
     content = "".join(lines).encode()
     with atomic_file(index_file(folder, name or sha256(content).hexdigest()[:32])) as file:
