@@ -59,14 +59,21 @@ def check_output(
         )
 
 
-def check_distinct(images: Sequence[str]) -> None:
-    """Raise ExportError if the inputs name an image twice.
+def check_distinct(images: Sequence[str], places: Sequence[str] = ()) -> None:
+    """Raise ExportError if the inputs name an image twice. `places` are the lines of .jsonl lists.
 
     >>> check_distinct(["a.png", "b.png", "a.png"])
     Traceback (most recent call last):
     qwen_vit.errors.ExportError: a.png: given twice. Expected each image once. Omit one of the two.
     """
     for name, count in Counter(images).most_common(1):
+        at = [place for image, place in zip(images, places, strict=False) if image == name]
+        if count > 1 and all(at[:2]) and len(at) > 1:
+            raise ExportError(
+                f"two lines have this id: {at[0]}, and {at[1]}",
+                name=name,
+                remedy='give each line its own "id"',
+            )
         if count > 1:
             raise ExportError(
                 "given twice", name=name, expected="each image once", remedy="omit one of the two"

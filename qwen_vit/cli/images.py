@@ -60,7 +60,7 @@ def list_images(
     warn_of_skipped(left_out)
     if not items:
         raise no_image_found(inputs, left_out)
-    check_distinct([item.id for item in items])
+    check_distinct([item.id for item in items], [item.listed_at for item in items])
     if out is not None and any(_is_same(item.source, out) for item in items):
         raise ExportError("one of the input images", name=str(out), remedy="pass another --out")
     return items

@@ -10,6 +10,7 @@ import slowly, such as `text` and `describe`.
 import logging
 import re
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 
 import click
@@ -31,6 +32,7 @@ __all__ = ["cli", "main"]
 COMMANDS = ("bench", "compare", "download", "encode", "export", "info", "show", "verify")
 # how Python's threads, torch on a CPU, and C++ report a full memory
 FULL_MEMORY = re.compile(r"can't start new thread|can't allocate memory|bad_alloc")
+OUT = re.compile(r"--out(?:put)?[-_]?(?:dir|directory|folder|file|path)")  # of other programs
 MORE_MEMORY = "free some memory, or raise its limit, and run the same command again"
 
 
@@ -100,11 +102,20 @@ def main() -> None:
         flush_logs()
 
 
+def _guess(error: click.ClickException, close: Sequence[str]) -> str:
+    """Return the option or command that the user probably meant. `close` has the closest first."""
+    if isinstance(error, click.NoSuchOption) and OUT.fullmatch(error.option_name):
+        options = [] if error.ctx is None else error.ctx.command.params
+        if any("--out" in option.opts for option in options):
+            return "--out"
+    return close[0]
+
+
 def _usage_text(error: click.ClickException) -> str:
     """Return a text with the fault in the arguments and the command that lists the valid ones."""
     text = error.format_message()
     if close := getattr(error, "possibilities", None):  # click prints them in alphabetical order
-        text = f"{error.message.removesuffix('.')}. Did you mean {close[0]}?"
+        text = f"{error.message.removesuffix('.')}. Did you mean {_guess(error, close)}?"
     text = " ".join(text.split())
     if not isinstance(error, click.UsageError):
         return text

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwen_vit.common.atomic_file import atomic_file, check_utf8, refuse_link
 from qwen_vit.common.tensors import all_finite, odd_kind, resolved
-from qwen_vit.errors import ArgumentError, ExportError, plural
+from qwen_vit.errors import ArgumentError, ExportError, Wording, plural
 from qwen_vit.feature_files.schema import EMBEDS, ItemFacts, rows_by_tensor
 from qwen_vit.feature_files.writer import (
     FILE_EACH,
@@ -120,9 +120,11 @@ def _good_features(
         raise ExportError(
             f"no image to write: {plural(len(features), 'image')} failed",
             name=str(path),
-            remedy="fix the cause that its error gives"
+            remedy=Wording("fix the cause that its error gives", shell="fix the cause named above")
             if len(features) == 1
-            else "fix the causes that their errors give",
+            else Wording(
+                "fix the causes that their errors give", shell="fix the causes named above"
+            ),
         )
     ids = [feature.id for feature in good]
     if len(set(ids)) < len(ids):

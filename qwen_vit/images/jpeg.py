@@ -13,7 +13,7 @@ import simplejpeg
 from PIL import TiffImagePlugin
 
 from qwen_vit.errors import ImageError
-from qwen_vit.images.refusals import damaged, too_slow, truncated
+from qwen_vit.images.refusals import damaged, lacks_parts, too_slow, truncated
 from qwen_vit.images.tiff import check_directory
 
 __all__ = ["JpegFile", "check_blocks", "check_strips", "read_jpeg"]
@@ -34,6 +34,8 @@ UNREAD_FRAMES = {
 }
 MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # a marker that is neither stuffing nor a restart
 EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
+# libjpeg's first warning if the data stops: it meets the end marker that this module adds
+STOPS = re.compile("remature end|marker 0xd9")
 PREFETCHED_BYTES = 16  # libjpeg buffers up to 8 bytes that it does not count as extraneous
 COMPRESSION, JPEG_TABLES = 259, 347
 STRIP_OFFSETS, STRIP_BYTES, TILE_OFFSETS, TILE_BYTES = 273, 279, 324, 325
@@ -55,6 +57,7 @@ class JpegFile:
     `bits` gives, per component, the lowest bit of each coefficient that the scans have given so
     far. `entropy_end` is the offset in `pixel_part` where the last scan ends. `readable` is the
     file for Pillow, without Exif that would take much memory. `notes` then reports the removal.
+    `closes` means that the last bytes of the file are an end marker.
     """
 
     n_bytes: int
@@ -64,6 +67,7 @@ class JpegFile:
     bits: dict[int, list[int]] = field(default_factory=dict)
     scans: int = 0
     has_end: bool = False
+    closes: bool = False
     pixel_part: bytes = b""
     entropy_end: int = 0
     readable: bytes = b""
@@ -77,7 +81,7 @@ def read_jpeg(data: bytes, name: str) -> JpegFile:
     writes. "format" means a kind of JPEG that Pillow cannot read. "damaged" means scans that
     contradict each other.
     """
-    jpeg = JpegFile(len(data))
+    jpeg = JpegFile(len(data), closes=data.endswith(b"\xff\xd9"))
     at, kept, segments = 2, [data[:2]], 0
     exif: list[tuple[int, int]] = []  # where the segments are
     between: tuple[str, ...] = ()
@@ -132,10 +136,11 @@ def check_blocks(jpeg: JpegFile, name: str) -> tuple[str, ...]:
     the format has no checksum. The code is "truncated" or "damaged".
     """
     lacking = [component for component, bits in jpeg.bits.items() if any(bits)]
-    if lacking or len(jpeg.bits) < jpeg.components or not jpeg.has_end:
-        early = f"it ends early after {jpeg.n_bytes} bytes"
-        what = "scans of its picture are missing" if jpeg.has_end else early
-        raise truncated("JPEG", name, what)
+    are_missing = bool(lacking) or len(jpeg.bits) < jpeg.components
+    if jpeg.has_end and are_missing:
+        raise truncated("JPEG", name, "scans of its picture are missing")
+    if not jpeg.has_end and jpeg.closes:  # damage hides the end marker from this reader
+        raise lacks_parts("JPEG", name)
     try:
         simplejpeg.decode_jpeg(
             jpeg.pixel_part,
@@ -147,8 +152,14 @@ def check_blocks(jpeg: JpegFile, name: str) -> tuple[str, ...]:
             strict=True,
         )
     except ValueError as error:
-        return (*jpeg.notes, *_judge(jpeg, str(error), name))
-    return jpeg.notes
+        warning = str(error)
+    else:
+        warning = ""
+    if not jpeg.has_end:
+        if warning.startswith("Corrupt JPEG data") and not STOPS.search(warning):
+            raise lacks_parts("JPEG", name)
+        raise truncated("JPEG", name, f"it ends early after {jpeg.n_bytes} bytes")
+    return (*jpeg.notes, *(_judge(jpeg, warning, name) if warning else ()))
 
 
 def check_strips(image: TiffImagePlugin.TiffImageFile, name: str) -> tuple[str, ...]:
@@ -183,7 +194,7 @@ def check_strips(image: TiffImagePlugin.TiffImageFile, name: str) -> tuple[str, 
 def _judge(jpeg: JpegFile, warning: str, name: str) -> tuple[str, ...]:
     """Turn libjpeg's first warning into an error or into notes."""
     if "remature end" in warning:
-        raise truncated("JPEG", name, "blocks of its picture are missing")
+        raise lacks_parts("JPEG", name)  # its data stopped, or changed
     if extraneous := EXTRANEOUS.search(warning):
         count, marker = int(extraneous[1]), int(extraneous[2], 16)
         if marker == END_OF_IMAGE and _is_padding(jpeg, count):

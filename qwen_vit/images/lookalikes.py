@@ -89,7 +89,8 @@ def find_lookalike(data: bytes) -> Lookalike | None:
         return None
     what = "a JSON file" if text[0] in "{[" else "a text file"
     start = " ".join(text[:TEXT_SHOWN].split())
-    return Lookalike("not-an-image", what, "fetch the file again", start=start)
+    remedy = "pass an image, or a list as .txt or .jsonl, or fetch the file again"
+    return Lookalike("not-an-image", what, remedy, start=start)
 
 
 def _as_text(data: bytes) -> str:

@@ -2,7 +2,7 @@
 
 from qwen_vit.errors import ImageError, Wording
 
-__all__ = ["address_remedy", "damaged", "too_much_memory", "too_slow", "truncated"]
+__all__ = ["address_remedy", "damaged", "lacks_parts", "too_much_memory", "too_slow", "truncated"]
 
 
 def truncated(file_format: str, name: str, what: str = "it ends early") -> ImageError:
@@ -29,6 +29,20 @@ def damaged(file_format: str, name: str, reason: str) -> ImageError:
         f"a damaged {file_format} ({reason})",
         name=name,
         remedy="download the file again, or open and save the file in an image editor",
+        code="damaged",
+    )
+
+
+def lacks_parts(file_format: str, name: str) -> ImageError:
+    """Return the error for a damaged file that lacks a part of its pixels.
+
+    >>> print(lacks_parts("JPEG", "a.jpg"))
+    a.jpg: a damaged JPEG: parts of its picture are missing. Download the file again.
+    """
+    return ImageError(
+        f"a damaged {file_format}: parts of its picture are missing",
+        name=name,
+        remedy="download the file again",
         code="damaged",
     )
 

@@ -129,6 +129,13 @@ def warn_of_skipped(left_out: Counter[str]) -> None:
 def no_image_found(inputs: Sequence[str], left_out: Counter[str]) -> ExportError:
     """Return the error for inputs without images. `left_out` counts other files."""
     has_parquet = left_out[PARQUET_SUFFIX] > 0
+    lists = (*LIST_SUFFIXES, JSON_SUFFIX)
+    if all(given == STDIN or given.lower().endswith(lists) for given in inputs):
+        return ExportError(
+            f"no image found in {', '.join(map(display_name, inputs))}",
+            expected="a path or a JSON object in each line",
+            remedy="check that the list is not empty",
+        )
     return ExportError(
         f"no image found in {', '.join(map(display_name, inputs))}",
         expected="files in folders and tars to have an extension such as .jpg or .mp4",
@@ -146,7 +153,7 @@ def _check_alone(inputs: Sequence[str], columns: ParquetColumns | None) -> None:
                 raise needs_column(path)
     if len(inputs) == 1 and suffix_of(inputs[0]) in NOT_IMAGES and os.path.isfile(inputs[0]):
         raise ExportError(
-            "not an image",
+            "a JSON file, not an image" if suffix_of(inputs[0]) == ".json" else "not an image",
             name=inputs[0],
             expected="images, folders, tars or lists",
             remedy="pass a list as .txt with one path per line, or as .jsonl with "

@@ -12,7 +12,7 @@ import time
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -58,6 +58,7 @@ class Item:
     column: str | None = None
     page: int | None = None
     version: str | None = None
+    listed_at: str = field(default="", compare=False)  # the list and its line, for an error
 
     @property
     def is_file(self) -> bool:
@@ -244,6 +245,12 @@ def _same_id(item: Item) -> ExportError:
     if item.row is not None:
         row = f", row {item.row}"
         remedy = with_options("pass each file once, another {}, or none", "id_column")
+    if item.listed_at:
+        return ExportError(
+            f"two images have this id, the second in {display_name(item.listed_at)}",
+            name=item.id,
+            remedy='give each line its own "id"',
+        )
     return ExportError(
         f"two images have this id, the second {where} {display_name(item.source)}{row}",
         name=item.id,

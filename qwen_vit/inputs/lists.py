@@ -49,6 +49,14 @@ def json_list_items(path: str) -> Iterator[Item]:
             raise ExportError.of(error, remedy=CORRECT) from None
         source = facts.get("path", facts.get("source"))
         name = facts.get("id", source)
+        if source is None:
+            has = ", ".join(map(short_repr, facts)) or "no key"
+            raise ExportError(
+                f'"path" is missing, and the line has {has}',
+                name=where,
+                expected='for example {"id": "cat", "path": "images/cat.jpg"}',
+                remedy=CORRECT,
+            )
         if not (_is_name(source) and _is_name(name)):
             raise ExportError(
                 f"id is {short_repr(facts.get('id'))} and path {short_repr(source)}",
@@ -95,6 +103,7 @@ def json_list_items(path: str) -> Iterator[Item]:
             column=None if row is None else column,
             page=page,
             version=version if isinstance(version, str) else None,
+            listed_at=where,
         )
 
 

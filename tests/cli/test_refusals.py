@@ -129,7 +129,7 @@ BAD_USAGE = {
         ("encode", "a.png", "--model", "tinny", "--out", "f"),
         "tinny: does not exist",
     ),
-    "float16": (("encode", "a.png", *TO_FILE, "--dtype", "float16"), "overflow float16"),
+    "float16": (("encode", "a.png", *TO_FILE, "--dtype", "float16"), "Use float32 on a CPU, or"),
     "device": (("encode", "a.png", *TO_FILE, "--device", "tpu"), "device is 'tpu'"),
     "limits": (("encode", "a.png", *TO_FILE, "--max-pixels", "9"), "Pass other --min-pixels"),
     "bench on a CPU": (  # before any weights are looked for
@@ -302,7 +302,13 @@ def test_a_folder_without_a_model_or_features_names_both(
 
 @pytest.mark.parametrize(
     ("arguments", "meant"),
-    [(("encode", "a.png", "--mdel", "tiny"), "--model"), (("encod",), "encode")],
+    [
+        (("encode", "a.png", "--mdel", "tiny"), "--model"),
+        (("encod",), "encode"),
+        (("encode", "a.png", "--output-dir", "x"), "--out"),
+        (("export", "a.png", "--out-dir", "x"), "--out"),
+        (("encode", "a.png", "--outpt", "mean"), "--output"),
+    ],
 )
 def test_the_closest_option_or_command_is_suggested(
     run: Any, arguments: tuple[str, ...], meant: str
@@ -318,4 +324,5 @@ def test_one_failed_image_has_one_cause(folder: Path, run: Any) -> None:
     done = run("encode", "t.jpg", *TO_FILE)
     assert done.code == 2
     assert "t.jpg: a text file, not an image: it starts with '404 Not Found'." in done.err
-    assert "1 image failed. Fix the cause that its error gives." in done.err
+    assert ". Pass an image, or a list as .txt or .jsonl, or fetch the file again." in done.err
+    assert "1 image failed. Fix the cause named above." in done.err

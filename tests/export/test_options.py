@@ -68,7 +68,8 @@ def test_what_cannot_begin_leaves_nothing(export_dir: Path) -> None:
 def test_a_list_of_another_kind_is_no_image(export_dir: Path, name: str) -> None:
     Path(name).write_text("{}")
     with pytest.raises(
-        ExportError, match=rf"{name}: not an image\. .* a list as .txt .* or as .jsonl"
+        ExportError,
+        match=rf"{name}: (a JSON file, )?not an image\. .* a list as .txt .* as .jsonl",
     ):
         export(name)
     assert not Path("out").exists()

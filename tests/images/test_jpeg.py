@@ -77,7 +77,8 @@ def test_a_picture_that_lost_its_middle_or_its_end_is_refused(kind: str, share: 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_a_cut_picture_of_another_mode_is_refused(mode: str) -> None:
     data = encode(mode)
-    assert code(data[: len(data) // 2] + END) == "truncated"
+    assert code(data[: len(data) // 2]) == "truncated"
+    assert code(data[: len(data) // 2] + END) == "damaged"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,7 +105,7 @@ def test_a_header_that_promises_a_larger_picture_is_refused() -> None:
     data = bytearray(encode(progressive=True))
     frame = data.index(b"\xff\xc2")
     data[frame + 5 : frame + 9] = (3000).to_bytes(2, "big") * 2
-    assert code(bytes(data)) == "truncated"
+    assert code(bytes(data)) == "damaged"
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -140,7 +141,28 @@ def test_metadata_and_bytes_after_the_end_do_not_matter() -> None:
     data = encode()
     odd = data[:2] + b"\xff\xe0\0\x10JFIF\0\x09\x09\0\0\1\0\1\0\0" + data[2:] + b"more" * 100
     assert np.array_equal(load_image(odd).pixels, load_image(data).pixels)
-    assert code(odd[: len(data) // 2] + END) == "truncated"
+    assert code(odd[: len(data) // 2] + END) == "damaged"
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_with_random_bytes_is_not_called_short(kind: str, seed: int) -> None:
+    """Random bytes can hide the end marker, and the error once called a complete file short."""
+    data, random = bytearray(encode(**KINDS[kind])), np.random.default_rng(seed)
+    start = scans(bytes(data))[0]
+    for place in random.integers(start + 14, len(data) - 2, (len(data) - start) // 100):
+        data[place] = random.integers(256)
+    with pytest.raises(ImageError) as caught:
+        load_image(bytes(data), name="a.jpg")
+    assert "ends early" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_that_stops_anywhere_is_truncated(kind: str) -> None:
+    data = encode(**KINDS[kind])
+    for end in np.random.default_rng(0).integers(scans(data)[0], len(data) - 2, 12):
+        with pytest.raises(ImageError, match=f"a truncated JPEG: it ends early after {end} bytes"):
+            load_image(data[:end], name="a.jpg")
 
 
 @pytest.mark.parametrize(

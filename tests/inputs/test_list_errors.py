@@ -1,0 +1,39 @@
+"""Test that the error of a list names the fault and its line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_vit.errors import ExportError
+from qwen_vit.inputs.find import find_items
+from qwen_vit.inputs.listing import Listing
+from tests.support.commands import TO_FILE
+
+
+def test_an_empty_list_has_its_own_remedy(folder: Path, qwen_vit: Any) -> None:
+    for name in ("e.jsonl", "e.txt"):
+        Path(name).write_text("\n")
+        done = qwen_vit("encode", name, *TO_FILE)
+        assert done.code == 2
+        assert (
+            f"no image found in {name}. Expected a path or a JSON object in each line. Check that "
+            "the list is not empty."
+        ) in done.err
+
+
+def test_one_id_on_two_lines_is_named_with_its_lines(folder: Path, qwen_vit: Any) -> None:
+    Path("d.jsonl").write_text('{"id": "x", "path": "a.png"}\n\n{"id": "x", "path": "b.jpg"}\n')
+    done = qwen_vit("encode", "d.jsonl", *TO_FILE)
+    assert done.code == 2
+    assert "error: x: two lines have this id: " in done.err
+    assert 'd.jsonl, line 3. Give each line its own "id".' in done.err
+    items = find_items(["d.jsonl"])
+    with pytest.raises(ExportError, match=r"x: two images .*d\.jsonl, line 3\. Give each line"):
+        Listing.freeze(Path("frozen"), items, 10)
+
+
+def test_a_line_without_a_path_is_named_with_its_keys(folder: Path) -> None:
+    Path("w.jsonl").write_text('{"id": "a", "file": "a.png"}\n')
+    with pytest.raises(ExportError, match=r'line 1: "path" is missing, .* has .id., .file'):
+        list(find_items(["w.jsonl"]))
