@@ -3,11 +3,11 @@
 import codecs
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 from qwen_vit.common.storage import is_remote
 from qwen_vit.common.strict_json import is_integer, parse_json, short_repr
@@ -47,23 +47,7 @@ def json_list_items(path: str) -> Iterator[Item]:
             facts = parse_json(line, source=where)
         except CheckpointError as error:
             raise ExportError.of(error, remedy=CORRECT) from None
-        source = facts.get("path", facts.get("source"))
-        name = facts.get("id", source)
-        if source is None:
-            has = ", ".join(map(short_repr, facts)) or "no key"
-            raise ExportError(
-                f'"path" is missing, and the line has {has}',
-                name=where,
-                expected='for example {"id": "cat", "path": "images/cat.jpg"}',
-                remedy=CORRECT,
-            )
-        if not (_is_name(source) and _is_name(name)):
-            raise ExportError(
-                f"id is {short_repr(facts.get('id'))} and path {short_repr(source)}",
-                name=where,
-                expected='text in quotes, as in {"id": "cat", "path": "images/cat.jpg"}',
-                remedy=CORRECT,
-            )
+        name, source = _name_and_source(facts, where)
         offset, size = facts.get("offset"), facts.get("size")
         if offset is not None and not (
             is_integer(offset)
@@ -105,6 +89,28 @@ def json_list_items(path: str) -> Iterator[Item]:
             version=version if isinstance(version, str) else None,
             listed_at=where,
         )
+
+
+def _name_and_source(facts: Mapping[str, Any], where: str) -> tuple[str, str]:
+    """Return a line's id and path. The id is the path if the line has none."""
+    source = facts.get("path", facts.get("source"))
+    name = facts.get("id", source)
+    if source is None:
+        has = ", ".join(map(short_repr, facts)) or "no key"
+        raise ExportError(
+            f'"path" is missing, and the line has {has}',
+            name=where,
+            expected='for example {"id": "cat", "path": "images/cat.jpg"}',
+            remedy=CORRECT,
+        )
+    if not (_is_name(source) and _is_name(name)):
+        raise ExportError(
+            f"id is {short_repr(facts.get('id'))} and path {short_repr(source)}",
+            name=where,
+            expected='text in quotes, as in {"id": "cat", "path": "images/cat.jpg"}',
+            remedy=CORRECT,
+        )
+    return name, source
 
 
 def _is_name(value: object) -> TypeGuard[str]:
