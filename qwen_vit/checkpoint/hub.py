@@ -153,11 +153,21 @@ def download(
     try:
         return _download(repository, full)
     except NotCachedError as error:
-        raise HubError.of(error) from error
+        raise _with_cause(HubError.of(error), error) from None
     except QwenVitError:
         raise
-    except Exception as error:  # each version of the client has its own transport errors
-        raise repository.explain(error) from error
+    except Exception as error:  # noqa: BLE001 - each version of the client has its own errors
+        raise _with_cause(repository.explain(error), error) from None
+
+
+def _with_cause(error: HubError, raised: BaseException) -> HubError:
+    """Add the text of the first cause as a note. The client's own frames are several screens."""
+    cause = raised
+    while (earlier := cause.__cause__ or cause.__context__) is not None:
+        cause = earlier
+    if text := str(cause).partition("\n")[0]:
+        error.add_note(f"Cause: {type(cause).__name__}: {text}")
+    return error
 
 
 def _check_revision(revision: str | None, name: str, is_folder: bool) -> None:

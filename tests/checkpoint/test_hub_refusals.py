@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qwen_vit.checkpoint.hub import find_checkpoint
+from qwen_vit.checkpoint.repository import NotCachedError
+from qwen_vit.errors import HubError
 from tests.support.checkpoints import SMALL, write_checkpoint
 from tests.support.hub_cases import INDEX, edit_tensors, own_folder
 from tests.support.hub_server import Hub
@@ -183,3 +187,23 @@ def test_another_model_is_refused_before_any_weight_file_is_asked_for(
     edit_config(repo, **changes)
     assert worker("load", **call)["kind"] == "CheckpointError"
     assert hub.fetched() == ["config.json"]
+
+
+@pytest.mark.parametrize("kind", [OSError, NotCachedError])
+def test_the_traceback_names_the_cause_without_the_clients_frames(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frames of huggingface_hub once filled several screens."""
+
+    def fail(*_: Any) -> None:
+        try:
+            raise ConnectionError("[Errno -2] Name or service not known\nmore")
+        except ConnectionError as error:
+            raise kind("the client could not send the request") from error
+
+    monkeypatch.setattr("qwen_vit.checkpoint.hub._download", fail)
+    with pytest.raises(HubError) as caught:
+        find_checkpoint("org/model")
+    text = "".join(traceback.format_exception(caught.value))
+    assert text.endswith("\nCause: ConnectionError: [Errno -2] Name or service not known\n")
+    assert text.count("Traceback") == 1

@@ -3,11 +3,13 @@
 import datetime as dt
 import ipaddress
 import ssl
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -41,6 +43,13 @@ def write_certificate(path: Path) -> None:
     path.write_bytes(certificate.public_bytes(pem) + key.private_bytes(pem, form, plain))
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print no error of a client that rejects the certificate or leaves."""
+        if not isinstance(sys.exc_info()[1], ssl.SSLError | ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def https_server(certificate: Path, answers: dict[str, Answer]) -> Iterator[int]:
     """Run a server that answers each path by the current `answers`. Yield the port."""
@@ -53,7 +62,7 @@ def https_server(certificate: Path, answers: dict[str, Answer]) -> Iterator[int]
             pass
 
     write_certificate(certificate)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
     server.socket = context.wrap_socket(
