@@ -242,7 +242,7 @@ class _Counts:
         self._saved += len(counts) * is_saved
         self._failed += failed
         self._rows += sum(counts)
-        self._bytes += os.stat(str(file.path)).st_size
+        self._bytes += file.path.stat().st_size
 
     def estimate(self) -> Estimate:
         """Return the estimate, without the encoder time."""

@@ -10,6 +10,10 @@ from botocore.retries.standard import ExponentialBackoff  # type: ignore[import-
 from qwen_vit.common.storage_writes import put_file
 from qwen_vit.errors import ExportError
 from qwen_vit.export import store_folder
+from qwen_vit.export.estimate import estimate_export
+from qwen_vit.export.options import ExportOptions
+from qwen_vit.feature_files.describe import describe_features
+from qwen_vit.feature_files.verify import verify_features
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder
 from tests.support.interrupted_exports import Stop
@@ -76,6 +80,12 @@ def test_an_interrupt_keeps_what_was_encoded(
     assert any(name.startswith("segment-") for name in server.objects("out"))
     if not same_host:
         on_host(monkeypatch, export_dir / "other")
+    stored = server.objects("out")
+    dry = estimate_export(FakeEncoder(), None, ExportOptions(shard_size=50), folder=OUT)
+    found, facts = verify_features(OUT), describe_features(OUT)
+    assert dry.saved == found.saved == facts["images_saved"] == first.encoded == 32
+    assert dry.to_do == found.to_do == facts["images_to_do"]
+    assert server.objects("out") == stored
     second = FakeEncoder()
     export(encoder=second, shard_size=50)
     export("local", shard_size=50)
