@@ -249,7 +249,7 @@ class PatchMerger(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class LayerTaps:
-    """Collect the residual stream after chosen blocks, which is the input to the next block's norm.
+    """Collect the residual stream after chosen blocks, before any norm.
 
     `rows` maps a block to (N, C) in raster order, a copy in the tower's dtype. After the last
     block, the rows equal `output="patch"`.

@@ -11,7 +11,7 @@ __all__ = ["bounded_progress"]
 def bounded_progress(name: str, limit: int | None) -> Any:
     """Return a progress bar that stops a download if it is too large or too slow.
 
-    While the client writes a file, only the progress bar is given the number of bytes.
+    While the client writes a file, it reports the number of bytes only to the progress bar.
     """
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 

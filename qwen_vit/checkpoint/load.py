@@ -139,8 +139,9 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     qwen_vit.errors.CheckpointError: no/such/folder: not a folder. Expected a folder with \
 config.json and safetensors weights.
 
-    The function checks the headers at once (names, shapes, types). Conversion checks the values.
-    Raises CheckpointError with the file if a part is missing, damaged or belongs to another model.
+    The function checks the headers immediately: names, shapes and types. Conversion checks the
+    values. Raises CheckpointError with the file if a part is missing, damaged or belongs to another
+    model.
     """
     tower = find_tower(Path(folder))
     stored = tower.stored()
@@ -193,8 +194,8 @@ def find_tower(folder: Path, remote: RemoteFiles | None = None) -> Tower:
 
 
 def config_hash(config: VisionConfig, image_config: ImageConfig) -> str:
-    """Return a sha256 of both configs' values. The hash does not depend on the spelling in the
-    files."""
+    """Return a sha256 of both configs' values. The hash does not depend on the files'
+    key names and formatting."""
     both = {"vision": config.to_json(), "image": image_config.to_json()}
     return hashlib.sha256(json.dumps(both, sort_keys=True).encode()).hexdigest()
 

@@ -89,7 +89,7 @@ class AtomicFile:
 
 @contextmanager
 def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
-    """Open a file for writing that replaces `path` if the block succeeds.
+    """Open a file for writing. If the block succeeds, the file replaces `path`.
 
     >>> with atomic_file(Path("notes.txt")) as file:  # doctest: +SKIP
     ...     file.write(b"whole or absent")

@@ -54,7 +54,7 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Describe one tensor of a file: safetensors' name for its type, its shape, and its bytes."""
+    """Describe one tensor of a file: its dtype in safetensors' terms, its shape and its bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -63,8 +63,8 @@ class TensorInfo:
 
 
 def read_header(path: AnyPath) -> dict[str, TensorInfo]:
-    """Return the tensors of a safetensors file. Raises CheckpointError with the file's path and
-    size."""
+    """Return the tensors of a safetensors file. Raises CheckpointError with the file's path if
+    the file is missing, unreadable or invalid."""
     try:
         if not path.is_file():
             raise CheckpointError(

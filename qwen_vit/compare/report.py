@@ -77,7 +77,10 @@ class Section:
 
 
 def check_report(folder: Path, *, overwrite: bool) -> None:
-    """Raise ArgumentError without the extra, and ExportError if the disk rejects the folder."""
+    """Raise ArgumentError if the extra `show` is missing.
+
+    Raises ExportError if the folder is not writable, or contains a report and `overwrite` is False.
+    """
     check_packages("--report", "jinja2", "matplotlib")
     try:
         if folder.exists() and not folder.is_dir():

@@ -23,7 +23,7 @@ class CacheWriter:
     The constructor checks the folder. The object rereads a shard of an earlier run unless the cache
     lists the shard's entries. The name of that list follows from the export and the shard.
 
-    Raises ExportError if the folder cannot be written or belongs to another model. Raises
+    Raises ExportError if the folder is not writable or belongs to another model. Raises
     ArgumentError if no language model accepts the export's rows.
     """
 

@@ -56,7 +56,8 @@ class ExportOptions:
         video_limits: the limits on a video.
         as_video: whether to encode an animated GIF, WebP or PNG as a video, not as its first frame.
         pages: "first", or "all" to export each page of a TIFF and frame of an animation as an
-            image. With "all", the listing reads every image.
+            image. With "all", the export opens every image before it
+            writes the listing.
 
     Raises:
         ArgumentError: A value is invalid.

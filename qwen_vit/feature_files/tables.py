@@ -217,8 +217,7 @@ def _record_batch(images: Sequence[ImageFeatures], schema: Any) -> Any:
 def _list_array(arrays: Sequence[NDArray[np.float32]]) -> Any:
     """Convert 1D arrays to lists and 2D arrays to lists of lists, without Python objects.
 
-    Arrow counts a batch's values in int32, and `BATCH_BYTES` keeps their number far below that
-    limit.
+    Arrow counts a batch's values in int32. `BATCH_BYTES` keeps their number far below 2^31.
     """
     import pyarrow as pa
 

@@ -265,7 +265,8 @@ def _strictly() -> Iterator[None]:
 def _load(
     image: Image.Image, name: str, limits: ImageLimits, jpeg: JpegFile | None
 ) -> tuple[str, ...]:
-    """Check the header, then decode the image. Return notes on a complete file."""
+    """Check the header, then decode the image. Return notes, for example on data
+    that it could not check."""
     check_pixels(image.width, image.height, name, limits)
     notes = check_blocks(jpeg, name) if jpeg is not None else ()
     if isinstance(image, TiffImagePlugin.TiffImageFile):

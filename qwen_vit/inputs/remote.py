@@ -111,7 +111,7 @@ def read_object(item: Item, limits: ImageLimits) -> bytes:
 
 
 def copy_object(item: Item, file: BinaryIO, check_size: Callable[[int], None]) -> None:
-    """Write the bytes of an item in an object to a file, after checking the number of bytes.
+    """Check an item's size, then copy its bytes from the object to a file.
 
     Raises ImageError with the item's id, and any error of the check.
     """

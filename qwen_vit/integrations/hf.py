@@ -56,8 +56,8 @@ def to_hf(
     Source: `mm_encoder_outputs` in transformers' models/qwen2_5_vl/modeling_qwen2_5_vl.py.
 
     Args:
-        features: features of images, in the prompts' order. VideoFeatures in this list are videos,
-            and precede the features in `videos`.
+        features: features of images, in the prompts' order. The function treats VideoFeatures in
+            this list as videos, and puts them before those in `videos`.
         input_ids: the prompts' tokens (batch, sequence). The function checks them against the
             features, and computes `mm_token_type_ids` from them. Without `mm_token_type_ids`,
             Qwen2.5-VL silently assigns text positions to the tokens of images and videos.
@@ -209,8 +209,8 @@ def _check_runs(kind: str, where: Tensor, counts: list[int], token_id: int) -> N
     runs = [len(list(run)) for row in where.tolist() for same, run in groupby(row) if same]
     if runs != counts:
         raise ArgumentError(
-            f"input_ids have {plural(len(runs), 'run')} of the {kind} token {token_id}, of "
-            f"the lengths {runs}",
+            f"input_ids have {plural(len(runs), 'run')} of the {kind} token {token_id}, with "
+            f"lengths {runs}",
             expected=f"{counts}, the tokens of each {kind}",
             remedy=f"expand the prompt for these {kind}s, in their order (expand_placeholders)",
         )

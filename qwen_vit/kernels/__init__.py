@@ -30,7 +30,7 @@ def uses_hopper_kernels() -> bool:
 
 @contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Run the plain Triton kernels, as on other GPUs, inside this `with` block.
+    """Run the plain Triton kernels inside this `with` block, as on GPUs other than Hopper.
 
     Only benchmarks and tests use this block. A CUDA graph keeps the kernels that it captured.
     """

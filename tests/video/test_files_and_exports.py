@@ -171,7 +171,7 @@ def test_transformers_gets_videos_in_their_own_place() -> None:
     assert arguments["mm_token_type_ids"].tolist() == [[*[2] * 12, 0, *[1] * 6]]
     assert arguments["second_per_grid_ts"].tolist() == [1.25]
     assert torch.equal(arguments["mm_encoder_outputs"]["video"].pooler_output[0], CLIP.embeds)
-    with pytest.raises(ArgumentError, match="the video token 151656, of the lengths"):
+    with pytest.raises(ArgumentError, match="the video token 151656, with lengths"):
         to_hf([CLIP], ids[:, 1:12])
     with pytest.raises(ArgumentError, match=r"has 0 <\|video_pad\|> for 1 video"):
         expand_placeholders("", [], video_grids=[CLIP.grid_thw])
