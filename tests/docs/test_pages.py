@@ -284,7 +284,7 @@ def ledger_names() -> set[str]:
 
 
 # `tower 0ce6c52`: what was measured, and the commit
-REFERENCE = re.compile(r"`([a-z][a-z -]* [0-9a-f]{7})`")
+REFERENCE = re.compile(r"`([a-z][a-z0-9 -]* [0-9a-f]{7})`")
 # what only a measurement gives: times, rates, ratios to another program, distances
 MEASURED = re.compile(
     r"\d ?(?:ms|us|s|images/s|TFLOP/s|[GT]B/s|x roofline)\b"
