@@ -51,7 +51,7 @@ def test_a_shard_that_is_not_whole_is_made_again_and_no_other(
     done = export(encoder=encoder)
     assert (encoder.encoded, done.resumed, done.exported) == (4, 7, 10)
     assert files() == before
-    assert ("It is made again." in caplog.text) == (data is not None)
+    assert ("The export writes it again." in caplog.text) == (data is not None)
 
 
 def test_an_exports_own_listing_takes_it_up_again(export_dir: Path) -> None:

@@ -80,7 +80,7 @@ def test_each_video_has_its_seconds(adapter: Adapter, seconds: Any, words: str) 
 @pytest.mark.parametrize("adapter", [to_vllm, to_vllm_chat_part])
 def test_a_video_among_the_pictures_is_refused(adapter: Adapter) -> None:
     """vLLM stops with "Image must have 1 frame" for all users."""
-    with pytest.raises(ArgumentError, match=r"clip: its grid has 2 steps .* in videos="):
+    with pytest.raises(ArgumentError, match=r"clip: its grid has 2 time steps.* in videos="):
         adapter([PICTURES[0], CLIPS[0]])
 
 
