@@ -21,7 +21,7 @@ VARIANTS = {  # what vLLM has as its tower
 }
 LINES_OF_VARIANTS = {  # how often the log has them
     "qwen_vit runs the vision tower": 1,
-    "not with 0.99.0; it finds its names and continues": 1,
+    "not with 0.99.0. This version has the names that qwen_vit needs": 1,
     "does not fit vLLM 0.99.0": 1,
     "._process_image_input. vLLM's own vision tower runs": 1,
 }
@@ -30,7 +30,7 @@ REFUSALS = {  # what an engine is started with, and what its error says
     "cudagraph_mm_encoder": "qwen_vit does not run with cudagraph_mm_encoder",
     "compile_mm_encoder": "qwen_vit does not run with compile_mm_encoder",
     "enable_tower_connector_lora": "qwen_vit does not run with enable_tower_connector_lora",
-    "quantised": "quantised or of another type",
+    "quantised": "quantised or have another type",
     "compressed": "this checkpoint's vision tower is quantised (visual.",
     "incomplete": "weights were not initialized from checkpoint",  # vLLM's own words
 }
