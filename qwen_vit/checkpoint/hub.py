@@ -162,9 +162,10 @@ def download(
 
 def _with_cause(error: HubError, raised: BaseException) -> HubError:
     """Add the text of the first cause as a note. The client's own frames are several screens."""
-    cause = raised
-    while (earlier := cause.__cause__ or cause.__context__) is not None:
+    cause, seen = raised, {id(raised)}
+    while (earlier := cause.__cause__ or cause.__context__) is not None and id(earlier) not in seen:
         cause = earlier
+        seen.add(id(cause))  # a retry can make a cycle of errors
     if text := str(cause).partition("\n")[0]:
         error.add_note(f"Cause: {type(cause).__name__}: {text}")
     return error
