@@ -68,9 +68,9 @@ def test_a_frozen_listing_is_a_list_again(here: Path) -> None:
     [
         ("{", "line 2: not JSON"),
         ("[1]", "line 2: the JSON is"),
-        ("{}", "path None"),
+        ("{}", '"path" is missing'),
         ('{"id": 7, "path": "a"}', "id is 7"),
-        ('{"id": "a"}', "path None"),
+        ('{"id": "a"}', '"path" is missing'),
         ('{"id": "\\ud800", "path": "a"}', "Expected text"),
         ('{"path": "a", "offset": -1, "size": 2}', "offset is -1"),
         ('{"path": "a", "offset": 1}', "size None"),
