@@ -19,22 +19,11 @@ from qwen_vit.video import load
 from qwen_vit.video.load import load_pieces, load_video
 from tests.support.images import noise
 from tests.support.towers import CPU, gpu
-from tests.support.triton_interpreter import RUNS_HERE, interpreted_by_triton
+from tests.support.triton_interpreter import RUNS_HERE
 from tests.support.videos import make_video
 
 CONFIG = ImageConfig.from_json({})
 needs_interpreter = pytest.mark.skipif(not RUNS_HERE, reason="Triton 3.6 with NumPy 2.4")
-
-
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(kernel: Any, n_programs: int, *args: Any, **constants: int) -> None:
-        if n_programs:
-            interpreted_by_triton(kernel)((n_programs,), *args, **constants)
-
-    monkeypatch.setattr(resize, "_run", run)
-    monkeypatch.setattr(resize, "ROWS", 64)  # few large programs are faster there
-    monkeypatch.setattr(resize, "PATCHES", 16)
 
 
 def frames_of(images: list[Image.Image], new_size: tuple[int, int]) -> Frames:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import PIL
@@ -19,24 +18,13 @@ from qwen_vit.images.picture import Picture, resizes_on
 from qwen_vit.kernels import resize
 from tests.support.images import noise
 from tests.support.towers import CPU, gpu
-from tests.support.triton_interpreter import RUNS_HERE, interpreted_by_triton
+from tests.support.triton_interpreter import RUNS_HERE
 from tools.checks.resize import wrong_cases, wrong_embeddings, wrong_wholes
 from tools.checks.resize_cases import KINDS, ResizeCase, make_cases
 
 SMALL_AREA, MAX_TAPS = 3_000, 25  # the interpreter takes 0.3 ms for each operation of a tap
 CONFIG = ImageConfig.from_json({"min_pixels": 784, "max_pixels": 2_500})
 needs_interpreter = pytest.mark.skipif(not RUNS_HERE, reason="Triton 3.6 with NumPy 2.4")
-
-
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(kernel: Any, n_programs: int, *args: Any, **constants: int) -> None:
-        if n_programs:
-            interpreted_by_triton(kernel)((n_programs,), *args, **constants)
-
-    monkeypatch.setattr(resize, "_run", run)
-    monkeypatch.setattr(resize, "ROWS", 64)  # few large programs are faster there
-    monkeypatch.setattr(resize, "PATCHES", 16)
 
 
 def small_cases(count: int) -> list[ResizeCase]:
