@@ -19,13 +19,19 @@ __all__ = ["as_page", "page_items"]
 def page_items(items: Iterable[Item], limits: ImageLimits) -> Iterator[Item]:
     """Read each image and yield its pages. Yield an image with a single page unchanged.
 
+    An image with too many pages becomes an item with an error.
+
     >>> rocket = Item("rocket.jpg", "tests/photographs/rocket.jpg")
     >>> [item.id for item in page_items([rocket], ImageLimits())]
     ['rocket.jpg']
     """
     for item in items:
         is_one = item.error is not None or item.page is not None or item.is_video
-        count = 1 if is_one else _count(item, limits)
+        try:
+            count = 1 if is_one else _count(item, limits)
+        except ImageError as error:
+            yield replace(item, error=(error.code, str(error)))
+            continue
         if count == 1:
             yield item
         for page in range(1, count + 1) if count > 1 else ():
@@ -38,12 +44,14 @@ def as_page(data: bytes, item: Item) -> bytes | ImagePage:
 
 
 def _count(item: Item, limits: ImageLimits) -> int:
+    """Return the number of pages. Raises ImageError for too many pages."""
+    if item.is_file and _has_one_page(item):
+        return 1
     try:
-        if item.is_file and _has_one_page(item):
-            return 1
-        return count_pages(read_item(item, limits), item.id, limits)
+        data = read_item(item, limits)
     except ImageError:  # reading the image again reports the error
         return 1
+    return count_pages(data, item.id, limits)
 
 
 def _has_one_page(item: Item) -> bool:

@@ -16,6 +16,7 @@ from qwen_vit.export.estimate import estimate_export
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.read import load_features
+from qwen_vit.images import pages as pages_module
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.inputs.find import find_items
 from qwen_vit.inputs.pages import page_items
@@ -74,6 +75,18 @@ def test_every_page_has_its_own_id_and_features(pictures: Path) -> None:
     for page, file in zip(stored, load_features("files"), strict=True):
         assert page.embeds.equal(file.embeds)
     assert stored["b.tif#page=2"].notes[-1] == "page 2"
+
+
+def test_too_many_pages_are_an_error_of_the_image(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The listing took such a file for one image, and the export encoded only its first page."""
+    monkeypatch.setattr(pages_module, "MAX_PAGES", 2)
+    done = export("out")
+    assert done.failed == {"slow": 1, "truncated": 1}
+    [failed] = [each for each in load_features("out").errors if each.code == "slow"]
+    assert (failed.id, failed.stage) == ("b.tif", "list")
+    assert "more than 2 pages" in failed.message
 
 
 def test_resuming_needs_the_same_pages(pictures: Path) -> None:

@@ -78,7 +78,7 @@ def passive(context: Context) -> list[Result]:
     context.run_child(CHILD, "pixels", name, VLLM_PLUGINS=None, **IN_PROCESS, **installed(context))
     found = context.facts(name)["tower"]
     log = context.log(name).read_text(errors="replace")
-    lines = log.count("qwen_vit is installed and not used. Set VLLM_PLUGINS=qwen_vit")
+    lines = log.count("qwen_vit is installed but not used. Set VLLM_PLUGINS=qwen_vit")
     return [
         *context.compare(name, lambda way: f"installed, not asked: {way}"),
         plain(name, "which tower", found == THEIRS, f"{found} ran"),
