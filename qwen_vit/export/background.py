@@ -1,4 +1,4 @@
-"""Write the encoder's results in a writer thread, and measure the waiting time of an export."""
+"""Run jobs in a writer thread, and time the stages of an export."""
 
 import time
 from collections import defaultdict, deque
@@ -20,9 +20,9 @@ class BackgroundWriter:
     >>> length.result()
     4
 
-    `submit` waits while unfinished jobs keep more than `max_bytes`. After a job fails, no later job
-    runs, and the next `submit` or the end of the block raises the job's exception. If the block
-    itself raises, submitted jobs still run.
+    If the new job and the unfinished jobs would keep more than `max_bytes`, `submit` waits for
+    unfinished jobs. After a job fails, no later job runs, and the next `submit` or the end of the
+    block raises the job's exception. If the block itself raises, submitted jobs still run.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -98,13 +98,13 @@ class StageTimer:
             self._switch(before)
 
     def move(self, seconds: float, of: str, to: str) -> None:
-        """Subtract some seconds from stage `of` and add them to stage `to`."""
+        """Move `seconds` from stage `of` to stage `to`, at most all seconds of `of`."""
         seconds = min(seconds, self._seconds[of])
         self._seconds[of] -= seconds
         self._seconds[to] += seconds
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds that each stage took so far."""
+        """Return the seconds that each stage has taken so far."""
         self._switch(self._now)
         return dict(self._seconds)
 

@@ -1,4 +1,4 @@
-"""Compare an export's inputs with its listings: new, missing and moved images."""
+"""Compare an export's listings with a new listing of the inputs."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -25,13 +25,13 @@ class InputChanges:
     """Compare the images of a new listing with the images of an export's listings.
 
     Attributes:
-        new: images that are in no listing of the export.
+        new: images that the export lacks, or that its listings contain only as an error.
         moved: images whose place changed, each with the old place.
         replaced: objects in a store whose version changed.
         gone: images of the export that the new listing lacks.
-        same: images whose place is unchanged.
-        is_reordered: whether the same images are in a new order. The shards of a first listing
-            depend on the order.
+        same: images whose place and version are unchanged.
+        is_reordered: whether the order of ids differs from that of the export's only listing, on
+            which the shards depend. False if the export has several listings.
     """
 
     new: list[Item] = field(default_factory=list)
@@ -87,8 +87,8 @@ class InputChanges:
     def changed(self, folder: ExportFolder, listings: Listings, limits: ImageLimits) -> list[Item]:
         """Return the images whose content changed after they were exported.
 
-        The method reads only files that are newer than the listing. It returns a newer file of a
-        failed image without a comparison, because the shard has no digest of that image.
+        The method reads an image only if its file is newer than the listing. A shard has no digest
+        of a failed image, so the method returns a failed image if its newer file is readable.
         """
         listed_ns = [os.stat(listing.path).st_mtime_ns for listing in listings.all]
         times: dict[str, int] = {}
@@ -106,7 +106,7 @@ class InputChanges:
 
 
 def failed_items(folder: ExportFolder, listings: Listings) -> Iterator[Item]:
-    """Yield the images whose last attempt failed, from the shards that exist."""
+    """Yield the current images that failed, from the shards that are intact."""
     current = listings.current
     for shard in range(listings.n_shards):
         file = open_if_whole(folder, shard)
@@ -119,7 +119,7 @@ def failed_items(folder: ExportFolder, listings: Listings) -> Iterator[Item]:
 def _changed_of_shard(
     file: FeatureFile | None, items: Sequence[Item], limits: ImageLimits
 ) -> Iterator[Item]:
-    if file is None:  # the export will read its images
+    if file is None:  # the export reads the shard's images again
         return
     digests = {
         name: facts["sha256"] for name, facts in zip(file.ids, file.metadata["images"], strict=True)
@@ -142,8 +142,7 @@ def _digest(item: Item, limits: ImageLimits) -> str:
 
 
 def open_if_whole(folder: ExportFolder, shard: int) -> FeatureFile | None:
-    """Return a shard, or None if its file is missing or damaged, so that the export must write it
-    again.
+    """Return a shard, or None if its file is missing or damaged. The export then writes it again.
 
     >>> open_if_whole(as_folder("no-such-folder"), 0) is None  # doctest: +SKIP
     True
@@ -156,9 +155,11 @@ def open_if_whole(folder: ExportFolder, shard: int) -> FeatureFile | None:
 
 
 def _place(item: Item) -> Item:
-    """Return an image's place with only the error's code, because messages differ by version.
+    """Return an item without the parts that may change at one place.
 
-    A replaced object may have another size. A whole object starts at 0, unlike a member of a tar.
+    These are an error's message, because other versions of qwen_vit may word it differently, and
+    an object's version and size. Only a whole object has offset 0, because a tar begins with a
+    header.
     """
     error = None if item.error is None else (item.error[0], "")
     is_object = item.version is not None and item.offset == 0
@@ -166,7 +167,10 @@ def _place(item: Item) -> Item:
 
 
 def _time_ns(path: str) -> int:
-    """Return the time of a file's last write or rename in ns, or 0 if the file does not exist."""
+    """Return the later of a file's mtime and ctime in ns, or 0 if the file cannot be found.
+
+    A rename changes only the ctime.
+    """
     try:
         status = os.stat(path)
     except OSError:

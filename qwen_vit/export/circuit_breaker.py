@@ -13,8 +13,8 @@ class TrippedError(ExportError):
 
 @dataclass(slots=True)
 class CircuitBreaker:
-    """Stop an export after `limit` consecutive failures, for example because of a lost disk or a
-    damaged model.
+    """Stop an export after `limit` consecutive failures, which a lost disk or a damaged model may
+    cause.
 
     >>> breaker = CircuitBreaker(2)
     >>> breaker.count_done(ImageError("does not exist", name="a.jpg"))
@@ -22,7 +22,7 @@ class CircuitBreaker:
     >>> breaker.failed
     0
 
-    A limit of 0 never stops the export. To stop it, the methods raise ExportError.
+    A limit of 0 never stops the export. To stop the export, the methods raise ExportError.
     """
 
     limit: int
@@ -30,12 +30,12 @@ class CircuitBreaker:
     failed: int = 0  # consecutive failures after the encoder
 
     def count_read(self, error: ImageError | None) -> None:
-        """Count an image after reading, or the error of a failed image."""
+        """Count an image that was read, or that could not be read because of `error`."""
         self.unread = 0 if error is None else self.unread + 1
         self._check(self.unread, error)
 
     def count_done(self, error: ImageError | None) -> None:
-        """Count an image after encoding, or the error of a failed image."""
+        """Count an image that is finished, or that failed because of `error`."""
         self.failed = 0 if error is None else self.failed + 1
         self._check(self.failed, error)
 
@@ -45,8 +45,8 @@ class CircuitBreaker:
             raise TrippedError(
                 Wording(fact + str(error), shell=fact + error.text(in_shell=True)),
                 remedy=with_options(
-                    "fix the cause and run the same command again, which tries them again and "
-                    "keeps the shards before them, or allow more failures with {}",
+                    "fix the cause and run the same command again, which tries these images again "
+                    "and keeps the shards before them, or allow more failures with {}",
                     "max_failures",
                 ),
             )

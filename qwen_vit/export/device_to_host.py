@@ -22,11 +22,11 @@ MAX_UNWRITTEN_BYTES = RING_BYTES // 4 * 3  # of copies, so that the ring has roo
 
 
 class HostCopy(NamedTuple):
-    """Hold the rows of several images while the GPU copies them to the CPU. `event` marks the end
-    of the copy."""
+    """Hold the rows of several images, which the GPU may still be copying to the CPU. `event` marks
+    the end of the copy, and is None if nothing is copied."""
 
     rows: dict[str, Tensor]  # by tensor, in the order of the images
-    is_finite: Tensor  # each row of image_embeds: a NaN in a layer reaches image_embeds
+    is_finite: Tensor  # for each row of image_embeds: a NaN in a layer reaches image_embeds
     event: torch.cuda.Event | None
     release: Callable[[], None]  # frees the memory of the rows
 

@@ -21,7 +21,8 @@ class CacheWriter:
     >>> cache.add(done)  # doctest: +SKIP
 
     The constructor checks the folder. The object rereads a shard of an earlier run unless the cache
-    lists the shard's entries. The name of that list follows from the export and the shard.
+    lists the shard's entries. The name of that list follows from the export's settings and the
+    shard's number.
 
     Raises ExportError if the folder is not writable or belongs to another model. Raises
     ArgumentError if no language model accepts the export's rows.

@@ -1,4 +1,4 @@
-"""Estimate an export's size and duration from the images' headers."""
+"""Estimate an export's size from the images' headers, and its duration from timed images."""
 
 import io
 import math
@@ -57,19 +57,19 @@ NAME_BYTES = 300  # an image's id, source and share of the settings in a shard's
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Estimate the size and duration of an export, from the images' headers.
+    """Describe the estimated size and duration of an export, or of the part that `part` selects.
 
     Attributes:
-        images: the number of images in the whole export, each counted once even if the export
-            encoded it again.
-        unreadable: the number of unfinished images with an unreadable header or too many pixels.
-        rows: the number of rows in the whole export.
-        bytes: the number of bytes in all files of the whole export.
-        seconds: the encoder time for the unfinished images, in seconds, or None if no image was
-            timed.
+        images: the number of images, each counted once even if the export encoded it again.
+        unreadable: the number of unfinished images that the export would reject, for example
+            because of an unreadable header or too many pixels.
+        rows: the number of rows.
+        bytes: the number of bytes in the shards.
+        seconds: the time that `encode` needs for the unfinished images, in seconds, or None if no
+            image was timed.
         is_sample: whether the counts come from a sample of the images.
-        done: the number of images whose features are in existing shards.
-        failed: the number of images that failed earlier, from existing shards.
+        done: the number of images whose features are in finished shards.
+        failed: the number of images that failed in an earlier run.
         missing: the number of unfinished images whose file does not exist.
         saved: the number of images whose features an interrupted run saved in unfinished shards.
     """
@@ -99,7 +99,7 @@ def estimate_export(
     folder: PathOrAddress | None = None,
     show_progress: bool = False,
 ) -> Estimate:
-    """Count images, rows and bytes, and time a few images. Write nothing.
+    """Count images, rows and bytes, and time a sample of the images, without writing to `folder`.
 
     The counts of unfinished images come from the images' headers, and those of other images from
     the shards.
@@ -108,8 +108,8 @@ def estimate_export(
     >>> estimate_export(encoder, ["tests/photographs/rocket.jpg"]).rows
     345
 
-    Raises ExportError if an export would reject the inputs. With `folder`, also raises ExportError
-    for a folder that an export could not write or resume.
+    Raises ExportError or ArgumentError if an export would reject the inputs, the options or the
+    folder.
     """
     options = options or ExportOptions()
     where = None if folder is None else as_folder(folder)
@@ -191,7 +191,8 @@ class _Work:
     _shard: int | None = None
 
     def add(self, n_patches: int, budget: int, shard: int = 0) -> None:
-        """Add an image to the batches, in the encoder's order and never across shards."""
+        """Add the next image to the current batch if it fits and has the same shard, or to a new
+        batch."""
         if self._shard != shard or self._in_batch + n_patches > budget:
             self.batches += 1
             self._in_batch = 0
@@ -291,16 +292,16 @@ def _seconds(
     """Return the seconds for the work, as the sum of the start, a time per batch and a time per
     patch.
 
-    The first timing loads kernels. The start is the part of the first timing that exceeds the rates
-    of the other timings.
+    The first timing loads kernels. The start is the part of the first timing that the rates of the
+    other timings do not explain.
 
-    On a CPU, a batch of one small image takes 10 times as long per patch as a full batch, and
-    exports contain both kinds. Each timing has more images than the last, until the timings have
-    taken TIMING_S.
+    On a CPU, a batch of one small image takes longer per patch than a full batch, and exports
+    contain both kinds. A timing has up to MAX_GROWTH times as many images as the one before. The
+    timings end after about TIMING_S.
     """
     if not work.patches:
         return 0.0
-    shuffled = Random(0).sample(sample, len(sample))  # any first few of them are a random sample
+    shuffled = Random(0).sample(sample, len(sample))  # the first images are a random sample
     timings: list[tuple[float, _Work]] = []
     is_warm, place, count, left = False, 0, 1, TIMING_S
     while place < len(shuffled) and count >= 1:
@@ -359,9 +360,10 @@ def _rates(few: tuple[float, _Work], many: tuple[float, _Work]) -> tuple[float, 
 
 
 def _size_in_header(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
-    """Return height and width from the file's header, before any rotation. A rotation does not
-    change the number of tokens."""
-    if item.size is not None and item.size > HEAD_BYTES:  # in a tar: it reads only the head
+    """Return height and width from the file's header, before any rotation, or None if they cannot
+    be read. A rotation does not change the number of tokens."""
+    # in a tar or a store: first read only the head
+    if item.size is not None and item.size > HEAD_BYTES:
         size = _open_header(replace(item, size=HEAD_BYTES), limits)
         if size is not None:
             return size

@@ -2,7 +2,7 @@
 
 The writer appends to files on a disk: for a local export, in the export's own folder. For object
 storage, it writes to a scratch folder of this machine, from which `publish` uploads each whole
-file. Every other part of an export is the same for both kinds of folders.
+file.
 """
 
 import os
@@ -45,7 +45,8 @@ class ExportFolder(ABC):
 
     @abstractmethod
     def names(self) -> set[str]:
-        """Return the names of the finished files. A store may omit the newest files."""
+        """Return the names of the files. A disk also lists temporary files, and a store may omit
+        the newest files."""
 
     @abstractmethod
     def has(self, name: str) -> bool:
@@ -53,18 +54,19 @@ class ExportFolder(ABC):
 
     @abstractmethod
     def size(self, name: str) -> int:
-        """Return the bytes of a finished file."""
+        """Return the size of a finished file in bytes."""
 
     @abstractmethod
     def version(self, name: str) -> str | None:
-        """Return a file's version in a store. On a disk or for no file, return None."""
+        """Return a file's version in a store, or None on a disk or for a missing file."""
 
     @abstractmethod
     def write(self, name: str, data: bytes, replaces: str | None) -> str | None:
         """Write a small file, and return its version.
 
-        The file replaces the version `replaces`, or must be new if `replaces` is None. Raises
-        ChangedError if another process changed the file.
+        In a store, the file replaces the version `replaces`, or must be new if `replaces` is None.
+        Raises ChangedError if another process changed the file. A file on a disk is always
+        replaced, because locks exclude other writers.
         """
 
     @abstractmethod
@@ -83,8 +85,8 @@ class ExportFolder(ABC):
     def fetch(self, name: str, sha256: str | None = None) -> Path | None:
         """Return a finished file's path on this machine's disk, or None if the file does not exist.
 
-        The method does not fetch a file whose copy in `scratch` has the hash. Without a hash, any
-        copy is valid.
+        The method does not download a file whose copy in `scratch` has the hash. Without a hash,
+        any copy is valid.
         """
 
     @abstractmethod
@@ -93,7 +95,10 @@ class ExportFolder(ABC):
 
     @abstractmethod
     def check(self, settings: str, leftover: Pattern[str], *, make: bool) -> None:
-        """Raise ExportError if the folder contains anything except an export."""
+        """Raise ExportError if the folder contains anything except an export, or cannot be used.
+
+        With `make`, also create the folder.
+        """
 
     @abstractmethod
     def hold(self, part: tuple[int, int]) -> AbstractContextManager[None]:
@@ -101,8 +106,8 @@ class ExportFolder(ABC):
 
     @abstractmethod
     def check_conditions(self, name: str) -> None:
-        """Log a warning if the store cannot prevent writes by other machines. The file must
-        exist."""
+        """Log a warning if the store has no conditional writes, which protect files from other
+        machines. The method tries one on the file, which must exist."""
 
     @abstractmethod
     def which_exist(self, names: Iterable[str]) -> set[str]:
@@ -110,7 +115,7 @@ class ExportFolder(ABC):
 
 
 class LocalFolder(ExportFolder):
-    """Write an export to a folder on a disk, without a scratch folder.
+    """Write an export to a folder on a disk, which is also its scratch folder.
 
     >>> print(LocalFolder(Path("features")) / "export.json")
     features/export.json
@@ -154,7 +159,7 @@ class LocalFolder(ExportFolder):
             (self / name).unlink(missing_ok=True)
 
     def check_conditions(self, name: str) -> None:
-        """Do nothing, because a folder has locks."""
+        """Do nothing, because a folder on a disk needs no conditional writes."""
 
     def which_exist(self, names: Iterable[str]) -> set[str]:
         return set(filter(self.has, names))
@@ -194,7 +199,7 @@ class LocalFolder(ExportFolder):
 
 
 def refuse_strange(folder: ExportFolder, names: Sequence[str], settings: str) -> None:
-    """Raise ExportError if the folder contains files that no export writes."""
+    """Raise ExportError if `names` are not empty: files in a folder without an export."""
     if names:
         raise ExportError(
             f"the folder contains {display_name(sorted(names)[0])} ({len(names)} in all) and no "

@@ -65,7 +65,7 @@ class Listings:
         return self.of(shard).shard_length(self._place(shard))
 
     def first_line(self, shard: int) -> int:
-        """Return the line of a shard's first image, counted through all listings."""
+        """Return the line of a shard's first image, counted from 0 through all listings."""
         number = self.number_of(shard)
         before = sum(listing.n_images for listing in self.all[:number])
         return before + self._place(shard) * self.all[number].shard_size
@@ -88,11 +88,11 @@ class Listings:
 
 
 class CurrentImages:
-    """Find the current line of each image: later listings replace earlier lines."""
+    """Find the current lines: a later listing replaces an image's earlier lines."""
 
     def __init__(self, listings: Listings) -> None:
         self._listings = listings
-        self._last: dict[str, int] = {}  # the last listing of each later image and withdrawn id
+        self._last: dict[str, int] = {}  # id -> its last later listing, or -1 if withdrawn
         later = zip(listings.all[1:], listings.withdrawn[1:], strict=True)
         for number, (listing, withdrawn) in enumerate(later, start=1):
             self._last |= dict.fromkeys(withdrawn, -1)

@@ -1,9 +1,9 @@
 """Allow one writer for each part of a folder, with locks that name their owner.
 
 The locks use flock, so the kernel releases the lock of a killed process. Some network disks do not
-show one host's locks to another host, and some have no locks. On such disks, the lock belongs to
-the owner that the lock file names, until the owner deletes the file. On the owner's host, the lock
-also ends with the named process.
+show one host's locks to another host, and some have no locks. Therefore the lock also belongs to
+the owner that the lock file names, until the file is deleted. On the owner's host, the lock ends
+with the named process.
 """
 
 import fcntl
@@ -47,8 +47,8 @@ def hold_folder(folder: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
     ...     write()
 
     Parts of the same N can be locked at the same time. Raises ExportError if another process has
-    locked the folder, this part, or a part of another N. Also raises ExportError if an owner on
-    another host left its name in a lock file. The error names the owner.
+    locked the folder, this part, or a part of another N, and if a lock file cannot be written. Also
+    raises ExportError if an owner on another host left its name in a lock file.
     """
     number, count = part
     with ExitStack() as locks:
@@ -70,6 +70,8 @@ def short_lock(folder: Path) -> Iterator[None]:
 
     >>> with short_lock(Path("export")):  # doctest: +SKIP
     ...     write_manifest()
+
+    Raises ExportError if one owner keeps the lock for SHORT_LOCK_TIMEOUT_S.
     """
     with _hold(folder / "lock-moment", fcntl.LOCK_EX, SHORT_LOCK_TIMEOUT_S):
         yield
@@ -103,7 +105,8 @@ def _hold(path: Path, kind: int, timeout_s: float = TIMEOUT_S) -> Iterator[None]
 
 
 def _release(descriptor: int, kind: int, path: Path) -> None:
-    """Unlink the file while it is locked, so that no process locks a file without a name."""
+    """Release a lock. The last owner unlinks the file while it is locked, so that no process locks
+    a file without a name."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         is_last = True
@@ -170,8 +173,11 @@ def _is_file_of(descriptor: int, path: Path) -> bool:
 
 
 def _sign(descriptor: int, kind: int, path: Path, *, is_locked: bool) -> None:
-    """Write our name. An owner on this host is dead if this process has its lock, or if its process
-    has ended."""
+    """Write our name into the file of an exclusive lock, unless a named owner may still write.
+
+    An owner on this host no longer writes if this process has its lock, or if its process has
+    ended.
+    """
     before = _read_owner(descriptor)
     host = socket.gethostname()
     if before and before.get("host") == host and not is_locked and _is_running(before.get("pid")):

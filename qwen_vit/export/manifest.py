@@ -28,11 +28,12 @@ ROWS_IN_A_GROUP = 4_096  # of Parquet: about 15 MB while the writer has them
 
 @dataclass(frozen=True, slots=True)
 class ManifestRow:
-    """Describe the outcome of one image, at line `index` of the listing.
+    """Describe the outcome of one image. `index` is its line, counted from 0 through all listings.
 
     `kind` is "image" or "video". A failed file's kind follows from its name. `status` is "ok" or
-    "error". Rows `row_begin` to `row_end` of `shard` are the image's features. Sizes are in pixels
-    and the grid is in patches. `sha256` is the hash of the image's or video's encoded bytes.
+    "error". The image's features are the rows `row_begin` to `row_end` - 1 of `shard`. Sizes are
+    in pixels and the grid is in patches. `sha256` is the hash of the image's or video's encoded
+    bytes.
     """
 
     index: int
@@ -92,8 +93,8 @@ def shard_rows(file: FeatureFile, items: Sequence[Item], first: int) -> list[Man
 
 
 def load_arrow() -> bool:
-    """Import pyarrow, and return False if it is missing. The manifest is then JSON lines, not
-    Parquet. Call this early, because pyarrow takes memory."""
+    """Import pyarrow, and return whether it is installed. Without pyarrow, the manifest consists of
+    JSON lines. Call this early, because pyarrow takes memory."""
     try:
         import pyarrow.parquet  # type: ignore[import-untyped]
     except ImportError:

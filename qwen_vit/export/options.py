@@ -36,13 +36,13 @@ class ExportOptions:
         dtype: the dtype of stored rows. None selects the encoder's dtype.
         shard_size: the number of images in a shard.
         on_error: "skip" records a failed image and continues. "raise" stops the export.
-        part: (I, N) selects the shards I, I+N, I+2N and so on.
+        part: (I, N) selects the shards I, I+N, I+2N and so on, counted from 1.
         max_failures: the number of consecutive failures that stop an export, because they suggest
             one cause. 0 never stops the export.
-        limits: the limits on decoded images.
+        limits: the limits on an image.
         exif: "apply" rotates an image by its EXIF orientation, and "ignore" does not rotate images,
             as in `encode`.
-        shard_seconds: seconds between saves of an unfinished shard. A killed export loses at most
+        shard_seconds: seconds between saves of an unfinished shard. A killed export loses about
             this time. None saves only at an interrupt.
         extend: whether to add new and changed images of the inputs to an existing export.
         retry_failed: whether to try the failed images of an existing export again.
@@ -56,8 +56,7 @@ class ExportOptions:
         video_limits: the limits on a video.
         as_video: whether to encode an animated GIF, WebP or PNG as a video, not as its first frame.
         pages: "first", or "all" to export each page of a TIFF and frame of an animation as an
-            image. With "all", the export opens every image before it
-            writes the listing.
+            image. With "all", the export opens every image before it writes the listing.
 
     Raises:
         ArgumentError: A value is invalid.
@@ -86,7 +85,7 @@ class ExportOptions:
 
     @property
     def columns(self) -> ParquetColumns | None:
-        """Return the columns of Parquet files to read."""
+        """Return the columns of Parquet files to read, or None to read no Parquet files."""
         return ParquetColumns.of(self.column, self.id_column)
 
     def __post_init__(self) -> None:

@@ -142,9 +142,9 @@ def open_export(
     >>> with open_export(encoder, ["photos"], Path("out"), ExportOptions()) as plan:
     ...     print(plan.n_images)  # doctest: +SKIP
 
-    Raises ExportError, before reading any image, if the folder is not an export or another process
-    writes to it. If the inputs or settings differ, the error names the differences. With inputs of
-    None, the function resumes with the inputs of the existing export and logs their changes.
+    Raises ExportError if another process writes to the folder, or if it contains anything except an
+    export with these inputs and settings. The error names the differences. With inputs of None, the
+    function resumes the existing export's listing, and logs how its inputs have changed.
     """
     paths, folder = None if inputs is None else _paths(inputs), as_folder(folder)
     if paths is None:
@@ -168,7 +168,7 @@ def open_export(
 
 
 def check_folder(folder: PathOrAddress, *, make: bool = True) -> None:
-    """Make the folder, or raise ExportError if it contains anything except an export."""
+    """Raise ExportError if the folder is neither empty nor an export. With `make`, create it."""
     as_folder(folder).check(SETTINGS, LEFTOVER, make=make)
 
 
@@ -190,8 +190,8 @@ def _find(
 ) -> Listing | None:
     """Return the listing of the inputs, frozen in `scratch`.
 
-    Without paths, the function lists the existing export's own inputs, and returns None if this
-    machine cannot list them.
+    Without paths, the function lists the existing export's own inputs. If this machine cannot list
+    them, it returns None, or raises ExportError with `options.extend`.
     """
     if paths is not None:
         return _list(paths, scratch, options)
@@ -212,9 +212,9 @@ def _find(
             logger.warning("the export continues with the images in its listing: %s", error)
             return None
     if options.extend:
-        raise ExportError(
-            reason, name=str(folder), remedy="also pass INPUTS, or run the command in that folder"
-        )
+        remedy = Wording("also pass the inputs", shell="also pass INPUTS")
+        remedy += "" if is_here else ", or run the command in that folder"
+        raise ExportError(reason, name=str(folder), remedy=remedy)
     return None
 
 
@@ -262,7 +262,7 @@ def _begin_or_resume(
         stored.check(settings, None if paths is None else changes, options)
         if paths is None and changes is not None and not options.extend and changes.describe():
             logger.warning(
-                "its inputs changed: %s; the export continues with the images in its listing",
+                "the export's inputs changed: %s; it continues with the images in its listing",
                 changes.describe(),
             )
         if options.extend and paths is not None:
@@ -284,7 +284,7 @@ def _columns(options: ExportOptions) -> dict[str, Any]:
 
 
 def reserved_header_bytes(items: Sequence[Item], settings: Mapping[str, Any]) -> int:
-    """Return the bytes to reserve for a shard's header, which depend only on the plan."""
+    """Return the number of bytes to reserve for a shard's header. It depends only on the plan."""
     names = [name for item in items for name in (item.id, item.source)]
     text = json.dumps({**settings, "ids": names})
     policy = settings.get("image_policy", {}).get("video") or {}
@@ -295,10 +295,10 @@ def reserved_header_bytes(items: Sequence[Item], settings: Mapping[str, Any]) ->
 
 
 def _check_heads(plan: ExportPlan) -> None:
-    """Raise ExportError, before writing shards, if a header cannot name all images of a shard."""
+    """Raise ExportError if a shard's header might exceed the limit of safetensors."""
     for shard in plan.shards:
         n_images = plan.listing.shard_length(shard)
-        # its names need less than 5,000 bytes
+        # such a shard's ids and paths fit if they have less than 5,000 bytes per image
         if n_images * IMAGE_HEAD_BYTES < MAX_HEADER_BYTES // 16:
             continue
         room = reserved_header_bytes(plan.listing.shard(shard), plan.settings_of(shard))
@@ -363,7 +363,7 @@ def plan_dry_run(
 
 
 def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listing:
-    """Freeze the listing under this part's own name."""
+    """List the inputs, and freeze the listing in a temporary file of this part."""
     number, count = options.part
     left_out: Counter[str] = Counter()
     path = folder / f".listing-{number}-of-{count}{TEMPORARY_SUFFIX}"
@@ -379,7 +379,7 @@ def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listin
 
 
 def remove_leftovers(plan: ExportPlan) -> None:
-    """Remove the leftovers of killed runs: temporary files of this part, and those of no part."""
+    """Remove temporary files of killed runs, except those of other parts, and unneeded segments."""
     shards, part, folder = plan.shards, plan.options.part, plan.folder
     with short_lock(folder.scratch):
         for name in os.listdir(folder.scratch):

@@ -65,12 +65,13 @@ def export_on_ray(
     ec_cache: str | os.PathLike[str] | None = None,
     **loading: Any,
 ) -> ExportReport:
-    """Export with one worker for each GPU of a Ray cluster, or for each CPU if it has no GPUs.
+    """Export with one worker for each GPU of a Ray cluster, or for each CPU if no GPU is used.
 
     >>> export_on_ray("tiny", ["tests/photographs"], "features").exported  # doctest: +SKIP
     3
 
-    Images, checkpoint and `folder` must have the same paths on every node.
+    Images, checkpoint and `folder` must have the same paths on every node. A failed image and an
+    interrupt raise as in `export_features`.
 
     Args:
         model: as in `VisionEncoder.from_pretrained`, which also receives `loading`.
@@ -81,12 +82,12 @@ def export_on_ray(
         show_progress: as in `export_features`.
         decode_threads: as in `export_features`.
         ec_cache: as in `export_features`. This process writes the encoder cache.
-        address: the cluster's address. None selects RAY_ADDRESS, or a cluster on this machine,
-            which Ray starts if necessary.
-        device: "auto", "cuda" or "cpu".
+        address: the cluster's address. None selects RAY_ADDRESS, or a running or new local cluster.
+        device: "auto", "cuda" or "cpu". "auto" selects the GPUs if the cluster has any.
 
     Raises:
-        ExportError: The cluster does not answer, or the export fails as in `export_features`.
+        ExportError: Ray is not installed, the cluster does not answer, or as in `export_features`.
+        ArgumentError: An argument is invalid, or the cluster has no GPU for "cuda".
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ArgumentError(f"device is {device!r}", expected="'auto', 'cuda' or 'cpu' with Ray")
@@ -197,7 +198,7 @@ class _Worker:
         return estimate_plan(self._encoder, plan)
 
     def export(self, plan: ExportPlan, shard: int) -> tuple[DoneShard, dict[str, float]] | None:
-        """Write one shard. Return its manifest rows and the waits.
+        """Write one shard. Return its manifest rows and the seconds that it waited for each stage.
 
         Returns None if `stop` was called before the shard was complete.
         """
@@ -224,7 +225,7 @@ class _Worker:
         return done._replace(n_kept=0), clock.seconds()
 
     def stop(self) -> None:
-        """End the shards in progress, and return after saving the encoded images."""
+        """End the shards in progress, and wait for at most STOP_TIMEOUT_S until they are saved."""
         self._is_stopped = True
         with self._at_rest:
             self._at_rest.wait_for(lambda: self._running == 0, STOP_TIMEOUT_S)
@@ -272,7 +273,7 @@ class _Workers:
         self._actors = [self._actor.remote(*self._arguments)]
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """Return the answer of one worker."""
+        """Return the first worker's answer."""
         import ray
 
         with _plain_errors():
@@ -313,7 +314,7 @@ class _Workers:
         ray.wait(asked, num_returns=len(asked), timeout=STOP_TIMEOUT_S)
 
     def end(self) -> None:
-        """End all workers at once, including workers that have already ended."""
+        """Kill all workers. A worker that has already ended is no error."""
         import ray
 
         for actor in self._actors:
@@ -321,15 +322,14 @@ class _Workers:
 
 
 def _threads_of_a_shard(wanted: int | None, resources: Mapping[str, float]) -> int:
-    """Return the loader threads of one shard: the cores per GPU, divided by the shards at a time.
+    """Return the number of loader threads of one shard: `wanted`, or the default.
 
-    An encoder on a CPU uses the cores itself.
+    By default, a GPU's shards in progress divide the threads for its share of the cores, with at
+    least 2 each. On a CPU, the default is 1, because the encoder uses the cores.
     """
     n_gpus = int(resources.get("GPU", 0))
-    if wanted is not None:
-        return wanted
-    if not n_gpus:
-        return 1
+    if wanted is not None or not n_gpus:
+        return wanted or 1
     cores = max(1, int(resources.get("CPU", 1)) // n_gpus)
     return max(2, thread_count(None, cores) // SHARDS_AT_A_TIME)
 
@@ -352,7 +352,7 @@ def _cluster(address: str | None) -> Iterator[None]:
         raise ExportError(
             f"no Ray cluster answers at {address or 'RAY_ADDRESS'} ({error})",
             remedy="start one with `ray start --head`, and "
-            + Wording("pass its address", shell="write --ray=ADDRESS, or --ray last"),
+            + Wording("pass its address", shell="write --ray=ADDRESS, or write --ray after INPUTS"),
         ) from None
     try:
         with redirect_stdout(sys.stderr):  # Ray prints warnings to stdout, which is for our data
@@ -363,7 +363,7 @@ def _cluster(address: str | None) -> Iterator[None]:
 
 @contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """Restore the signal handlers, because Ray's would end the process without a message."""
+    """Restore the signal handlers afterwards, because Ray's would end the process silently."""
     is_main = current_thread() is main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
     before = {number: signal.getsignal(number) for number in numbers}
@@ -375,7 +375,7 @@ def _handlers_kept() -> Iterator[None]:
 
 
 def check_reachable(address: str | None) -> None:
-    """Raise OSError if HOST:PORT refuses a connection, because Ray would retry for minutes."""
+    """Raise OSError if HOST:PORT accepts no connection, because Ray would retry for minutes."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
@@ -383,7 +383,7 @@ def check_reachable(address: str | None) -> None:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Raise a worker's own errors unchanged. Raise Ray's errors with a remedy."""
+    """Raise qwen_vit's errors of a worker unchanged. Convert a worker's death to ExportError."""
     from ray.exceptions import RayActorError, RayTaskError
 
     try:

@@ -1,4 +1,4 @@
-"""Define the records between an export's stages: images, shard starts, finished shards."""
+"""Define the records that an export's stages pass on: images, starts of shards, finished shards."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class ImageRecord:
     grid_thw: tuple[int, int, int] = (0, 0, 0)
     patches: Patches | Picture | Frames | None = None  # exists between decoding and encoding
     timing: VideoTiming | None = None  # only for a video
-    n_rows: int = 0  # the number of its stored features
+    n_rows: int = 0  # the number of its rows in image_embeds
     stage: str = "read"
     error: ImageError | None = None
 
@@ -49,11 +49,11 @@ class ImageRecord:
 class ShardStart(NamedTuple):
     """Mark the start of a shard, before the records of its images.
 
-    An existing shard has `rows` and no images.
+    A finished shard that the export keeps has `rows`, and no records follow.
 
     `segments` contain images that an earlier run saved, for which no records follow. `firsts`
-    contains the first places of all segments, including damaged ones. `replaces` marks an existing
-    shard that the export writes again.
+    contains the places of the first images of all segments, including damaged ones. `replaces`
+    marks an existing shard that the export writes again.
     """
 
     shard: int
@@ -70,7 +70,7 @@ class ShardStart(NamedTuple):
 
 
 class DoneShard(NamedTuple):
-    """Describe a finished shard by its manifest rows. Earlier runs made the first rows."""
+    """Describe a finished shard by its manifest rows. Earlier runs made the first `n_kept` rows."""
 
     shard: int
     rows: list[ManifestRow]

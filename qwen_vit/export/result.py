@@ -19,18 +19,20 @@ class ExportReport:
     """Count an export's images in its part, including the images of earlier runs.
 
     Attributes:
+        folder: the export's path or address.
+        manifest: the manifest's path or address.
         images: the number of images in the part.
         exported: the number of images with features.
         failed: the number of failed images, by error code.
         failed_earlier: the number of images that failed before this run.
         resumed: the number of images that earlier runs exported or failed to export.
-        rows: the number of rows in the part's shards.
+        rows: the number of rows of the exported images.
         bytes: the number of bytes in the part's shards.
         seconds: the duration of this run, in seconds.
         waits: the seconds that this run waited for each stage.
-        shards: the number of shards in the whole folder.
-        shards_missing: the number of missing shards in the whole folder. Other parts may still
-            write them.
+        shards: the number of shards of all parts, whether they exist or not.
+        shards_missing: the number of missing shards of all parts. Other parts may still write
+            them.
     """
 
     folder: AnyPath
@@ -48,13 +50,14 @@ class ExportReport:
     failed_earlier: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as a JSON document."""
+        """Return the report as JSON values."""
         return {**asdict(self), "folder": str(self.folder), "manifest": str(self.manifest)}
 
 
 @dataclass(slots=True)
 class ExportCounts:
-    """Count an unfinished export. The counts exclude images that a later listing replaced."""
+    """Count an unfinished export. A later listing's images replace earlier ones in all counts
+    except `bytes`."""
 
     current: CurrentImages
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from qwen_vit.common.store_path import AnyPath
 from qwen_vit.common.strict_json import read_json
-from qwen_vit.errors import ArgumentError, CheckpointError, ExportError
+from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, Wording
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.plan import check_is_export
 from qwen_vit.export.settings import SETTINGS
@@ -76,7 +76,10 @@ def read_start_options(folder: AnyPath) -> StartOptions:
         raise ExportError(
             f"its settings cannot be read ({error})",
             name=str(folder / SETTINGS),
-            remedy="resume the export with INPUTS and the original options",
+            remedy=Wording(
+                "resume the export with its inputs and the original options",
+                shell="resume the export with INPUTS and the original options",
+            ),
         ) from None
     beside = os.path.join(str(inputs.get("folder", "")), model)
     return StartOptions(beside if os.path.isdir(beside) else model, loading, options)

@@ -1,4 +1,4 @@
-"""Find failures that may be temporary, such as an outage, and write their shards again."""
+"""Find shards to write again, because a temporary cause such as an outage made images fail."""
 
 from collections.abc import Sequence
 from types import TracebackType
@@ -21,11 +21,11 @@ TRANSIENT = ("missing", "unreadable", "memory", "out-of-memory")
 
 
 def may_work_now(plan: ExportPlan, shard: int, rows: Sequence[ManifestRow]) -> bool:
-    """Return whether a failed image of a finished shard is now readable, after a possibly temporary
+    """Return whether an image of a finished shard is readable now, after a possibly temporary
     error.
 
-    The export tries an image once more if it was missing, unreadable or too large for the memory.
-    If the image is now readable, the export writes its shard again.
+    The function reads the images that were missing, unreadable or too large for the memory. If one
+    is readable now, the export writes its shard again.
     """
     current = plan.listing.current  # a later listing may have retried an image
     failed = [

@@ -1,9 +1,9 @@
 """Export images to shards of features, in a folder that a later run can resume.
 
 An export first freezes the listing. Line i of the listing belongs to shard i // shard_size. A shard
-is a feature file whose bytes depend only on the listing and the settings. It exists completely or
-not at all, and contains the features or the error of each of its images. The missing shards are
-therefore the remaining work. Any worker can write them, at any time, in any order.
+is a feature file whose bytes depend only on the images, the listing and the settings. It exists
+completely or not at all, and contains the features or the error of each of its images. The missing
+shards are therefore the remaining work. Any worker can write them, at any time, in any order.
 """
 
 import logging
@@ -59,10 +59,12 @@ def export_features(
     `load_features`.
 
     Args:
-        inputs: paths of images, folders, patterns, tars and lists. None resumes with the images in
-            the export's listing.
+        encoder: the encoder, as `load_encoder` returns it.
+        inputs: paths of images, videos, folders, patterns, tars, Parquet files and lists. None
+            resumes with the images in the export's listing.
         folder: a new or empty folder, or an export to resume. The folder may be an address such as
             "s3://bucket/features".
+        options: how to encode and store the images. None selects `ExportOptions()`.
         confirm: a function that receives an estimate before a new export begins, and may raise an
             error.
         show_progress: show a progress bar on a terminal, or a line per minute in a log.
@@ -74,8 +76,9 @@ def export_features(
     Raises:
         KeyboardInterrupt: An interrupt ended the export, which saved the encoded images for the
             next run.
-        ExportError: The folder contains another export, the inputs or settings differ from those of
-            the export, or the disk is full.
+        ExportError: The folder contains other files or another export, another process writes to
+            it, the inputs contain no image, too many consecutive images failed, or a file cannot
+            be written.
         ImageError: An image failed, with on_error="raise".
         ArgumentError: An argument is invalid.
     """
@@ -119,7 +122,7 @@ def export_features(
 def load_encoder(
     model: str | os.PathLike[str], options: ExportOptions, *, device: str = "auto", **loading: Any
 ) -> VisionEncoder:
-    """Load an encoder. A GPU computes in the stored dtype, and a CPU in float32.
+    """Load an encoder. A GPU computes in `options.dtype`, if given, and a CPU in float32.
 
     >>> load_encoder("tiny", ExportOptions(dtype="bfloat16"), device="cpu").dtype
     torch.float32
@@ -146,7 +149,8 @@ def make_manifest(plan: ExportPlan) -> AnyPath:
 
     The manifest contains the current row of each image.
 
-    Raises ExportError if a shard of this part was complete and can no longer be read.
+    Raises ExportError if a shard of this part was complete and can no longer be read, or if the
+    manifest cannot be written.
     """
 
     def shards() -> Iterator[list[ManifestRow]]:

@@ -1,8 +1,9 @@
 """Write the settings of a new export, and compare the settings of a resumed export.
 
 `export.json` contains all settings that determine a shard's bytes: the model, its hashes, the
-options and the listing's hash. Every shard repeats these settings. `export.json` also names later
-listings, later accepted versions and the inputs, which no shard repeats.
+options and the listing's hash. Every shard repeats these settings, with the versions of its own run
+and the hash of its own listing. `export.json` also names later listings, later accepted versions
+and the inputs, which no shard repeats.
 """
 
 import json
@@ -69,10 +70,9 @@ class EncoderInfo(Protocol):
 def make_settings(
     encoder: EncoderInfo, options: ExportOptions, *, has_videos: bool
 ) -> dict[str, Any]:
-    """Return the settings of an export as JSON values. The function hashes the weights, which takes
-    about a second.
+    """Return the settings of an export as JSON values, without the listing's facts.
 
-    The result does not include the listing's settings.
+    The encoder's first call hashes the weights, which takes time.
     """
     metadata = encoder.metadata()
     if has_videos or options.as_video:
@@ -96,7 +96,7 @@ def make_settings(
 
 
 def _video_policy(options: ExportOptions) -> dict[str, Any]:
-    """Return the settings that turn videos into patches. The pixels depend on PyAV's version."""
+    """Return the settings that determine a video's patches, including PyAV's version."""
     return {
         **asdict(options.video),
         "as_video": options.as_video,
@@ -119,7 +119,7 @@ class StoredExport:
         cls, folder: ExportFolder, settings: Mapping[str, Any], listing: Listing,
         inputs: Mapping[str, Any],
     ) -> Self:  # fmt: skip
-        """Create an export of one listing, whose file is still in another folder.
+        """Create an export of one listing, whose file still has a temporary name.
 
         The new description replaces that of an export without shards.
         """
@@ -148,8 +148,7 @@ class StoredExport:
         self.place_listing()
 
     def place_listing(self) -> None:
-        """Move the first listing to its place. A file that already exists there has the same
-        bytes."""
+        """Move the first listing to its place, where it replaces an earlier file."""
         first, *later = self.listings.all
         path = self.folder.scratch / LISTING
         if first.path != path:
@@ -199,7 +198,7 @@ class StoredExport:
     def _differs(
         self, differences: Sequence[str], names: set[str], changes: InputChanges | None
     ) -> ExportError:
-        ways = ["to continue, pass the inputs and settings that it was started with"]
+        ways = ["to continue this export, pass its original inputs and settings"]
         if names and all(name.partition(".")[0] in MADE_BY for name in names):
             ways.append(
                 with_options("to continue with these versions, pass {}", ("accept_versions", True))
@@ -233,7 +232,7 @@ class StoredExport:
             self._append("extend", [*changes.new, *changed], withdrawn, scratch)
         if options.retry_failed and self._has_open_retry():
             logger.warning(
-                "this run first finishes an earlier %s",
+                "an earlier %s is unfinished: this run finishes it, and starts no new one",
                 with_options("{}", "retry_failed"),
             )
         elif options.retry_failed:
@@ -241,7 +240,7 @@ class StoredExport:
             again = [item for item in failed if item.error is None]
             if len(again) < len(failed):
                 logger.warning(
-                    "%s while listing: %s lists these inputs again",
+                    "not retried: %s while listing; pass %s to list these inputs again",
                     plural(len(failed) - len(again), "failure"),
                     with_options("{}", "extend"),
                 )
@@ -261,13 +260,13 @@ class StoredExport:
     def _append(
         self, kind: str, items: Sequence[Item], withdrawn: Sequence[str], scratch: Path | None
     ) -> None:
-        """Append a listing. Its file exists before the description names it."""
+        """Write another listing's file, and then add the listing to the description."""
         if not items and not withdrawn:
             return
         name = listing_name(len(self.listings.all))
         path = (scratch or self.folder.scratch) / name
         listing = Listing.freeze(path, items, self.description["shard_size"])
-        if scratch is None:  # a killed extension may have left another one
+        if scratch is None:  # a killed extension may have left another file
             self.folder.publish(name, replace=True, keep=True)
         entry = {"kind": kind, "n_images": listing.n_images, "listing_sha256": listing.sha256}
         if withdrawn:
@@ -285,8 +284,9 @@ def read_stored(
 ) -> StoredExport | None:
     """Return the export in the folder, or None if the folder has no export.
 
-    `found` is the listing of the inputs, if available. It replaces a first listing whose file is
-    damaged, or that differs only in error messages.
+    `found` is the listing of the inputs, if available. If a listing's file is missing or damaged,
+    `found` replaces it, provided that its hash is equal. With `found`, an export of one part
+    without any shard counts as no export.
     """
     path = folder / SETTINGS
     if not folder.has(SETTINGS):
@@ -294,7 +294,7 @@ def read_stored(
     version, description = folder.version(SETTINGS), read_description(folder)
     if not all(is_integer(description.get(name)) for name in ("n_images", "shard_size")):
         raise ExportError(
-            "it has no n_images and shard_size",
+            "it lacks n_images or shard_size",
             name=str(path),
             expected="the settings of an export",
             remedy=OTHER_FOLDER,
@@ -317,8 +317,8 @@ def read_stored(
 
 
 def read_description(folder: ExportFolder) -> dict[str, Any]:
-    """Return the content of a folder's `export.json`. Raises ExportError if the file is not
-    JSON."""
+    """Return the content of a folder's `export.json`. Raises ExportError if the file cannot be read
+    or is not JSON."""
     path = folder / SETTINGS
     try:
         return read_json(path)
@@ -347,8 +347,8 @@ def _read_listings(
             raise ExportError(
                 f"cannot compare images: {each.name} is missing or corrupt",
                 name=str(folder),
-                remedy="to continue, pass the inputs that it was started with; to start a new "
-                "export, " + OTHER_FOLDER,
+                remedy="to continue this export, pass its original inputs; to start a new export, "
+                + OTHER_FOLDER,
             )
         listings.append(listing)
     return Listings(tuple(listings), tuple(each.withdrawn for each in facts))
@@ -360,7 +360,7 @@ def has_shards(folder: ExportFolder) -> bool:
 
 
 def _log_of_growth(changes: InputChanges, changed: Sequence[Item]) -> None:
-    """Log the changed images that an extension adds, and the images that it cannot add."""
+    """Log the changed images that an extension exports again, and the missing images."""
     gone = [item for item in changes.gone if item.error is None]
     for items, words in (
         (changed, "changed since the export, first %s: exported again"),

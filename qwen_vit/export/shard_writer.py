@@ -34,7 +34,7 @@ logger = logging.getLogger("qwen_vit")
 
 
 class ShardWriter:
-    """Write a shard after the segments that earlier runs saved.
+    """Write the rest of a shard, of which earlier runs may have saved segments.
 
     An interrupt in the block saves the images written so far as another segment. `batch_starts` are
     the places of the first images of batches. On a CPU, where bits depend on the batch, a segment
@@ -61,7 +61,7 @@ class ShardWriter:
         self._begin()
 
     def _begin(self) -> None:
-        """Begin a file with the image `_first`."""
+        """Begin a file whose first image has the place `_first`."""
         self._errors: list[tuple[int, dict[str, Any]]] = []  # each with its image's place
         self._has_rows: list[bool] = []  # for each image
         plan, number = self._plan, self.number
@@ -86,11 +86,11 @@ class ShardWriter:
         return self._first + len(self._has_rows)
 
     def may_be_cut_before(self, place: int) -> bool:
-        """Return whether a segment may end before the next image."""
+        """Return whether a segment may end before the image at this place, the next one."""
         return not self._bits_depend_on_batch or place == self.batch_starts[-1]
 
     def add(self, images: Sequence[ImageRecord], copy: HostCopy) -> None:
-        """Append images: rows or errors."""
+        """Append the rows of images, or their errors."""
         self._wait_for(copy)
         exif = self._plan.options.exif
         items = [_item_facts(image, exif) for image in images]  # a failed image has no rows
@@ -131,7 +131,8 @@ class ShardWriter:
         )
 
     def close_segment(self, *, publish: bool = True) -> None:
-        """Write the open file as a segment, and begin a new file."""
+        """Write the open file as a segment, and begin a new file. With `publish`, also upload the
+        segment."""
         if not self._has_rows:
             return
         folder, name = self._plan.folder, segment_name(self.number, self._first)
@@ -145,7 +146,7 @@ class ShardWriter:
             folder.publish(name, replace=True, keep=True)
 
     def save(self) -> None:
-        """Give the finished shard its name."""
+        """Write the finished shard, and remove its segments."""
         if self._kept:
             self.close_segment(publish=False)
             self._join()
@@ -182,7 +183,7 @@ class ShardWriter:
                     raise ExportError(
                         f"the rows of {image.id!r} changed after they were written",
                         name=str(segment.file.path),
-                        remedy="delete the shard, check the disk, and run the same command again",
+                        remedy="delete this file, check the disk, and run the same command again",
                     )
             errors += segment.file.metadata["errors"]
         self._writer.save(self._facts(errors))
@@ -204,7 +205,7 @@ class ShardWriter:
 
 
 def _images(segment: Segment) -> Iterator[tuple[ImageFeatures, Mapping[str, Any]]]:
-    """Yield each image of a segment, with the entry of the segment's metadata."""
+    """Yield each image of a segment, with its entry in the segment's metadata."""
     return zip(segment.file, segment.file.metadata["images"], strict=True)
 
 

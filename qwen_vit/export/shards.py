@@ -1,7 +1,6 @@
 """Write a plan's shards in order. Each shard is complete or absent.
 
-Loader threads prefetch images, and a writer thread writes results. An export waits only for the
-encoder.
+Loader threads prefetch images, and a writer thread writes results, while the encoder computes.
 """
 
 import logging
@@ -89,17 +88,19 @@ def export_shards(
     previous shard. An interrupt saves the encoded images of the open shard: see `segments`.
 
     Args:
-        breaker: an object that stops the export after too many consecutive failures.
+        breaker: an object that stops the export after too many consecutive failures. None selects
+            one with the plan's `max_failures`.
         on_image: a function that the writer thread calls for each image. The rows are valid until
             the function returns.
         decode_threads: loader threads. [default: one per two cores, 2 to 16]
         clock: the timer for this thread's waits.
         is_stopped: a function that the export calls before each image. If it returns True, the
-            export ends as after an interrupt, without losing a batch.
+            export finishes the batch in progress, and then ends as after an interrupt.
 
     Raises:
         KeyboardInterrupt: An interrupt ended the export, or `is_stopped` returned True.
-        ExportError: The disk rejects a shard, or `breaker` stops the export.
+        ExportError: A shard cannot be written or read, an existing file belongs to another export,
+            or `breaker` stops the export.
         ImageError: An image failed, with on_error="raise".
     """
     breaker, clock = breaker or CircuitBreaker(plan.options.max_failures), clock or StageTimer(REST)
@@ -156,8 +157,8 @@ def _write(
     copier: HostCopier,
     clock: StageTimer,
 ) -> Generator[DoneShard | None, None, None]:
-    """Write a shard. Yield None twice: after the first batches start, and before the writer saves
-    the shard.
+    """Write a shard, and yield it at the end. Yield None twice before: after the first batches
+    start, and while the writer saves the shard.
 
     The caller finishes the previous shard at the first pause, because only one shard may copy
     features. Closing the generator at the second pause waits until the writer has saved the shard.
@@ -325,8 +326,8 @@ def _in_groups(
 ) -> Iterator[tuple[list[ImageRecord], list[ImageFeatures]]]:
     """Yield images with their features, in groups that the GPU copies together.
 
-    Copying small images one by one would make the export wait for Python. On a CPU nothing is
-    copied, so every image is a separate group.
+    Python would take too long to copy small images one by one. On a CPU nothing is copied, so every
+    image is a separate group.
     """
     most = GROUP_IMAGES if device.type == "cuda" else 1
     images: list[ImageRecord] = []

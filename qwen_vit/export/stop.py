@@ -1,5 +1,5 @@
-"""Handle the signals that end an export: finish the batch after the first, and stop at the
-second."""
+"""Handle the signals that end an export: the first lets the batch in progress finish, and the
+second does not."""
 
 import os
 import signal
@@ -21,8 +21,8 @@ class StopSignals:
     False
 
     Within `accepted`, the first signal sets `is_requested`. Any other signal raises
-    KeyboardInterrupt. The process still ignores signals that it ignored before the block, such as
-    SIGHUP under nohup, and Ctrl-C in a shell's background job.
+    KeyboardInterrupt. The block keeps every handler that is not Python's default. The process
+    therefore still ignores SIGHUP under nohup, and Ctrl-C in a shell's background job.
     """
 
     def __init__(self) -> None:

@@ -46,9 +46,10 @@ ASKED_AT_A_TIME = 16  # requests at a time
 class StoreFolder(ExportFolder):
     """Write an export to a prefix in object storage, through a scratch folder on each machine.
 
-    Conditional writes resolve conflicts between machines: an upload never replaces another
-    process's shard, nor settings or a manifest that another process changed. Locks separate the
-    processes of one machine. If an upload fails, the file remains in `scratch` for the next run.
+    Conditional writes, if the store supports them, resolve conflicts between machines. A new shard
+    then never replaces another process's shard, nor do settings or a manifest replace a version
+    that another process wrote. Locks separate the processes of one machine. If an upload fails, the
+    file remains in `scratch` for the next run.
     """
 
     def __init__(self, out: StorePath, scratch: Path | None = None) -> None:
@@ -180,8 +181,8 @@ class StoreFolder(ExportFolder):
             )
 
     def _clean_up(self, part: tuple[int, int]) -> None:
-        """Remove the copies of listings that neither a process on this machine nor a later run
-        needs."""
+        """Remove the copies of listings, unless other files in `scratch` show that another process
+        on this machine or a later run needs them."""
         own = {"lock", "lock-moment", "lock-{}-of-{}".format(*part)}
         with suppress(OSError), short_lock(self.scratch):
             names = {*os.listdir(self.scratch)} - own
@@ -222,8 +223,8 @@ def _scratch_of(address: str) -> Path:
 
 
 def _make_private(folder: Path) -> None:
-    """Make a folder to which no other user may write. Raises ExportError for another user's
-    folder."""
+    """Make a folder and its parent, which no other user may read or write. Raises ExportError if
+    one of them belongs to another user."""
     for each in (folder.parent, folder):
         try:
             each.mkdir(mode=0o700, exist_ok=True)

@@ -20,18 +20,18 @@ from typing import BinaryIO, Self
 __all__ = ["UNDER_WAY_NAME", "UnderWay"]
 
 UNDER_WAY_NAME = re.compile(r"under-way-[0-9a-f]{16}")
-# more slots than threads; each has a line of the listing, from 1, or 0
+# more slots than threads; a slot has a line of the listing, counted from 1, or 0 if it is free
 SLOTS, SLOT = 1_024, struct.Struct("<Q")
 
 
 class UnderWay:
-    """Record the images that this process is decoding, and read the images of dead processes.
+    """Record the images that this process is decoding, and read the records of dead processes.
 
     >>> with UnderWay(Path("out")) as under_way, under_way.mark(7):  # doctest: +SKIP
     ...     decode()
 
-    `suspects` are lines of the listing, counted from 0. The kernel keeps the file's pages after a
-    process is killed; only a power cut loses them.
+    `suspects` are the lines that dead processes recorded, counted from 0 through all listings. The
+    kernel keeps the file's pages after a process is killed, but not after a power cut.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -16,7 +16,7 @@ MISSING = {
 
 
 def makers_in(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that name packages and the GPU."""
+    """Return the settings that name packages, decoders and the GPU."""
     return {name: settings.get(name) for name in (*MADE_BY, POLICY)}
 
 
@@ -30,7 +30,7 @@ def made_by_of(settings: Mapping[str, Any], start: Mapping[str, Any]) -> dict[st
 def adds_only_decoders(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Return whether each difference is a decoder that was missing before.
 
-    A missing decoder decoded no image, so it cannot have changed stored rows.
+    A missing decoder decoded no image, so no stored rows depend on its version.
 
     >>> before = {"versions": {"pillow-heif": "not installed"}}
     >>> adds_only_decoders(before, {"versions": {"pillow-heif": "1.8.1"}})

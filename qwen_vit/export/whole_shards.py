@@ -1,4 +1,4 @@
-"""Recognise finished shards and saved segments, and read the rows of the manifest."""
+"""Recognise finished shards and saved segments, and read a shard's rows for the manifest."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ from qwen_vit.common.store_path import AnyPath, StorePath
 from qwen_vit.errors import ExportError
 from qwen_vit.export.manifest import ManifestRow, shard_rows
 from qwen_vit.export.plan import ExportPlan
-from qwen_vit.export.settings import LISTING, SETTINGS
+from qwen_vit.export.settings import SETTINGS
 from qwen_vit.export.versions import adds_only_decoders, makers_in
 from qwen_vit.feature_files.file import open_shard
 from qwen_vit.feature_files.listed import is_made_by
@@ -22,7 +22,7 @@ logger = logging.getLogger("qwen_vit")
 
 
 def rows_of_saved(plan: ExportPlan, shard: int) -> list[ManifestRow]:
-    """Return the rows of a newly written shard from its file."""
+    """Return a newly written shard's rows for the manifest, from its file."""
     rows = whole_shard(plan, shard)
     if rows is None:
         raise ExportError(
@@ -36,12 +36,12 @@ def rows_of_saved(plan: ExportPlan, shard: int) -> list[ManifestRow]:
 def whole_shard(
     plan: ExportPlan, shard: int, then: str = "the export writes it again"
 ) -> list[ManifestRow] | None:
-    """Return a shard's rows of the manifest, or None if its file is missing or damaged.
+    """Return a shard's rows for the manifest, or None if its file is missing or damaged.
 
-    The file's size must equal the size in its header, and its settings must equal the plan's. Its
-    images and errors must add up to the images that the listing assigns to this shard. For a
-    damaged file, the function logs a line with `then`, the next step. Raises ExportError for a file
-    of a different export.
+    The file's size must equal the size in its header. Its settings must equal the plan's, apart
+    from accepted versions. Its images and errors must add up to the images that the listing assigns
+    to this shard. For a damaged file, the function logs a line with `then`, the next step. Raises
+    ExportError for a file of a different export.
     """
     if not plan.has(shard):
         return None
@@ -55,7 +55,7 @@ def segments_to_keep(
     """Return the segments whose rows this run's shard reuses. `names` are the shard's ids.
 
     This run must have the segments' settings and versions, because a shard records one version of
-    each package. Decoders that were missing then may differ.
+    each package. Only decoders that were missing then may differ.
     """
     settings = plan.settings_of(shard)
     ours = makers_in(settings)
@@ -86,7 +86,7 @@ def _rows_in(plan: ExportPlan, shard: int, path: AnyPath, then: str) -> list[Man
     """Return the rows of a shard's file, or None if the file is damaged."""
     if isinstance(path, Path) and path.is_dir():
         raise ExportError(
-            "a folder", name=str(path), expected="a feature file", remedy="move the file away"
+            "a folder", name=str(path), expected="a feature file", remedy="move the folder away"
         )
     try:
         file = open_shard(path)
@@ -107,7 +107,7 @@ def _rows_in(plan: ExportPlan, shard: int, path: AnyPath, then: str) -> list[Man
         raise ExportError(
             "it belongs to a different export",
             name=str(path),
-            expected=f"the settings of {SETTINGS} and the images of {LISTING} from line "
+            expected=f"the settings of {SETTINGS} and the images of the listings from line "
             f"{first_line + 1}",
             remedy="move the file away",
         )

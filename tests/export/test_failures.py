@@ -179,8 +179,8 @@ def test_a_breaker_counts_what_is_read_and_what_is_done() -> None:
         breaker.count_read(error)
     assert str(stopped.value) == (
         "stopped after 3 consecutive failures; last error: x: does not exist. Check the path. Fix "
-        "the cause and run the same command again, which tries them again and keeps the shards "
-        "before them, or allow more failures with max_failures."
+        "the cause and run the same command again, which tries these images again and keeps "
+        "the shards before them, or allow more failures with max_failures."
     )
     CircuitBreaker(0).count_done(error)
 

@@ -222,7 +222,7 @@ def test_an_unfinished_retry_is_finished_before_another(
         with pytest.raises(OSError, match="as a kill"):
             export(RETRY)
     export(RETRY)
-    assert "this run first finishes an earlier retry_failed" in caplog.text
+    assert "an earlier retry_failed is unfinished: this run finishes it" in caplog.text
     assert listings() == ["listing-0001.jsonl", "listing.jsonl"]
 
 

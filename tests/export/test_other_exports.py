@@ -69,8 +69,8 @@ def test_other_settings_are_refused_with_the_difference(export_dir: Path, what: 
     assert caught.value.name == "out"
     assert words in caught.value.fact
     assert caught.value.remedy == (
-        "To continue, pass the inputs and settings that it was started with; to start a new "
-        "export, pass another folder."
+        "To continue this export, pass its original inputs and settings; to start a new export, "
+        "pass another folder."
     )
     assert files() == before
 
@@ -257,7 +257,7 @@ def test_what_was_settled_before_the_first_shard_may_be_changed(export_dir: Path
 def test_a_file_of_that_name_that_is_not_ours_is_left_alone(export_dir: Path) -> None:
     Path("out").mkdir()
     Path("out/export.json").write_text('{"theme": "dark"}')
-    with pytest.raises(ExportError, match=r"export.json: it has no n_images.* Pass another folder"):
+    with pytest.raises(ExportError, match=r"export.json: it lacks n_images.* Pass another folder"):
         export()
     assert files() == {"export.json": b'{"theme": "dark"}'}
 

@@ -54,7 +54,7 @@ def shards() -> set[str]:
 def test_the_shards_of_the_failures_that_stop_an_export_are_not_kept(disk: Path) -> None:
     with pytest.raises(ExportError, match="10 consecutive failures") as caught:
         export(disk, confirm=away(disk))
-    assert "tries them again" in caught.value.remedy
+    assert "tries these images again" in caught.value.remedy
     assert shards() == set()
     back(disk)
     done = export(disk)
