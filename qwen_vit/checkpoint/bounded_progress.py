@@ -1,4 +1,4 @@
-"""Limit the size and the duration of files that the Hub's client downloads itself."""
+"""Limit the size of files that the Hub's client downloads itself, and stop slow downloads."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ __all__ = ["bounded_progress"]
 
 
 def bounded_progress(name: str, limit: int | None) -> Any:
-    """Return a progress bar that stops a download if it is too large or too slow.
+    """Return a progress bar class that raises HubError if a download is too large or too slow.
 
     While the client writes a file, it reports the number of bytes only to the progress bar.
     """

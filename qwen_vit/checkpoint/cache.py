@@ -56,10 +56,10 @@ UNKNOWN_SPACE = "unknown"
 class Manifest:
     """Describe the content of a folder, and its origin.
 
-    `shards` records the source of each shard. `whole_bytes` is the size of all of the repository's
-    weights, if the Hub gives it. The writer adds `files` and `header_sha256` when the folder is
-    complete. `files` maps each name to the file's bytes and sha256. `header_sha256` is the hash of
-    vision.safetensors' header, which each load checks.
+    `shards` records how qwen_vit read each shard. `whole_bytes` is the size of the checkpoint's
+    weights, or None if the index does not give it. The writer adds `files` and `header_sha256` when
+    the folder is complete. `files` maps each file name to the file's size in bytes and its sha256.
+    `header_sha256` is the hash of vision.safetensors' header, which `find` checks.
     """
 
     repo: str
@@ -93,10 +93,10 @@ def repository_folder(cache: Path, repo: str) -> Path:
 
 
 def find(folder: Path) -> Manifest | None:
-    """Return a folder's manifest after checking file sizes and the header, or None without a
-    folder.
+    """Return a folder's manifest, or None if the folder does not exist.
 
-    Raises CheckpointError for a folder that another program damaged after the download.
+    The function checks the file sizes and the header of vision.safetensors. Raises CheckpointError
+    if a file is missing or changed, or if a newer version of qwen_vit wrote the folder.
     """
     if not folder.is_dir():
         return None
@@ -123,12 +123,14 @@ def find(folder: Path) -> Manifest | None:
 
 
 def recorded_licence(folder: Path) -> str | None:
-    """Return the licence that the model card named at the time of the download."""
+    """Return the licence that the model card named at the time of the download, or None if it is
+    unknown."""
     return _read_manifest(folder).licence if (folder / MANIFEST_FILE).is_file() else None
 
 
 def check(folder: Path) -> dict[str, str] | None:
-    """Hash each file again. Return the checks by name, or None if no hashes are recorded.
+    """Hash each file again. Return the kind of hash that matched, by file name, or None if no
+    hashes are recorded.
 
     Our own folder has a manifest. A snapshot in the Hub's cache contains links to files whose names
     are digests: sha256 for large files, and git's sha1 for others. Raises CheckpointError for any
@@ -178,7 +180,7 @@ def was_checked(repository: Path, path: Path, digest: str) -> bool:
 
 
 def remember_check(repository: Path, path: Path, digest: str) -> None:
-    """Record a file's digest, if the cache is writable."""
+    """Record that the file has this digest, if the cache is writable."""
     mark = _mark(repository, path, digest)
     with suppress(OSError):
         mark.parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +230,8 @@ def fill(folder: Path, manifest: Manifest) -> Iterator[Path]:
 def remove_abandoned(folder: Path) -> None:
     """Remove partial downloads beside `folder` that killed processes left.
 
-    Partial downloads of other hosts are removed only after a day without a write.
+    The function cannot see processes of another host or container. It removes their partial
+    downloads after a day without a write.
     """
     for path in folder.parent.glob(".*.*-*.*"):
         space, _, process = path.name.split(".")[2].rpartition("-")
@@ -244,7 +247,7 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder, which other processes see disappear at once."""
+    """Rename a folder and then remove it, so that other processes see it disappear at once."""
     doomed = folder.with_name(f".{folder.name}.{_owner()}.{uuid.uuid4().hex[:8]}")
     with suppress(FileNotFoundError):  # another process removed it
         folder.rename(doomed)
@@ -341,19 +344,20 @@ def _is_alive(process: int) -> bool:
 
 
 def _last_change(folder: Path) -> float:
-    """Return the time of the last write in a folder, because a running download writes
-    constantly."""
+    """Return the time of the last write in a folder. A running download writes constantly."""
     return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
 
 
 def _owner() -> str:
-    """Return a name that no other running process on any machine has."""
+    """Return `_process_space` and this process's id: together, they name one running process."""
     return f"{_process_space()}-{os.getpid()}"
 
 
 def _process_space() -> str:
-    """Return an id of the machine's boot and of the container. Process ids are unique within one
-    boot and one container."""
+    """Return an id of the machine's boot and of the container, or "unknown" without /proc.
+
+    Process ids are unique within one boot and one container.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:8]

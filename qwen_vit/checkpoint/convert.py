@@ -1,8 +1,8 @@
-"""Convert published tensors to the model's parameters: rename, permute, concatenate, pad, fold.
+"""Convert published tensors to the model's parameters: rename, permute, interleave, pad, fold.
 
-Every published weight has one place in the model. The weights of a block's two norms are folded
-into the weights that follow. The patch embedding is stored twice: the published weights for float
-rows, and folded weights for uint8 pixels.
+The weights of a block's two norms are folded into the linear layers that follow them. The patch
+embedding is stored twice: the published weights for float rows, and folded weights for uint8
+pixels.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +36,7 @@ __all__ = [
 
 CPU = torch.device("cpu")
 
-# Published name -> the model's name, for tensors that are copied unchanged.
+# Published name -> the model's name, for tensors of which only the dtype may change.
 RENAMES = (
     ("merger.ln_q.weight", "merger.norm_weight"),
     ("merger.mlp.0.weight", "merger.fc1.weight"),
@@ -84,7 +84,10 @@ def convert(
 
     The function reads each tensor on demand and converts it on `device`. Only the patch embedding,
     a small tensor, is converted on the CPU, in float64. The bits do not depend on the device.
-    Raises CheckpointError for NaN or infinite weights, and names them by `locate`.
+
+    Raises CheckpointError for weights that are NaN or infinite, or that overflow during the
+    conversion. `locate` gives the place of a NaN or infinite weight for the message. Raises
+    ArgumentError for another `dtype`.
     """
     planned = list(
         recipes(config, image_config, dtype, device, quantization=quantization, locate=locate)
@@ -127,7 +130,7 @@ def recipes(
     quantization: Quantization | None = None,
     locate: Callable[[str], str] = str,
 ) -> Iterator[Recipe]:
-    """Yield a recipe for each of the model's tensors, in the order of the sources in the files.
+    """Yield the recipes that together compute all of the model's tensors.
 
     Every published tensor is a source of one recipe. A recipe takes its sources on `device`.
     """
@@ -249,7 +252,7 @@ def _rotary_order(config: VisionConfig) -> Tensor:
 
 
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
-    """Interleave 8 rows of gate with 8 rows of up. The final zeros give silu(0) * 0 = 0."""
+    """Alternate 8 rows of gate with 8 rows of up. Padding rows of zeros give silu(0) * 0 = 0."""
     turns = [half.view(-1, GATE_UP_TURN, *half.shape[1:]) for half in (gate, up)]
     return torch.stack(turns, 1).flatten(0, 2)
 

@@ -1,4 +1,4 @@
-"""Convert errors of huggingface_hub, in any version, to HubError with the cause and the remedy."""
+"""Convert errors of huggingface_hub to HubError, with the cause and the remedy."""
 
 import errno
 from pathlib import Path
@@ -15,10 +15,9 @@ NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 def explain(
     error: Exception, *, name: str, label: str, cache_dir: Path, local_files_only: bool
 ) -> HubError:
-    """Convert an error of huggingface_hub, in any version, to HubError with the cause and the
-    remedy.
+    """Convert an error of huggingface_hub to HubError, with the cause and the remedy.
 
-    `name` is the repository's name. `label` is the name with the revision.
+    `name` is the repository's name. `label` is the name with the subfolder and the revision.
     """
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -56,7 +55,7 @@ def explain(
         remedy = with_options("leave out {}", "local_files_only")
     elif isinstance(error, LocalEntryNotFoundError):
         fact = "not in the local cache, and the Hub could not be reached"
-        remedy = "check the network, or HF_HUB_OFFLINE, or pass a local folder"
+        remedy = "check the network and HF_HUB_OFFLINE, or pass a local folder"
     elif isinstance(error, EntryNotFoundError):
         fact = "no config.json or no safetensors weights; qwen_vit never opens pickles (.bin, .pt)"
         remedy = "choose a repository with safetensors"

@@ -1,7 +1,7 @@
 """Read ranges of files over HTTP with the Hub's client, and reject inexact responses.
 
-The HTTP clients of huggingface_hub 1 and 2 differ, so this module uses only shared names. Functions
-import the client, because its import reads environment variables.
+The HTTP clients of huggingface_hub 1 and 2 differ, so this module uses only shared names. It
+imports the client inside functions, because the import reads environment variables.
 """
 
 import json
@@ -32,8 +32,8 @@ def open_http_range(
     With the `version` of an earlier response, a server sends no range of another version
     (If-Range).
 
-    Raises RangesRefusedError, TransferError, or the client's own error for a response that a retry
-    would not change.
+    Raises RangesRefusedError or TransferError. Raises HubError if the server has another version,
+    and the client's own error for a response that a retry would not change.
     """
     from huggingface_hub import get_session
     from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
@@ -65,7 +65,8 @@ def open_http_range(
 def fetch_json(url: str, token: str | bool | None, *, deadline_s: float) -> Any:
     """Return a JSON document of at most MAX_JSON_BYTES that arrives before the deadline.
 
-    Raises the client's own errors. Raises HubError for a larger or slower body.
+    Raises the client's own errors, HubError for a larger or slower body, and ValueError for a body
+    that is not JSON.
     """
     from huggingface_hub import get_session, hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
@@ -98,8 +99,8 @@ def _changed(url: str) -> HubError:
 
 
 def _check_range(response: Any, start: int, end: int) -> int:
-    """Return the size of the whole file. Raise an error unless the response has exactly the
-    requested bytes."""
+    """Return the size of the whole file. Raise an error unless the headers announce exactly the
+    requested bytes, cut off at the end of the file."""
     from huggingface_hub import hf_raise_for_status
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -1,8 +1,8 @@
 """Find a checkpoint in the package, in a local folder, or in a repository on the Hugging Face Hub.
 
-From a repository, this module fetches only the config files and the vision tensors. It reads shards
-from the Hub's cache if they are there, otherwise byte ranges of the shards, and whole shards if the
-server has no ranges. The result is stored by commit, so later loads need no network.
+From a repository, this module fetches the config files and the vision tensors. It reads shards that
+are in the Hub's cache, and byte ranges of the others. From a server without ranges, it fetches
+whole shards. Every download is stored by commit, so a later load of this commit needs no network.
 """
 
 import logging
@@ -59,9 +59,9 @@ class Source(Origin):
 class Download:
     """Count the bytes of a download: fetched now, kept on the disk, and saved.
 
-    `kept_bytes` counts weights. `saved_bytes` counts the checkpoint's other weights, or is None if
-    the Hub does not give the total size. `licence` is the licence in the model card, if qwen_vit
-    read the card.
+    `kept_bytes` counts weights, and `saved_bytes` counts the checkpoint's other weights. Both are
+    None for a local checkpoint. `saved_bytes` is also None if the index does not give the total
+    size. `licence` is the licence in the model card, if qwen_vit read the card.
     """
 
     source: Source
@@ -86,8 +86,9 @@ def find_checkpoint(
     'tiny'
 
     The function downloads the config files and the vision tensors once. `revision`, `token`,
-    `cache_dir` and `local_files_only` have the same meaning as in huggingface_hub. Raises HubError
-    or CheckpointError, or ArgumentError for a `revision` of a local checkpoint.
+    `cache_dir` and `local_files_only` have the same meaning as in huggingface_hub. `subfolder` is
+    described at `download`. Raises HubError or CheckpointError. Raises ArgumentError for a
+    `revision` or `subfolder` that is invalid or does not apply.
     """
     return download(
         model,
@@ -313,10 +314,10 @@ def _fetch_settings(repository: Repository) -> None:
 
 
 def _find_weights(repository: Repository) -> tuple[Path | None, list[str]]:
-    """Return the index if it exists, and the names of the files with vision tensors.
+    """Return the index, or None for a single file, and the names of the files with vision tensors.
 
-    If a repository has both a single file and an index, the function chooses the file. For local
-    folders, qwen_vit and transformers follow the same rule.
+    If a repository has both a single file and an index, the function chooses the file, as
+    transformers does. It chooses the index if only the index's shards are in the cache.
     """
     if repository.cached(WEIGHTS_FILE) is not None:
         return None, [WEIGHTS_FILE]

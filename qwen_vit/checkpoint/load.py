@@ -50,10 +50,10 @@ class Tower:
 class Checkpoint:
     """Hold a tower's weights and configs, from `load_checkpoint` or `from_tensors`.
 
-    `tensors` maps the 390 published names without prefix, such as "blocks.0.attn.qkv.weight", to
-    tensors as stored. Looking up a tensor reads its file. `convert` rejects NaN and infinity.
-    `files` are all files that the checkpoint reads. `prefix` is the text before the names in the
-    files.
+    `tensors` maps the published names without prefix, such as "blocks.0.attn.qkv.weight", to
+    tensors as stored. For a checkpoint in files, each look-up reads a file. `convert` rejects NaN
+    and infinity. `files` are all files that the checkpoint reads. `prefix` is the text before the
+    names of the vision tensors. `dtypes` are the stored types, such as "BF16".
 
     A checkpoint can be copied and pickled. A copy reads the tensors of files from the same paths.
     """
@@ -89,8 +89,8 @@ class Checkpoint:
             image_config: the image settings, or the content of preprocessor_config.json. None
                 selects transformers' defaults.
 
-        Raises CheckpointError as load_checkpoint does, and ArgumentError for a value that is not a
-        tensor.
+        Raises CheckpointError as load_checkpoint does. Raises ArgumentError for an argument that is
+        not a mapping, and for a value that is not a tensor in memory.
         """
         if not isinstance(config, VisionConfig):
             config = VisionConfig.from_json(_check_mapping(config, "config"), source="config")
@@ -119,7 +119,7 @@ class Checkpoint:
         )
 
     def on_host(self) -> "Checkpoint":
-        """Return the same checkpoint without tensors on a GPU."""
+        """Return the same checkpoint, with copies of a GPU's tensors in host memory."""
         return replace(self, tensors=self.tensors.on_host())
 
     def weights_sha256(self) -> str:
@@ -156,7 +156,7 @@ config.json and safetensors weights.
 
 
 def find_tower(folder: Path, remote: RemoteFiles | None = None) -> Tower:
-    """Find the vision tower in a folder. Check names, shapes and types against config.json.
+    """Find the vision tower in a folder. Check its config, and its tensors' names, shapes, types.
 
     `remote` are weight files on the Hub, of which the function reads only the headers. Raises
     CheckpointError as load_checkpoint does.

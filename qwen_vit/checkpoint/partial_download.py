@@ -76,7 +76,7 @@ class Shards:
         return self._headers[name]
 
     def piece(self, tensor: StoredTensor, to: int) -> Piece:
-        """Return a tensor's bytes in its shard, and the place `to` to copy them to."""
+        """Return the range of a tensor's bytes in its shard, and the place `to` to copy them to."""
         name = tensor.path.name
         self.header_of(name)
         start = self._data_starts[name] + tensor.info.start
@@ -100,8 +100,8 @@ def write_tower(tower: Tower, shards: Shards, folder: Path, label: str) -> None:
     """Write the tower's config files and its tensors, as stored, into an empty folder.
 
     The function then checks the result like any checkpoint: names, shapes, types and finite values.
-    Raises RangesRefusedError or TransferError if a shard cannot be read. Raises CheckpointError if
-    the result is damaged.
+    Raises RangesRefusedError, TransferError, HubError or the client's own error if a shard cannot
+    be read. Raises CheckpointError if the result is damaged.
     """
     for path in tower.settings:
         shutil.copyfile(path, folder / path.name)
@@ -119,8 +119,8 @@ def write_tower(tower: Tower, shards: Shards, folder: Path, label: str) -> None:
 
 
 def plan_file(tower: Tower, shards: Shards) -> tuple[bytes, list[Piece]]:
-    """Return the new file's header, and each tensor's bytes in a shard with their place in the new
-    file."""
+    """Return the new file's header, and for each tensor the range of its bytes in a shard with
+    their place in the new file."""
     # Write wide types first, as safetensors does, so that every tensor begins aligned.
     tensors = sorted(
         tower.stored(),

@@ -1,7 +1,6 @@
 """Map published names to a tower's tensors, from files at each look-up or from memory.
 
-A checkpoint may store a published tensor as three tensors, such as q, k and v of Qwen2.5-Omni. A
-look-up joins them.
+Qwen2.5-Omni stores q, k and v as three tensors instead of one. A look-up joins them.
 """
 
 import hashlib
@@ -92,8 +91,8 @@ class LazyTensors(PublishedTensors[StoredTensor]):
     """Read tensors of files at each look-up.
 
     Files are mapped into memory, so their content remains readable after another process deletes or
-    replaces the path. A pickle contains paths and no open files, so unpickling opens the files
-    again.
+    replaces the path. A pickle contains paths and no open files, so an unpickled object opens the
+    files again.
     """
 
     def __init__(self, sources: Mapping[str, tuple[StoredTensor, ...]]) -> None:

@@ -58,7 +58,8 @@ class RangesRefusedError(Exception):
 class TransferError(Exception):
     """Report that a transfer ended early. A retry may start after `wait_s`.
 
-    `cause` is the client's error if the server's response, not the connection, is the reason.
+    `cause` is the client's error for a server's response, TooSlowError for a slow server, and None
+    for a broken connection.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Piece:
 
 
 class TooSlowError(HubError):
-    """Report that a server sends so slowly that the transfer would take days."""
+    """Report that a server sends fewer than 1,000 bytes a second on average."""
 
 
 class Pace:
@@ -91,7 +92,7 @@ class Pace:
         self._name, self._bytes, self._begin = name, 0, time.monotonic()
 
     def count(self, n_bytes: int) -> None:
-        """Count the received bytes. Raises TooSlowError."""
+        """Count the received bytes. Raises TooSlowError after 30 s at a low speed."""
         self._bytes += n_bytes
         seconds = time.monotonic() - self._begin
         if seconds > PATIENCE_S and self._bytes < seconds * MIN_BYTES_A_SECOND:
@@ -141,8 +142,8 @@ def fetch(
 ) -> None:
     """Write each piece to its place in an open file, in parallel.
 
-    If a piece fails, the function stops the others, and raises RangesRefusedError or TransferError
-    for the first failed piece.
+    If a piece fails, the function stops the others and raises the piece's error, such as
+    RangesRefusedError or TransferError.
     """
     stop, counting = threading.Event(), threading.Lock()
 
@@ -173,7 +174,7 @@ def fetch(
 
 
 def split_piece(piece: Piece) -> Iterator[Piece]:
-    """Cut a piece into parts of at most PART_BYTES, with one request for each part.
+    """Cut a piece into parts of at most PART_BYTES, the size of one request.
 
     >>> [part.to for part in split_piece(Piece("a", 0, PART_BYTES + 1, 100))]
     [100, 67108964]
@@ -222,5 +223,5 @@ def _fetch_piece(
 
 
 def _rest(seconds: float, stop: threading.Event) -> None:
-    """Pause between two attempts, unless the other threads have stopped."""
+    """Pause between two attempts. `stop` ends the pause."""
     stop.wait(seconds)

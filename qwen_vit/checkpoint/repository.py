@@ -1,7 +1,7 @@
 """Access one repository of the Hugging Face Hub: cached files, remote files and errors.
 
-Functions import huggingface_hub, because its import reads environment variables. They use only
-names that versions 1 and 2 share.
+This module imports huggingface_hub inside functions, because the import reads environment
+variables. It uses only names that versions 1 and 2 share.
 """
 
 import logging
@@ -46,7 +46,7 @@ class NotCachedError(HubError):
 class Repository:
     """Access a repository at one commit. `resolve` finds the commit of a branch or tag.
 
-    `fetched_bytes` counts the bytes received over the network.
+    `fetched_bytes` counts the bytes of files and ranges that were received over the network.
     """
 
     def __init__(
@@ -223,7 +223,7 @@ class Repository:
         return [name for name in names if "/" not in name]  # folders contain other models or parts
 
     def licence(self) -> str | None:
-        """Return the licence in the model card, or None if the card is unavailable."""
+        """Return the licence in the model card, or None if the card is missing or names none."""
         card = (self._info() or {}).get("cardData")
         card = card if isinstance(card, dict) else {}
         licence = card.get("license_name") or card.get("license")
@@ -284,7 +284,8 @@ class Repository:
         return path
 
     def _download_file(self, name: str, revision: str | None) -> tuple[Path, int]:
-        """Retry while another process recreates the cache's link."""
+        """Download a file, and return its path and size. Retry while another process recreates the
+        cache's link."""
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
@@ -314,7 +315,10 @@ class Repository:
                 time.sleep(LINK_PAUSE_S * 2**attempt)
 
     def _has_address(self) -> bool:
-        """Return whether the Hub's name resolves. Without a network the client retries for 25 s."""
+        """Return whether the Hub's name resolves, or a proxy may resolve it.
+
+        Without a network, the client itself would retry for a long time.
+        """
         if self._found_address is None:
             from huggingface_hub.constants import ENDPOINT
 

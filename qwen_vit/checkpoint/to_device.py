@@ -33,8 +33,7 @@ class _Span(NamedTuple):
 
 
 def to_device(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Yield the tensors on a device, in order. Copy those that are elsewhere, on a GPU's current
-    stream.
+    """Yield the tensors on a device, in order. Copies to a GPU run on its current stream.
 
     >>> [tensor.item() for tensor in to_device([torch.ones(())], torch.device("cpu"))]
     [1.0]

@@ -145,11 +145,11 @@ def check_tower(
     source: str,
     locate: Callable[[str], str],
 ) -> dict[str, tuple[str, ...]]:
-    """Return the stored tensors of each published tensor: the tensor itself, or q, k and v.
+    """Return the stored names of each published tensor: its own name, or the names of q, k and v.
 
-    `infos` are by name without prefix. `locate` gives a tensor's place for the message. Raises
-    CheckpointError about `source` for another model's tower, for a quantised tower, and for any
-    name or shape that differs from `config`.
+    `infos` maps names without prefix to header entries. `source` and `locate` name the checkpoint
+    and a tensor in messages. Raises CheckpointError for another model's tower, for a quantised or
+    incomplete tower, and for any name or shape that differs from `config`.
     """
     _refuse_other_towers(infos, source, locate)
     _refuse_as_tools_save({name: info.shape for name, info in infos.items()}, source)
@@ -175,7 +175,8 @@ def check_tower(
 
 
 def check_tensor(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError unless `shapes` contains this tensor's name with its shape.
+    """Raise CheckpointError unless `shapes` contains this tensor's name and shape, and its type is
+    float32, bfloat16 or float16.
 
     >>> shapes = {"merger.ln_q.weight": (1280,)}
     >>> check_tensor("merger.ln_q.weight", torch.ones(80), shapes)
@@ -245,7 +246,8 @@ def _refuse_other_towers(
 
 
 def _refuse_as_tools_save(shapes: Mapping[str, tuple[int, ...] | None], source: str) -> None:
-    """Raise CheckpointError for files of training and conversion tools that contain no tower."""
+    """Raise CheckpointError for files of training and conversion tools that contain no tower in the
+    published layout."""
     for pattern, what, remedy in SAVED_BY_TOOLS:
         found = [name for name in shapes if pattern.search(name)]
         if found:

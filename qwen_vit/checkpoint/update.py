@@ -81,8 +81,8 @@ class WeightUpdates:
 
         Args:
             tensors: published names without prefix, such as "blocks.0.attn.qkv.weight", and tensors
-                on any device. The method copies incomplete tensors, so the caller may reuse all
-                memory afterwards.
+                on any device. The method copies the tensors of incomplete parameters, so the caller
+                may reuse all memory afterwards.
 
         Raises:
             CheckpointError: A tensor has a name, shape or type that this tower lacks, or contains

@@ -32,9 +32,10 @@ ImageKeys: TypeAlias = (
 class Features(ABC):
     """Access the features of images in order, and read rows on demand.
 
-    An index is a position or an id. A slice, or a sequence, array or tensor of positions or ids,
-    selects a subset, and so does a mask with one truth value per image. A subset also reads rows on
-    demand. The rows may be views of the mapped file, so clone them before you write to them.
+    An index is a position or an id. A slice, or a list, tuple, range, array or tensor of positions
+    or ids, selects a subset, and so does a mask with one truth value per image. A subset also reads
+    rows on demand. The rows may be views of the mapped file, so clone them before you write to
+    them.
     """
 
     metadata: dict[str, Any]
@@ -51,13 +52,14 @@ class Features(ABC):
     def locate(self, key: int | str) -> Any:
         """Return an image's place, without reading rows.
 
-        Raises KeyError for an unknown id and IndexError for a position that does not exist.
+        Raises KeyError for an id without features, and IndexError for a position that does not
+        exist. Raises ExportError if the image's shard is missing or damaged.
         """
 
     @abstractmethod
     def content(self) -> Any:
-        """Return the files' paths, sizes and times: a value that changes whenever a file
-        changes."""
+        """Return the files' paths and sizes, with their times or versions. The value changes
+        whenever a file changes."""
 
     @abstractmethod
     def read_at(self, place: Any) -> ImageFeatures:
@@ -137,8 +139,8 @@ class Features(ABC):
         >>> load_features("means").to_numpy().shape  # doctest: +SKIP
         (999998, 3584)
 
-        For output="mean", each image has one row. Otherwise row `i` of an image with n rows follows
-        the rows of all earlier images. Raises ExportError if there is no image.
+        For output="mean", each image has one row. Otherwise the rows of an image follow the rows of
+        all earlier images. Raises ExportError if there is no image.
         """
         return tables.to_numpy(self)
 
@@ -151,8 +153,8 @@ class Features(ABC):
         The columns are grid_t, grid_h, grid_w (patches), height, width (pixels) and notes. Unknown
         sizes are missing values. The column embeds contains float32 arrays: (D,) for output="mean",
         else (n, D). Each column layer_K contains float32 arrays (n_patches, C). The whole table is
-        in memory. Failed images have no row; `errors` lists them. Raises ArgumentError if pandas is
-        not installed.
+        in memory. Failed images have no row. `errors` of the file or folder lists them. Raises
+        ArgumentError if pandas is not installed.
         """
         return tables.to_pandas(self)
 

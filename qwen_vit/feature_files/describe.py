@@ -1,4 +1,4 @@
-"""Describe a feature file or an export folder from its headers."""
+"""Describe a feature file or an export folder from its headers and settings."""
 
 import os
 from collections import Counter
@@ -23,7 +23,7 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float6
 
 
 def holds_features(path: str) -> bool:
-    """Return whether a path's name can only be the name of a feature file or an export folder.
+    """Return whether a path is an address, a folder with export.json or a name in .safetensors.
 
     >>> holds_features("tests/photographs"), holds_features("features.safetensors")
     (False, True)
@@ -36,8 +36,8 @@ def holds_features(path: str) -> bool:
 
 
 def describe_features(path: str | Path) -> dict[str, Any]:
-    """Return the number of images and rows, the rows' shape and dtype, and the encoder, as JSON
-    values.
+    """Return the number of images and rows, the rows' width and dtype, and the encoder's facts, as
+    JSON values.
 
     >>> describe_features("export")["images_done"]  # doctest: +SKIP
     497
@@ -105,8 +105,8 @@ def n_shards_of(features: FeatureFolder) -> int:
 
 
 def _count_rows(features: FeatureFile | FeatureFolder) -> int:
-    """Return the number of rows. In a folder, the number includes older rows of images encoded
-    again."""
+    """Return the number of rows. In a folder, the number omits the older rows of images that a
+    later shard replaced."""
     if isinstance(features, FeatureFile):
         return sum(features.row_counts)
     files = ({shard: [features.open_shard(shard)]} for shard in features.shards)
@@ -118,7 +118,8 @@ def _count_rows(features: FeatureFile | FeatureFolder) -> int:
 def _current_row_counts(
     folder: FeatureFolder, files: Mapping[int, Sequence[FeatureFile]]
 ) -> list[int]:
-    """Return the number of rows of each image in the shards' files that no later shard replaced."""
+    """Return the row count of each image in the shards' files. Omit images that a later shard
+    replaced."""
     return [
         count
         for shard, parts in files.items()

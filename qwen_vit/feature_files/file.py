@@ -1,6 +1,6 @@
-"""Read a feature file, one image at a time, and check every part.
+"""Read a feature file, one image at a time, and check its header, metadata and offsets.
 
-The file is mapped into memory, so rows are read from the disk at their first use. `schema`
+A local file is mapped into memory, so rows are read from the disk at their first use. `schema`
 describes the format.
 """
 
@@ -46,9 +46,9 @@ class FeatureFile(Features):
 
     Attributes:
         path: the file.
-        metadata: the values of `VisionEncoder.metadata()`, the other `schema.FILE_FACTS`, `ids` and
-            `images`. A file of schema 1 may lack some of these values.
-        errors: a shard's failed images, each with the reason.
+        metadata: the values of `VisionEncoder.metadata()`, the other `schema.FILE_FACTS`, `ids`,
+            `images` and `schema_version`. A file of schema 1 may lack some of these values.
+        errors: a shard's failed images, each with the reason. Other files have none.
         image_grid_thw: (N, 3) int64, each image's grid in patches.
     """
 
@@ -192,6 +192,8 @@ def file_content(path: AnyPath) -> tuple[str, int, Any]:
 
 
 def open_shard(path: AnyPath, *, verify: bool = False) -> FeatureFile:
-    """Open one shard of an export. For a damaged shard, raise ExportError with the command that
-    resumes the export."""
+    """Open one shard of an export.
+
+    Raises ExportError for a damaged shard. Its remedy is to run the export's command again.
+    """
     return FeatureFile(path, RESUME, verify=verify)

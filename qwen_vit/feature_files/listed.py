@@ -70,8 +70,11 @@ def listings_of(description: Mapping[str, Any], path: AnyPath) -> list[ListingFa
 def is_made_by(
     metadata: Mapping[str, Any], settings: Mapping[str, Any], accepted: Sequence[Mapping[str, Any]]
 ) -> bool:
-    """Return whether a shard's metadata match an export's settings, or these with accepted
-    versions."""
+    """Return whether a shard's metadata match an export's settings.
+
+    Each entry of `accepted` contains versions that a user accepted later, instead of those in
+    `settings`.
+    """
     return any(
         all(metadata.get(name) == value for name, value in {**settings, **made_by}.items())
         for made_by in ({}, *accepted)
@@ -141,11 +144,12 @@ class ListedImages:
         return is_made_by(metadata, settings, self._description.get("accepted", ()))
 
     def of(self, shard: int) -> Sequence[str]:
-        """Return the images that a shard's lines name, including images replaced later."""
+        """Return the images that a shard's lines of the listing name, including images replaced
+        later."""
         facts, ids = next(each for each in self._listings if shard in each[0].shards)
         start = (shard - facts.shards.start) * self._shard_size
         return ids[start : start + self._shard_size]
 
     def is_current(self, shard: int, name: str) -> bool:
-        """Return whether no later listing replaced a shard's image."""
+        """Return whether no later listing replaced or withdrew a shard's image."""
         return len(self._listings) == 1 or self.shard_of.get(name) == shard

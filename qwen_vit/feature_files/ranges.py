@@ -20,7 +20,7 @@ DTYPES = {
 
 
 class RangedTensors:
-    """Offer the methods of `safetensors.safe_open` for an object, through range requests.
+    """Offer some methods of `safetensors.safe_open` for an object, through range requests.
 
     Opening reads the header with two requests. A slice of rows needs one request.
     """
@@ -40,7 +40,7 @@ class RangedTensors:
         return self._metadata  # type: ignore[no-any-return]
 
     def get_tensor(self, name: str) -> Tensor:
-        """Return a whole tensor. Raises OSError."""
+        """Return a whole tensor. Raises OSError, or CheckpointError for an unknown dtype."""
         info = self._info(name)
         return self._read(info, 0, math.prod(info.shape)).view(info.shape)
 

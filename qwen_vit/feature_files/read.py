@@ -1,6 +1,6 @@
-"""Read feature files and export folders on demand, and check every part.
+"""Read export folders on demand, and open any stored features.
 
-A feature file is mapped into memory, so rows are read from the disk at their first use. `schema`
+A local file is mapped into memory, so rows are read from the disk at their first use. `schema`
 describes the format of files and folders.
 """
 
@@ -165,12 +165,12 @@ class FeatureFolder(Features):
     def open_shard(self, index: int) -> FeatureFile:
         """Return a shard's file.
 
-        Raises ExportError if the shard is missing or belongs to another export.
+        Raises ExportError if the shard is missing or damaged, or belongs to another export.
         """
         return self._open(index)
 
     def is_current(self, index: int, name: str) -> bool:
-        """Return whether no later shard replaced a shard's image."""
+        """Return whether no later listing replaced or withdrew a shard's image."""
         return self._listed.is_current(index, name)
 
     def _places(self, index: int) -> Sequence[int]:
@@ -245,8 +245,8 @@ file of `qwen-vit encode` or a folder of `qwen-vit export`. Check the path.
     The folder `cache_dir` caches all bytes from an address, so that later reads of the same bytes
     send no request. The environment variable QWEN_VIT_STORE_CACHE sets the default.
 
-    Raises ExportError with the file's name if the file is missing, is truncated or has another
-    schema.
+    Raises ExportError with the file's name if the file is missing or damaged, or has another
+    schema. Raises ArgumentError if `path` is not a path.
     """
     if not isinstance(path, (str, os.PathLike, StorePath)):
         raise ArgumentError(

@@ -11,9 +11,10 @@ image, with the keys of `ItemFacts.to_json`. A value that does not apply or is u
 `rows_sha256` contains a sha256 for each tensor of rows: the hash of the image's own stored rows.
 
 An export folder contains `export.json`, `listing.jsonl` (one id per line) and feature files called
-shards. Each shard covers `shard_size` lines of the listing. A shard also names failed images, with
-the reasons. Extensions of an export add listings in `listing-0001.jsonl` and so on. The shards of a
-listing follow those of the previous listing. An image belongs to the last listing that contains it.
+shards. Each shard covers `shard_size` lines of a listing, and the last shard covers the rest. A
+shard also names failed images, with the reasons. Extensions of an export add listings in
+`listing-0001.jsonl` and so on. The shards of a listing follow those of the previous listing. An
+image belongs to the last listing that contains it.
 
 Schema 1 had no layers. Only shards described images, with `size_px`, `notes`, `sha256` and
 `source`. qwen_vit still reads schema 1.
@@ -100,7 +101,7 @@ class ItemFacts:
         sha256: the hash of the image's or video's encoded bytes.
         source: the place from which an export read the image.
         kind: "image" or "video".
-        exif: "apply" if the loader applied the EXIF orientation, or "ignore".
+        exif: the loader's EXIF policy, "apply" or "ignore".
         second_per_grid_t: for a video, the seconds per time step of the grid.
         frame_seconds: for a video, the times of its frames, in seconds.
     """
@@ -171,7 +172,7 @@ def parse_metadata(
 ) -> dict[str, Any]:
     """Return the metadata of a feature file with these `tensors`.
 
-    Raises ExportError with the remedy if the text is not JSON or does not fit the tensors.
+    Raises ExportError if the text is not JSON, has another schema or does not fit the tensors.
     """
     try:
         metadata = parse_json(text.encode(), source=str(path))
@@ -223,7 +224,7 @@ def parse_row_facts(metadata: Mapping[str, Any], path: AnyPath, remedy: str) -> 
     if is_right and isinstance(layers, list) and all(is_integer(k) and k >= 0 for k in layers):
         return RowFacts(output, normalize, tuple(layers))
     raise ExportError(
-        f"its output is {short_repr(output)}, its normalize {short_repr(normalize)}, and its "
+        f"its output is {short_repr(output)}, its normalize is {short_repr(normalize)}, and its "
         f"layers are {short_repr(layers)}",
         name=str(path),
         expected="output 'merged', 'patch' or 'mean'; normalize true or false; layers a list of "
@@ -267,7 +268,7 @@ class StoredFacts(NamedTuple):
 def parse_image_facts(value: Any, path: AnyPath, remedy: str) -> Sequence[StoredFacts]:
     """Return the facts of each image of a file, or none for a file of schema 1 without them.
 
-    For any other value, raises ExportError with the remedy.
+    Raises ExportError with the remedy for any other value.
     """
     value = [] if value is None else value
     try:
@@ -324,7 +325,7 @@ def read_description(path: AnyPath) -> dict[str, Any]:
 def read_listing(path: AnyPath, n_images: int) -> list[str]:
     """Return the ids of all images of an export, in order, from its `listing.jsonl`.
 
-    Raises ExportError with the line numbers unless the listing has `n_images` different ids.
+    Raises ExportError if the file cannot be read, or does not have `n_images` different ids.
     """
     ids: list[str] = []
     lines: list[bytes] = []

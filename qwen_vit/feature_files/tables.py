@@ -1,8 +1,8 @@
-"""Convert stored features for NumPy, pandas, Parquet and datasets, with a row per image.
+"""Convert stored features to a NumPy array, or to a table for pandas, Parquet or datasets.
 
-The module reads images in order, so a table on disk needs memory for only one batch of rows. A
-table's rows are float32, because neither Arrow nor NumPy has bfloat16. float32 represents every
-bfloat16 value exactly.
+A table has a row per image. The module reads images in order, so a table on disk needs memory for
+only one batch of rows. The arrays are float32, because neither Arrow nor NumPy has bfloat16. float32
+represents every bfloat16 value exactly.
 """
 
 import json
@@ -186,7 +186,7 @@ def _leaf(field: Any) -> str:
 def _batches(
     first: Sequence[ImageFeatures], images: Iterable[ImageFeatures]
 ) -> Iterator[list[ImageFeatures]]:
-    """Yield batches of images of at most `BATCH_BYTES`."""
+    """Yield batches of at most `BATCH_IMAGES` images and `BATCH_BYTES`, or one larger image."""
     batch = list(first)
     n_bytes = sum(map(_table_bytes, batch))
     for image in images:

@@ -25,16 +25,17 @@ class Verification:
     """Count the stored features that a check read, and list the problems that it found.
 
     Attributes:
-        images: the number of images that the check read.
+        images: the number of images that the check read, without superseded images.
         rows: the number of rows of these images.
-        digests: the number of images whose rows match the recorded sha256.
-        superseded: the number of superseded images, whose features the check also read. The export
-            encoded these images again.
+        digests: the number of these images that have a recorded sha256, with which the check
+            compared the rows.
+        superseded: the number of images that a later listing replaced or withdrew. The check read
+            their features as well.
         saved: how many of `images` are saved in unfinished shards. The next run of the export
             reuses them.
         to_do: the number of images that the export has still to encode.
         is_damaged: whether the check found a problem other than missing shards.
-        problems: one sentence per problem, or an empty list.
+        problems: one sentence per problem.
     """
 
     images: int
@@ -58,8 +59,9 @@ def verify_features(
     In each file, the headers, ids and offsets must be valid. Each image must have the number of
     rows that its grid implies. The rows must be finite and match the recorded digests. An export
     must also have all its shards, and its listings must match their recorded hashes. The function
-    calls `on_image` for each image. Raises ExportError if the path has no features or a feature
-    file cannot be opened.
+    calls `on_image` for each image. Raises ExportError if the path has no features, if an export's
+    settings or listings are damaged, or if a feature file cannot be opened. A shard that cannot be
+    opened is one of the `problems`.
     """
     features = open_features(as_path(path))  # a cache would hide what the store has
     check = _Check(on_image)

@@ -60,8 +60,9 @@ def write_features(
 
     `metadata` is the result of `VisionEncoder.metadata()`. The bytes depend only on the arguments.
     Raises ExportError for an existing file with `overwrite=False`, and for a folder that cannot be
-    written. Also raises ExportError for two images with one id, for rows with NaN or infinity, and
-    if there are no images.
+    written. Also raises ExportError for two images with one id, for rows with NaN or infinity, for
+    rows of several kinds, and if there are no images. Raises ArgumentError if `features` or
+    `metadata` has another type.
     """
     path = Path(path)
     check_utf8(path)
@@ -165,7 +166,7 @@ def _columns(path: Path, features: Sequence[ImageFeatures]) -> dict[str, list[Te
             f"{features[0].id!r} has the layers {blocks[0]} and {features[other].id!r} has "
             f"{blocks[other]}",
             name=str(path),
-            expected="the same",
+            expected="the same layers",
             remedy="write them to separate files",
         )
     found = [rows_by_tensor(feature) for feature in features]
@@ -211,9 +212,9 @@ def _output(
     if len(kinds) > 1:
         (first, one), (second, other), *_ = kinds.items()
         raise ExportError(
-            f"{one!r} is {_kind_text(*first)} and {other!r} is {_kind_text(*second)}",
+            f"{one!r} has {_kind_text(*first)} and {other!r} has {_kind_text(*second)}",
             name=str(path),
-            expected="the same",
+            expected="the same kind of rows",
             remedy="write them to separate files",
         )
     return next(iter(kinds))
@@ -228,7 +229,7 @@ def _rows(path: Path, name: str, embeds: Tensor) -> Tensor:
     kind = odd_kind(embeds) if isinstance(embeds, Tensor) else type(embeds).__name__
     if kind:
         raise ExportError(
-            f"the embeddings of {name!r} are a {kind}",
+            f"the embeddings of {name!r} are of the kind {kind}",
             name=str(path),
             expected="a dense torch tensor",
             remedy=AS_ENCODED,
@@ -244,9 +245,9 @@ def _rows(path: Path, name: str, embeds: Tensor) -> Tensor:
 
 
 def _patches_per_row(path: Path, features: Sequence[ImageFeatures], is_mean: bool) -> int | None:
-    """Return 4 for merged tokens, 1 for patches and None for means, from the images' grids.
+    """Return the patches per row: 4 for merged tokens, 1 for patches, and None for means.
 
-    Raises ExportError unless the quotient is the same whole number for every image.
+    Raises ExportError unless all images have the same whole number of patches per row.
     """
     if is_mean and all(len(f.embeds) == 1 for f in features):
         return None
@@ -266,7 +267,7 @@ def _patches_per_row(path: Path, features: Sequence[ImageFeatures], is_mean: boo
         raise ExportError(
             f"{one!r} has {first} patches per row and {other!r} has {second}",
             name=str(path),
-            expected="the same",
+            expected="the same number",
             remedy="write merged features and features of patches to separate files",
         )
     return next(iter(found))

@@ -173,7 +173,7 @@ MEAN = replace(features_of("m")[0], output="mean")
 REFUSED: dict[str, tuple[list[ImageFeatures], str]] = {
     "other layers": (
         [*with_layers("a"), *with_layers("b", blocks=(7,))],
-        r"'a' has the layers \[3, 7, 15\] and 'b' has \[7\]\. Expected the same\. Write them to s",
+        r"'a' has the layers \[3, 7, 15\] and 'b' has \[7\]\. Expected the same layers\.",
     ),
     "layers of some": ([*with_layers("a"), *features_of("b")], r"'a' has the layers .* has \[\]"),
     "too few rows": (
@@ -187,15 +187,15 @@ REFUSED: dict[str, tuple[list[ImageFeatures], str]] = {
     "NaN": (broken(with_layers("a", "b", blocks=(3,)), 1, layers=NAN), "'b' .* contain NaN or inf"),
     "no tensor": (
         broken(with_layers("a", blocks=(3,)), 0, layers={3: [[1.0]]}),
-        r"'a: layer_3' are a list\. Expected a dense torch tensor",
+        r"'a: layer_3' are of the kind list\. Expected a dense torch tensor",
     ),
     "mixed outputs": (
         [*features_of("a"), MEAN],
-        r"'a' is output='merged' and 'm' is output='mean'\. Expected the same",
+        r"'a' has output='merged' and 'm' has output='mean'\. Expected the same kind",
     ),
     "mixed lengths": (
         [MEAN, replace(MEAN, id="n", normalized=True)],
-        r"'m' is output='mean' and 'n' is output='mean' of unit length",
+        r"'m' has output='mean' and 'n' has output='mean' of unit length",
     ),
 }
 
@@ -221,9 +221,9 @@ def test_one_image_alone_is_written(path: Path) -> None:
 
 
 EDITED: dict[str, tuple[Callable[..., Any], str]] = {
-    "output": (set_fact("output", "max"), "its output is 'max', its normalize False"),
+    "output": (set_fact("output", "max"), "its output is 'max', its normalize is False"),
     "no output": (set_fact("output", None), "its output is None"),
-    "normalize": (set_fact("normalize", "yes"), "its normalize 'yes'"),
+    "normalize": (set_fact("normalize", "yes"), "its normalize is 'yes'"),
     "layers no list": (set_fact("layers", "3"), "its layers are '3'"),
     "layers no numbers": (set_fact("layers", ["3"]), "its layers are ['3']"),
     "a layer below 0": (set_fact("layers", [-3]), "its layers are [-3]"),
