@@ -358,10 +358,12 @@ def os_errors() -> Iterator[None]:
 
 
 def service_code(error: BaseException | None) -> str:
-    """Return the code that S3 gave for an error, or an empty text."""
-    while error is not None:
+    """Return the code that S3 gave for an error or one of its causes, or an empty text."""
+    seen = set[int]()
+    while error is not None and id(error) not in seen:
         response = getattr(error, "response", None)
         if isinstance(response, dict):
             return str(response.get("Error", {}).get("Code", ""))
+        seen.add(id(error))  # a retry can make a cycle of errors
         error = error.__cause__
     return ""

@@ -1,7 +1,7 @@
 """Convert stored features to a NumPy array, or to a table for pandas, Parquet or datasets.
 
 A table has a row per image. The module reads images in order, so a table on disk needs memory for
-only one batch of rows. The arrays are float32, because neither Arrow nor NumPy has bfloat16. float32
+only one batch of rows. The rows are float32, because neither Arrow nor NumPy has bfloat16. float32
 represents every bfloat16 value exactly.
 """
 

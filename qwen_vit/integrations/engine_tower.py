@@ -46,6 +46,7 @@ class EngineTower(nn.Module):
 
     Raises:
         ArgumentError: The tower does not support the dtype, such as float16, or the quantization.
+        CheckpointError: The device's kernels do not support the tower's sizes.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class EngineTower(nn.Module):
             raise CheckpointError(
                 f"{len(missing)} vision tensors of an update have not arrived "
                 f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})",
-                expected="a norm's weight with the weights that follow it",
+                expected="a norm's weight and the weights that it scales in one update",
                 remedy="send all vision weights before the next request",
             )
         if isinstance(grid_thw, Tensor):

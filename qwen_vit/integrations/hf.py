@@ -72,7 +72,8 @@ def to_hf(
     Raises:
         ArgumentError: transformers is missing or too old, the tokens do not fit the features, there
             are no features, a video is among the images, or a video has no seconds.
-        ExportError: The features are not merged tokens, or an image failed.
+        ExportError: The features are not finite merged tokens of one width and dtype, or an image
+            failed.
     """
     require_transformers("to_hf")
     from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -142,7 +143,7 @@ def expand_placeholders(
             raise ArgumentError(
                 f"the text has {found} {pad} for {plural(len(counts), kind)}",
                 expected=f"one per {kind}",
-                remedy=f"write one per {kind}, not yet expanded",
+                remedy=f"write one {pad} per {kind}, and expand the text only once",
             )
         text = _repeated(text, pad, counts)
     return text
@@ -179,12 +180,13 @@ def as_hf_tower(encoder: "VisionEncoder") -> nn.Module:
 
     - `state_dict` returns the published names and values, as copies in host memory, for every
       device and dtype, so transformers can load a saved model.
-    - `load_state_dict` loads all or some weights, and rebuilds the encoder.
+    - `load_state_dict` loads all or some weights, and rebuilds the encoder if a weight changes.
     - `to`, `cuda`, `cpu`, `float` and `bfloat16` rebuild the encoder for the new device or dtype.
       On a CPU the tower computes in float32 instead of bfloat16, and logs a warning. It rejects
       float16.
-    - `train` and `eval` have no effect. In training, the module warns once that the tower is
-      frozen. It rejects `requires_grad_()`, pixel rows that need gradients, and PEFT's adapters.
+    - `train` and `eval` do not change the results. In training, the module warns once that the
+      tower is frozen. It rejects `requires_grad_()` and pixel rows that need gradients. PEFT cannot
+      add adapters to the module.
     - torch.compile breaks the graph at the tower, and compiles the code before and after it.
     - The result's `pooler_output` contains the merged rows. Its `last_hidden_state` is None,
       because transformers does not read it.

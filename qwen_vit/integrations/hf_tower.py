@@ -1,9 +1,9 @@
 """Use a `VisionEncoder` as the vision tower of transformers' Qwen2.5-VL and Qwen2.5-Omni.
 
-The module has no parameters. The encoder's weights are folded, permuted and padded, and other code
-trains, casts or saves every parameter that it finds. `state_dict` reads the published tensors
-instead, and `load_state_dict` converts them again. Its parts have the published names, and reject
-adapters and replacements.
+The module has no parameters, because other code trains, casts or saves every parameter that it
+finds, and the encoder's weights are folded, permuted and padded. `state_dict` reads the published
+tensors instead, and `load_state_dict` converts them again. The module's parts have the published
+names. PEFT cannot adapt them, and other modules cannot replace them.
 
 Import this module late, because torch.compiler.disable imports torch._dynamo, which takes 1.5 s.
 """
@@ -28,7 +28,7 @@ logger = logging.getLogger("qwen_vit")
 # PEFT's error for a module that it cannot adapt contains the module's repr.
 NO_ADAPTERS = (
     "takes no adapters: pass exclude_modules=r'.*visual.*', or merge the adapter into the "
-    "checkpoint and load the encoder from that"
+    "checkpoint and load the encoder from it"
 )
 TRAIN_THEIRS = "train transformers' own tower, and load an encoder from what it saves"
 
@@ -100,7 +100,7 @@ class _Part(_Frozen):
         return f"{self.path!r} of qwen_vit's vision tower ({NO_ADAPTERS})"
 
     def forward(self, *_: object, **__: object) -> Any:
-        """Raise ArgumentError."""
+        """Raise ArgumentError, because no part runs alone."""
         raise ArgumentError(
             f"{self.path} of qwen_vit's vision tower does not run alone",
             remedy="call the tower",
@@ -116,7 +116,7 @@ class _Blocks(_Frozen, nn.ModuleList):
 
 
 class HFTower(_Frozen):
-    """Give a `VisionEncoder` the interface of transformers' vision tower, as in as_hf_tower."""
+    """Give a `VisionEncoder` the interface of transformers' vision tower. See `as_hf_tower`."""
 
     def __init__(self, encoder: VisionEncoder) -> None:
         super().__init__()

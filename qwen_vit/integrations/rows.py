@@ -1,8 +1,9 @@
-"""Check merged rows and grids, the input of every language model.
+"""Check merged rows and grids, which language models take in place of pixels.
 
 transformers, vLLM and SGLang accept merged rows (sum n, D), in the order of the prompt's images. An
-image's grid (t, h, w) gives the number of rows, n = t * h * w / 4. None of the three checks this
-number completely, and vLLM's engine may crash if it is wrong. Therefore this module checks it.
+image's grid (t, h, w) gives the number of rows, n = t * h * w / 4. None of the three programs
+checks this number completely, and vLLM's engine may crash if the number is wrong. Therefore this
+module checks it.
 """
 
 import math
@@ -46,8 +47,9 @@ def rows_and_grids(features: AnyFeatures) -> tuple[list[Tensor], Tensor]:
     >>> [part.shape for part in rows], grids
     ([torch.Size([6, 8])], tensor([[1, 4, 6]]))
 
-    Raises ArgumentError for values that are not features. Raises ExportError for failed images, for
-    rows that are not merged tokens or not finite floats, and for different widths or dtypes.
+    Raises ArgumentError for an empty list, for values that are not features and for invalid grids.
+    Raises ExportError for failed images, for rows that are not merged tokens or not finite floats,
+    and for different widths or dtypes.
     """
     images = check_features(features)
     if not images:
@@ -60,8 +62,9 @@ def rows_and_grids(features: AnyFeatures) -> tuple[list[Tensor], Tensor]:
     if len(kinds) > 1:
         (first, one), (second, other), *_ = kinds.items()
         raise ExportError(
-            f"{one!r} has rows of {first[0]} {first[1]} and {other!r} of {second[0]} {second[1]}",
-            expected="the same",
+            f"{one!r} has rows of width {first[0]} in {first[1]}, and {other!r} has rows of width "
+            f"{second[0]} in {second[1]}",
+            expected="one width and one data type",
             remedy="pass features of one model and data type",
         )
     grids = [image.grid_thw for image in good]
@@ -73,7 +76,7 @@ def split_videos(
 ) -> tuple[list[Found], list[Found], list[float]]:
     """Split features into images, videos and seconds per video.
 
-    `second_per_grid_ts`, if given, overrides the videos' values.
+    If the caller passes `second_per_grid_ts`, these values replace the videos' own values.
 
     >>> clip = VideoFeatures("a.mp4", torch.ones(6, 8), (1, 4, 6), second_per_grid_t=0.5)
     >>> pictures, clips, seconds = split_videos([clip], [])

@@ -1,4 +1,4 @@
-"""Compute the GEMM epilogues' activations in float32, with the same bits in both GEMM kernels."""
+"""Compute the GEMM epilogues' activations in float32, with the same bits in all GEMM kernels."""
 
 import triton
 import triton.language as tl

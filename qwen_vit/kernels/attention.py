@@ -8,9 +8,10 @@ Q, which stays in registers. `_rotate_keys` applies RoPE to K once beforehand. I
 each query tile would repeat that work and, on Hopper, the assembler would serialise the loop's
 matrix instructions.
 
-The kernels read Q, K and V in place from the fused QKV projection. They split the head dim into a
-main part and a tail, both powers of two (80 = 64 + 16), so that no multiply-adds are spent on
-padding. On Hopper, `attention_hopper` replaces both attention kernels for the published head dim.
+The kernels read Q, K and V in place from the fused QKV projection. On a GPU, they split the head
+dim into a main part and a tail, both powers of two (80 = 64 + 16), because padding 80 to 128 would
+waste multiply-adds. On Hopper, `attention_hopper` replaces both attention kernels in bf16 for the
+published head dim.
 
 The prefixes are `b_` for blocks, `p_` for pointers, `m_` for masks and `o_` for offsets. A comment
 gives each block's shape. These tuples group related values: rope = (cos, sin, axis_index),
@@ -242,7 +243,7 @@ def _store(
 
 @triton.jit
 def _ranges_of_program(tiles, H: tl.constexpr):
-    """Return the first and last query row and key row of a program. A padding tile has no rows.
+    """Return where a program's query rows and key rows begin and end. A padding tile has no rows.
 
     Each (tile, head) has one program. Heads vary fastest, so that neighbouring programs share a
     row's cache lines. A tile's start is int64, and rows inside the tile are int32.
@@ -480,8 +481,8 @@ def _attend_on_cpu(
 
 
 def _tables(rotary: RotaryTable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the kernels' RoPE arguments. A missing index is replaced with a pointer that no kernel
-    reads."""
+    """Return the kernels' RoPE arguments. For a missing index, the kernels get `cos`, and do not
+    read it as an index."""
     return rotary.cos, rotary.sin, rotary.cos if rotary.index is None else rotary.index
 
 

@@ -28,14 +28,17 @@ def empty_results(
 
 @triton.jit
 def scale_for(largest):
-    """Return the power of two that divides `largest`, a magnitude, to at most 448; NaN for inf."""
+    """Return the scale for a row whose largest magnitude is `largest`, or NaN if it is infinite.
+
+    The scale is a power of two. A row that is divided by it has magnitudes of at most 448.
+    """
     scale = ((_exponent(largest) - 8) << 23).to(tl.float32, bitcast=True)
     return tl.where(largest < float("inf"), scale, float("nan"))
 
 
 @triton.jit
 def inverse_scale(largest):
-    """Return the exact reciprocal of the scale."""
+    """Return the exact reciprocal of `scale_for(largest)`, if `largest` is finite."""
     return ((262 - _exponent(largest)) << 23).to(tl.float32, bitcast=True)
 
 

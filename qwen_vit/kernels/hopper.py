@@ -1,4 +1,4 @@
-"""Check the device, and create the tensor maps, fences and barriers of the Hopper kernels."""
+"""Detect Hopper GPUs, and provide the descriptors, copies and fences of the Hopper kernels."""
 
 from functools import cache
 

@@ -1,12 +1,12 @@
 """Run a Triton kernel's own source on a CPU with PyTorch operations.
 
-All programs of a launch run at once, as lanes. A block is a tensor whose first axis is the lane.
-This module calls the kernel's function with its own `tl`. Each operation on a block becomes one
-PyTorch operation for all programs, which uses PyTorch's threads and vector instructions.
+A group of a launch's programs runs at once, as lanes. A block is a tensor whose first axis is the
+lane. This module calls the kernel's function with its own `tl`. Each operation on a block becomes
+one PyTorch operation for all lanes, which uses PyTorch's threads and vector instructions.
 
 Triton's own interpreter runs one program at a time with NumPy, and takes 35 us of Python for each
 operation. Tests compare the two interpreters. This module implements only the names of
-triton.language that the kernels need. Any other name raises AttributeError.
+triton.language that the attention kernels need. Any other name raises AttributeError.
 """
 
 import operator
@@ -25,8 +25,9 @@ __all__ = ["interpreted"]
 def interpreted(kernel: JITFunction) -> Callable[..., None]:
     """Return a launcher `run(grid, *args, lanes, **constants)` of the kernel's source.
 
-    The grid has one axis. `lanes` programs run at once, and must take the same branches. The
-    launcher also interprets the helpers that the kernel calls by a global name.
+    The grid has one axis. `lanes` programs run at once. The launcher raises NotImplementedError if
+    they take different branches. It also interprets the helpers that the kernel calls by a global
+    name.
     """
 
     @torch.no_grad()
@@ -248,7 +249,7 @@ def _to_memory(tensor: Tensor) -> _Pointers:
 
 
 class _Language:
-    """Implement the names of triton.language that the kernels use, for a group of lanes."""
+    """Implement the names of triton.language that the attention kernels use, for some lanes."""
 
     int32, int64, float32 = torch.int32, torch.int64, torch.float32
     standard = tl.standard

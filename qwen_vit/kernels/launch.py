@@ -1,4 +1,4 @@
-"""Set the options that every kernel launch passes to Triton."""
+"""Set the options that kernel launches pass to Triton. Only `resize` has options of its own."""
 
 __all__ = ["LAUNCH"]
 

@@ -1,9 +1,9 @@
 """Compute linear layers with fused norm, bias, SwiGLU, GELU and residual sum.
 
 The residual stream consists of values and, for each row, sums of squares per chunk of columns.
-Therefore RMSNorm needs no kernel of its own. The loader folds the norm's weight into the next
-GEMM's weight, and that GEMM applies the norm's row scale to its result. The GEMM that adds to the
-stream writes the new sums.
+Therefore a block's RMSNorms need no kernels of their own. The loader folds the norm's weight into
+the next GEMM's weight, and that GEMM applies the norm's row scale to its result. The GEMM that adds
+to the stream writes the new sums.
 
 On a GPU, each output row depends only on its own input row, and every tile sums over K in the same
 order. Therefore an image's embedding has the same bits alone and in any batch. On Hopper,
@@ -341,7 +341,7 @@ def _launch_gemm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the GEMM and return the result and, for `residual`, the result's sums of squares.
 
-    `quantized`, if given, receives the result with `residual` in e4m3.
+    For `residual`, `quantized` also receives the result in e4m3, if the caller passes it.
 
     Benchmarks and tests use `tile` to replace the table's tile.
     """

@@ -148,7 +148,7 @@ def launch_gemm(
     residual: Tensor | None = None,
     tile: GemmTile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the GEMM. Return e4m3 values and scales for `swiglu`, else the sum and its squares.
+    """Run the GEMM. Return e4m3 values and scales for `swiglu`, else values and sums of squares.
 
     Benchmarks and tests use `tile` to replace the table's tile.
     """

@@ -256,7 +256,7 @@ def gemm(
     residual: Tensor | None = None,
     tile: HopperGemmTile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the GEMM on Hopper. It returns what `linear_fp8.launch_gemm` returns, bit for bit.
+    """Run the GEMM on Hopper, with the same results as `linear_fp8.launch_gemm`, bit for bit.
 
     The previous kernel must not write `weight`, because this kernel reads it before the previous
     kernel has ended. Benchmarks and tests use `tile` to replace the table's tile.

@@ -13,7 +13,7 @@ pass over the ring flips a barrier's phase.
 
 The kernel is written in Gluon, Triton's lower level, because Triton cannot express this overlap. It
 sums over K in the same order as `linear._gemm`, so both kernels give the same bits. `linear` uses
-this kernel for every GEMM that `supports` accepts.
+this kernel for every GEMM that `supports` accepts and that has a bias, no scale and bf16 results.
 """
 
 from dataclasses import dataclass
@@ -334,7 +334,7 @@ def make_buffers(x, weight, out, BN: gl.constexpr, STAGES: gl.constexpr, GROUPS:
 
 @gluon.jit
 def make_barriers(STAGES: gl.constexpr, GROUPS: gl.constexpr):
-    """Allocate the barriers of the ring, and those of the results that the residual shares."""
+    """Allocate the barriers of the ring, and of the result buffers that also hold residuals."""
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -413,7 +413,8 @@ def gemm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the GEMM on Hopper and return the result and, for `residual`, its sums of squares.
 
-    `quantized`, if given, receives the result with `residual` in e4m3. A tile then has 128 columns.
+    For `residual`, `quantized` also receives the result in e4m3, if the caller passes it. A tile
+    then has 128 columns.
 
     The previous kernel must not write `weight`, because this kernel reads it before the previous
     kernel has ended. Benchmarks and tests use `tile` to replace the table's tile.

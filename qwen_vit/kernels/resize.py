@@ -1,11 +1,11 @@
 """Resize pictures exactly as Pillow does and cut them into patches, many pictures per launch.
 
 Pillow's bicubic filter on uint8 is integer arithmetic. Each axis that changes takes one pass. For
-each output pixel, Pillow computes the filter's weights in float64 and rounds them to integers of 22
-fractional bits. The pass sums pixel x weight in int32, rounds, clips to 0..255 and stores uint8.
-Sums of integers do not depend on their order. IEEE additions, products and quotients in float64
-have only one result, so the GPU computes the same weights, as long as it does not fuse a product
-and a sum.
+each output pixel, Pillow computes the filter's weights in float64 and rounds them to fixed point
+with 22 fractional bits. The pass sums pixel x weight in int32, rounds, clips to 0..255 and stores
+uint8. Sums of integers do not depend on their order. IEEE additions, products and quotients in
+float64 have only one result, so the GPU computes the same weights, as long as it does not fuse a
+product and a sum.
 
 Source: Pillow, src/libImaging/Resample.c, `precompute_coeffs` and `normalize_coeffs_8bpc`.
 """
@@ -71,7 +71,7 @@ class Cut(NamedTuple):
 
 
 class _Launch(NamedTuple):
-    """Locate one launch's part of the table: its rows, the row of each program, the programs."""
+    """Locate a launch's rows and its programs' row numbers in the table, and count the programs."""
 
     rows: int
     owners: int
@@ -82,8 +82,8 @@ class _Launch(NamedTuple):
 class ResizePlan:
     """Hold the integers of all launches in one table, for one copy to the GPU.
 
-    Each launch has a row per picture: a `Pass` or `Cut`, and the number of its first program. The
-    row number of each program follows the rows.
+    Each row of a launch contains a `Pass` or `Cut`, and the number of its first program. The row
+    number of each program follows the rows.
     """
 
     table: Integers
@@ -96,7 +96,7 @@ class ResizePlan:
     @classmethod
     def of(cls, rounds: Sequence[Sequence[Pass]], cuts: Sequence[Cut]) -> Self:
         """Plan the launches for pictures. Each round of passes reads the results of the previous
-        one."""
+        round."""
         parts: list[Integers] = []
         # passes that share weights name the same place
         unique = [list({row.first_weight: row for row in each}.values()) for each in rounds]

@@ -253,7 +253,11 @@ def test_placeholders_are_those_of_transformers_processor(
     [
         ("no image", [(1, 4, 4)], "has 0 <|image_pad|> for 1 image. Expected one per"),
         ("<|image_pad|>", [], "has 1 <|image_pad|> for 0 images. Expected one per image."),
-        ("<|image_pad|>" * 4, [(1, 4, 4)], "has 4 .* Write one per image, not yet expanded."),
+        (
+            "<|image_pad|>" * 4,
+            [(1, 4, 4)],
+            "has 4 .* Write one .* per image, and expand the text only once.",
+        ),
         ("<|image_pad|>", [(1, 4, 5)], "a grid is (1, 4, 5)"),
         ("<|image_pad|>", [(1, 4.7, 4)], "a grid is (1, 4.7, 4). Expected whole numbers"),
         ("<|image_pad|>", [None], "a grid is None. Expected whole numbers"),

@@ -99,8 +99,14 @@ REFUSED = {
         with_embeds(torch.ones(4, 8).int()),
         "torch.int32. Expected finite floating-point",
     ),
-    "another width": (with_embeds(torch.ones(4, 6)), "'0' has rows of 8 .* 'bad.jpg' of 6 "),
-    "another type": (with_embeds(torch.ones(4, 8).half()), "8 torch.float32 .* 8 torch.float16"),
+    "another width": (
+        with_embeds(torch.ones(4, 6)),
+        "'0' has rows of width 8 .* 'bad.jpg' .* 6 in",
+    ),
+    "another type": (
+        with_embeds(torch.ones(4, 8).half()),
+        "8 in torch.float32, .* 8 in torch.float16",
+    ),
     "failed": (
         [*features_with_grids((1, 2, 2)), failed("ends early", "bad.jpg")],
         "bad.jpg: this image failed: ends early. Omit the image.",

@@ -156,7 +156,7 @@ def test_a_folder_without_a_quantization_is_of_an_exact_model(tmp_path: Path) ->
     path.write_text(json.dumps(settings))
     [after, _] = write_ec_cache(PICTURES, tmp_path / "ec", {**MODEL, "quantization": None})
     assert after.uuid == before.uuid
-    with pytest.raises(ExportError, match=r"its quantization is None, that of the features fp8"):
+    with pytest.raises(ExportError, match=r"is None, and the quantization of the features is fp8"):
         write_ec_cache(PICTURES, tmp_path / "ec", {**MODEL, "quantization": "fp8"})
 
 

@@ -93,7 +93,9 @@ def test_nothing_to_send_is_refused(adapter: Adapter) -> None:
 @pytest.mark.parametrize("adapter", [to_vllm, to_vllm_chat_part])
 def test_pictures_and_videos_are_of_one_model(adapter: Adapter) -> None:
     narrow = replace(CLIPS[1], embeds=CLIPS[1].embeds[:, :4])
-    with pytest.raises(ExportError, match=r"'tall' has rows of 8 .* 'short' of 4"):
+    with pytest.raises(
+        ExportError, match=r"'tall' has rows of width 8 .* 'short' has rows of width 4"
+    ):
         adapter(PICTURES, videos=[narrow], second_per_grid_ts=[1.0])
 
 

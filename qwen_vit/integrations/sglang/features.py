@@ -12,7 +12,7 @@ __all__ = ["to_sglang"]
 
 
 def to_sglang(features: AnyFeatures) -> list[dict[str, Any]]:
-    """Return `image_data` for one request to SGLang's engine: a single item for all its images.
+    """Return `image_data` for one request to SGLang's engine: one item for all images of it.
 
     >>> from qwen_vit import ImageFeatures
     >>> [item] = to_sglang([ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))])
@@ -23,9 +23,11 @@ def to_sglang(features: AnyFeatures) -> list[dict[str, Any]]:
     SGLang's docs/advanced_features/vlm_query.ipynb and srt/multimodal/processors/base_processor.py.
 
     Raises:
-        ExportError: The features are not merged tokens, or an image failed.
-        ArgumentError: The features belong to a video. SGLang 0.5.23 passes a video's features to
-            its tower as pixels, and its scheduler then crashes for every user.
+        ExportError: The features are not finite merged tokens of one width and dtype, or an image
+            failed.
+        ArgumentError: There are no features, or the features belong to a video. SGLang 0.5.23
+            passes a video's features to its tower as pixels, and its scheduler then crashes for
+            every user.
     """
     images = check_features(features)
     embeds, grids = rows_and_grids(images)

@@ -1,8 +1,8 @@
 """Run Qwen2.5-VL in SGLang with this package's vision tower in place of SGLang's tower.
 
 If SGLANG_EXTERNAL_MODEL_PACKAGE names the parent package, SGLang imports this module in each of its
-processes. SGLang then builds `EntryClass` for checkpoints of that architecture. SGLang provides all
-other parts: processor, scheduler, caches, language model, data parallelism.
+processes. SGLang then builds `EntryClass` for Qwen2.5-VL checkpoints. SGLang provides all other
+parts: processor, scheduler, caches, language model, data parallelism.
 """
 
 import logging
@@ -96,8 +96,8 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
                 remedy=f"use a whole Qwen2.5-VL checkpoint, or {WITHOUT}",
             )
         if written and mm_schedule.embedding_cache is not None:
-            # SGLang 0.5.23 caches embeddings whatever the tower, and would answer with embeddings
-            # of the old weights
+            # SGLang 0.5.23 caches embeddings of any tower, and would answer with embeddings of the
+            # old weights
             mm_schedule.embedding_cache.clear()
         self._prepare()
         return loaded

@@ -58,7 +58,7 @@ def to_vllm_cached_chat_part(entries: Iterable[CachedFeatures]) -> list[dict[str
     >>> to_vllm_cached_chat_part([CachedFeatures("a.jpg", "5f-c0", (1, 4, 6))])
     [{'type': 'image_embeds', 'image_embeds': {'image_grid_thw': [1, 4, 6]}, 'uuid': '5f-c0'}]
 
-    Video parts follow image parts. Raises the errors of `to_vllm_cached`.
+    In the result, video parts follow image parts. Raises the errors of `to_vllm_cached`.
     """
     parts = []
     for kind, some in _by_kind(entries).items():

@@ -1,11 +1,12 @@
-"""Write vLLM's encoder cache as files, so that a request needs only a grid and an id.
+"""Write vLLM's encoder cache as files, so that a request needs only a grid and a uuid.
 
 vLLM's `ECExampleConnector` reads an item's rows from FOLDER/UUID/encoder_cache.safetensors, one
 tensor `ec_cache` (tokens, width). The connector does not check entries, and rows of a wrong width
-or number stop the engine for all users. Therefore all entries of a folder share one model, image
-size setting, dtype and quantization. The folder's `qwen_vit.json` records these settings. Each
-entry's uuid contains a digest of the settings and a digest of the rows. `index/` maps images to
-entries, with one file per call of `write_ec_cache`, so any number of processes may write.
+or number stop the engine for all users. Therefore all entries of a folder share one model, its
+image settings, a dtype, a width and a quantization. The folder's `qwen_vit.json` records these
+settings. Each entry's uuid contains a digest of the settings, and a digest of the grid and rows.
+`index/` maps images to entries, with one file per call of `write_ec_cache`, so any number of
+processes may write.
 """
 
 import json
@@ -88,8 +89,8 @@ def write_ec_cache(
         The entries for a request: images, then videos, in order.
 
     Raises:
-        ExportError: The features are not merged tokens, the folder's entries belong to a different
-            model, or the disk rejects the files.
+        ExportError: The features are not finite merged tokens of one width and dtype, an image
+            failed, the folder's entries have other settings, or the disk rejects the files.
         ArgumentError: An argument is invalid.
     """
     folder = Path(folder)
@@ -126,7 +127,8 @@ class EncoderCache(Mapping[str, CachedFeatures]):
 
     Attributes:
         folder: the cache's folder.
-        settings: the model, image size setting, dtype, quantization and width of the entries.
+        settings: the digests of the model and its image settings, and the dtype, quantization and
+            width of the entries.
     """
 
     def __init__(
@@ -136,7 +138,7 @@ class EncoderCache(Mapping[str, CachedFeatures]):
         self._entries = entries
 
     def __repr__(self) -> str:
-        return f"EncoderCache({str(self.folder)!r}: {plural(len(self), 'entry')})"
+        return f"EncoderCache({str(self.folder)!r}: {plural(len(self), 'image')})"
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -302,9 +304,9 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     wrong = {name: settings.get(name) for name in ("format", "width")}
     if settings.get("format") != FORMAT or not is_integer(settings.get("width")):
         raise ExportError(
-            f"its format is {wrong}",
+            f"its settings include {wrong}",
             name=str(path),
-            expected=f"{FORMAT!r} and a whole number",
+            expected=f"the format {FORMAT!r} and a whole number as the width",
             remedy="write the cache into a new folder with this version",
         )
     return settings
@@ -314,7 +316,7 @@ def _check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, 
     differ = [name for name in SAME if name in settings and stored.get(name) != settings[name]]
     if differ:
         facts = "; ".join(
-            f"its {name} is {stored.get(name)}, that of the features {settings[name]}"
+            f"its {name} is {stored.get(name)}, and the {name} of the features is {settings[name]}"
             for name in differ
         )
         raise ExportError(

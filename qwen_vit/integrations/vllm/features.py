@@ -32,8 +32,9 @@ def to_vllm(
     >>> sorted(to_vllm([clip])["video"])
     ['second_per_grid_ts', 'video_embeds', 'video_grid_thw']
 
-    The prompt must have one `<|image_pad|>` per image and one `<|video_pad|>` per video, in any
-    order. vLLM expands the placeholders itself. Source: vLLM's docs/features/multimodal_inputs.md.
+    The prompt must have one `<|image_pad|>` per image and one `<|video_pad|>` per video. A video
+    may precede an image. vLLM expands the placeholders itself. Source: vLLM's
+    docs/features/multimodal_inputs.md.
 
     Args:
         features: features of images, in the prompt's order. VideoFeatures in this list are videos,
@@ -46,7 +47,8 @@ def to_vllm(
             would stop vLLM's engine. None disables the check.
 
     Raises:
-        ExportError: The features are not merged tokens, or an image failed.
+        ExportError: The features are not finite merged tokens of one width and dtype, or an image
+            failed.
         ArgumentError: There are no features, a video is among the images, or a video has no
             seconds.
     """
@@ -73,15 +75,16 @@ def to_vllm_chat_part(
     second_per_grid_ts: Sequence[float] = (),
     width: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Return one part of a chat message per image, for `vllm serve --enable-mm-embeds`.
+    """Return one part of a chat message per image or video, for `vllm serve --enable-mm-embeds`.
 
     >>> from qwen_vit import ImageFeatures
     >>> parts = to_vllm_chat_part([ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))])
     >>> [(part["type"], sorted(part["image_embeds"])) for part in parts]
     [('image_embeds', ['image_embeds', 'image_grid_thw'])]
 
-    Each tensor, (n, D) or (3,), is base64-encoded output of `torch.save`. Since vLLM's pull request
-    29988 (December 2025), a request may have several such parts. Video parts follow image parts.
+    A part contains the rows (n, D), the grid (3,) and a video's seconds per time step. Each tensor
+    is base64-encoded output of `torch.save`. Since vLLM's pull request 29988 (December 2025), a
+    request may have several such parts. In the result, video parts follow image parts.
     Put each part at its position in the prompt. Source: vLLM's docs/features/multimodal_inputs.md.
 
     `to_vllm` describes the arguments and errors.

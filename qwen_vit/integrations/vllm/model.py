@@ -131,7 +131,7 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by 
 def _quantization(vllm_config: Any) -> Any:
     """Return "quantization" of `--additional-config '{"qwen_vit": {...}}'`.
 
-    Raises ArgumentError for other options, because vLLM ignores them.
+    Raises ArgumentError for other options, because vLLM itself does not check them.
     """
     given = getattr(vllm_config, "additional_config", None)
     ours = given.get("qwen_vit", {}) if isinstance(given, Mapping) else {}
@@ -175,7 +175,10 @@ def _refuse_quantised(tower: nn.Module) -> None:
 
 
 def _image_settings(model_config: Any) -> dict[str, Any]:
-    """Return the processor's settings. If the tower normalises, the `do_` flags are False."""
+    """Return the settings of the processor that the tower needs.
+
+    The function omits the `do_` flags, which vLLM sets to False if the tower normalises.
+    """
     from vllm.transformers_utils.processor import cached_image_processor_from_config
 
     settings = cached_image_processor_from_config(model_config).to_dict()

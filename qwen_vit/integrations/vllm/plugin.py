@@ -2,7 +2,7 @@
 
 vLLM loads every installed plugin of the group `vllm.general_plugins` in each of its processes,
 unless VLLM_PLUGINS lists the plugins to load. Installing this package must not change an engine, so
-`register` has no effect until VLLM_PLUGINS names the plugin.
+`register` only logs a line until VLLM_PLUGINS names the plugin.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ OUR_MODULE = "qwen_vit.integrations.vllm.model"
 
 
 def register() -> None:
-    """Make vLLM build Qwen2.5-VL with this package's vision tower, if VLLM_PLUGINS names it.
+    """If VLLM_PLUGINS names the plugin, make vLLM build Qwen2.5-VL with this package's tower.
 
     vLLM calls this function in each process, in some processes more than once. Only a process that
     builds a Qwen2.5-VL imports `model`.
