@@ -66,7 +66,9 @@ OF_START = (
 @click.command(short_help="Encode many images into a folder, or resume.")
 @click.argument("inputs", nargs=-1, type=NAME)
 @model_name_option
-@click.option("--out", type=FOLDER, help="Write or resume this folder or s3:// address.")
+@click.option(
+    "--out", type=FOLDER, help="Write or resume this folder or s3:// address (or gs, az)."
+)
 @click.option(
     "--resume", type=FOLDER, metavar="OUT",
     help="Resume this export with its recorded inputs, model and options.",
@@ -94,7 +96,7 @@ OF_START = (
 @as_video_option
 @click.option(
     "--shard-size", type=click.IntRange(min=1), default=512, show_default=True,
-    help="Set the number of images per file.",
+    help="Set the number of images per shard.",
 )  # fmt: skip
 @click.option(
     "--part", default="1/1", metavar="I/N", callback=lambda _, __, text: _part(text),
@@ -112,19 +114,24 @@ OF_START = (
 )  # fmt: skip
 @click.option(
     "--decode-threads", type=click.IntRange(min=1),
-    help="Set the threads that read, decode and resize.  [default: half the cores, 2 to 16]",
+    help="Set the number of threads that read, decode and resize.  [default: half the cores, 2 to "
+    "16]",
 )  # fmt: skip
 @click.option(
     "--ray", "address", is_flag=False, flag_value="", metavar="[ADDRESS]",
-    help="Run on every GPU or CPU of a Ray cluster. Without ADDRESS, use this machine.",
+    help="Run on every GPU of a Ray cluster, or on its CPUs if it has no GPU. Without ADDRESS, use "
+    "RAY_ADDRESS or this machine.",
 )  # fmt: skip
 @click.option(
     "--ec-cache", type=FILE, metavar="DIR",
     help="Also write vLLM's encoder cache to DIR. The cache needs as many bytes as the export.",
 )  # fmt: skip
-@click.option("--profile", is_flag=True, help="Print the time spent waiting for each stage.")
-@click.option("--dry-run", is_flag=True, help="Count images, rows, bytes and hours. Write nothing.")
-@click.option("--yes", is_flag=True, help="Do not ask before writing more than 100 GB.")
+@click.option("--profile", is_flag=True, help="Print the share of time waiting for each stage.")
+@click.option("--dry-run", is_flag=True, help="Estimate rows, bytes and hours. Write nothing.")
+@click.option(
+    "--yes", is_flag=True,
+    help="Do not ask before writing more than 100 GB, or more than the disk has free.",
+)  # fmt: skip
 @json_option
 @source_options
 @verbosity_options
@@ -281,7 +288,7 @@ def _ask_if_large(estimate: "Estimate", folder: "AnyPath") -> None:
     fact, most = f"the export will take about {estimate.bytes / 1e9:,.3g} GB", ASK_ABOVE_BYTES
     if isinstance(folder, Path):
         free = shutil.disk_usage(folder).free
-        fact, most = f"{fact}; its disk has {free / 1e9:,.1f} GB free", min(most, free)
+        fact, most = f"{fact}; the disk has {free / 1e9:,.1f} GB free", min(most, free)
     if estimate.bytes <= most:
         return
     if not sys.stdin.isatty():

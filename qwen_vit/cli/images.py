@@ -43,7 +43,7 @@ def list_images(
     `column` names the image column of Parquet files. `pages="all"` lists every page and frame.
 
     Raises ExportError if there are no images, if two images have the same id, or if `out` is one of
-    the images.
+    the images. Also raises the errors of `check_paths`, `ParquetColumns.of` and `find_items`.
     """
     from qwen_vit.images.image import ImageLimits
     from qwen_vit.inputs.find import find_items, is_missing, no_image_found, warn_of_skipped
@@ -89,10 +89,10 @@ def encode_one_by_one(
 ) -> "Iterator[tuple[ImageFeatures | FailedImage, float]]":
     """Yield each image's features or error, and the milliseconds from its file to its features.
 
-    Features are in CPU memory, because encoding needs the GPU's memory. On a terminal, the function
-    shows a progress bar and prints failed images above it. `exif`, `limits` and `options` are
-    arguments of `VisionEncoder.encode`. `video` contains the options for videos. With `as_video`,
-    the function encodes an animation as a video.
+    Features are in CPU memory, because encoding needs the GPU's memory. The function prints failed
+    images, and on a terminal shows a progress bar. `exif`, `limits` and `options` are arguments of
+    `VisionEncoder.encode`. `video` contains the options for videos. With `as_video`, the function
+    encodes an animation as a video. With on_error="raise", raises the first image's ImageError.
     """
     from tqdm import tqdm
 

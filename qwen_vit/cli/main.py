@@ -33,7 +33,7 @@ COMMANDS = ("bench", "compare", "download", "encode", "export", "info", "show", 
 # how Python's threads, torch on a CPU, and C++ report a full memory
 FULL_MEMORY = re.compile(r"can't start new thread|can't allocate memory|bad_alloc")
 OUT = re.compile(r"--out(?:put)?[-_]?(?:dir|directory|folder|file|path)")  # of other programs
-MORE_MEMORY = "free some memory, or raise its limit, and run the same command again"
+MORE_MEMORY = "free some memory, or raise the memory limit, and run the same command again"
 
 
 class _LazyGroup(click.Group):

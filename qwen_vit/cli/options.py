@@ -235,7 +235,9 @@ def video_options(command: Command) -> Command:
             "--fps", type=float, default=2.0, show_default=True,
             help="Sample this many video frames per second."
         ),
-        click.option("--n-frames", type=int, help="Sample this many video frames, without --fps."),
+        click.option(
+            "--n-frames", type=int, help="Sample this many video frames instead of using --fps."
+        ),
         click.option(
             "--start", type=float, metavar="SECONDS", help="Sample a video from this time."
         ),
@@ -256,7 +258,8 @@ def video_options(command: Command) -> Command:
         ),
         click.option(
             "--sampling", type=click.Choice(["qwen", "transformers"]), default="qwen",
-            show_default=True, help="Sample and resize videos like this library.",
+            show_default=True,
+            help="Sample and resize videos like qwen-vl-utils (qwen) or transformers.",
         ),
     )  # fmt: skip
     for option in reversed(options):

@@ -61,7 +61,7 @@ class _Point(click.ParamType[tuple[float, float]]):
 )
 @click.option(
     "--output", type=click.Choice(["patch", "merged"]), default="patch", show_default=True,
-    help="Draw one cell per 14 pixels, or per 28 pixels, the side of a language model's token.",
+    help="Draw one cell per patch (14 x 14 pixels) or per merged token (28 x 28 pixels).",
 )  # fmt: skip
 @click.option(
     "--layer", type=click.IntRange(min=0),
@@ -96,8 +96,9 @@ def show(
     qwen-vit show features.safetensors --images photos/ --out pictures
 
     INPUTS are either images or one feature file or export folder. Images may have any form that
-    `qwen-vit encode` accepts. A feature map shows three principal components as colours. `show`
-    fits them to all images together, so the same colour means similar features.
+    `qwen-vit encode` accepts, except Parquet files and https:// addresses. A feature map shows
+    three principal components as colours. `show` fits them to all images together, so the same
+    colour means similar features.
 
     Drawing needs the extra `show`. In a checkout: pip install -e '.[show]'.
     """

@@ -94,7 +94,7 @@ def _text(views: FeatureViews, given: ShowInput, command: str, layer: int | None
     what, whats = "merged token", "merged tokens"
     if px == given.patch_px:
         what, whats = "patch", "patches"
-    source = whats if layer is None else f"the residual stream behind block {layer}"
+    source = whats if layer is None else f"the residual stream after block {layer}"
     window_px = views.window * given.patch_px
     return PageText(
         title=f"Features of {plural(len(views.views), 'image')}",

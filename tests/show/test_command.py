@@ -101,7 +101,7 @@ def test_a_folder_gets_the_page_and_a_picture_of_each(folder: Path, run: Any) ->
 def test_a_layer_is_shown(undrawn: None, folder: Path, run: Any) -> None:
     report = json.loads(run("p", *TINY, "--layer", "1", "--json").out)
     assert report["layer"] == 1
-    assert "the residual stream behind block 1" in Page("show.html").text
+    assert "the residual stream after block 1" in Page("show.html").text
     done = run("p", *TINY, "--layer", "9", "--out", "n.html")
     assert (done.code, done.out) == (2, "")
     assert "layers contains 9. Expected blocks from 0 to 4" in done.err
