@@ -67,7 +67,9 @@ OF_START = (
 @click.argument("inputs", nargs=-1, type=NAME)
 @model_name_option
 @click.option(
-    "--out", type=FOLDER, help="Write or resume this folder or s3:// address (or gs, az)."
+    "--out",
+    type=FOLDER,
+    help="Write or resume this folder, or this s3://, gs:// or az:// address.",
 )
 @click.option(
     "--resume", type=FOLDER, metavar="OUT",
@@ -126,7 +128,11 @@ OF_START = (
     "--ec-cache", type=FILE, metavar="DIR",
     help="Also write vLLM's encoder cache to DIR. The cache needs as many bytes as the export.",
 )  # fmt: skip
-@click.option("--profile", is_flag=True, help="Print the share of time waiting for each stage.")
+@click.option(
+    "--profile",
+    is_flag=True,
+    help="Print the share of the time for which the export waited for each stage.",
+)
 @click.option("--dry-run", is_flag=True, help="Estimate rows, bytes and hours. Write nothing.")
 @click.option(
     "--yes", is_flag=True,

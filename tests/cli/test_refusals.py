@@ -187,8 +187,8 @@ def test_a_full_memory_is_one_line(
     done = run("info", "tiny")
     assert (done.code, done.out) == (2, "")
     assert done.err == (
-        "error: out of memory. Free some memory, or raise the memory limit, and run the same command "
-        "again.\n"
+        "error: out of memory. Free some memory, or raise the memory limit, and run the same "
+        "command again.\n"
     )
 
 
