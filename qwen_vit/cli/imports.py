@@ -1,4 +1,4 @@
-"""Import slow packages, and handle Ctrl-C and missing packages during the import of torch."""
+"""Handle Ctrl-C and missing packages while a command imports slow packages."""
 
 import os
 import signal

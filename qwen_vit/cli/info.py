@@ -38,7 +38,7 @@ def info(model: str, image: str | None, verify: bool, as_json: bool, **finding: 
     qwen-vit info features.safetensors
 
     For a checkpoint, the command prints the architecture, licence, parameter count and hashes. For
-    features, it prints images, rows, shapes, dtype and the model.
+    features, it prints the number of images and rows, the width and dtype of a row, and the model.
     """
     with slow_imports():
         from qwen_vit.checkpoint.hub import find_checkpoint

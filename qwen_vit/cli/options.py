@@ -286,7 +286,7 @@ def take_video_options(options: dict[str, Any]) -> dict[str, Any]:
 def source_options(command: Command) -> Command:
     """Add the options that choose a checkpoint, for every command that opens a checkpoint."""
     options = (
-        click.option("--revision", help="Use this branch, tag or commit of the Hub."),
+        click.option("--revision", help="Use this branch, tag or commit of the Hub's repository."),
         click.option("--subfolder", help="Use this folder inside MODEL."),
         click.option(
             "--cache-dir",

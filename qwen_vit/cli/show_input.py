@@ -30,7 +30,7 @@ class ShowInput:
     """Hold the features to draw, and the images if they are available.
 
     Attributes:
-        pictures: images by id, except images whose ids are their paths.
+        pictures: the images by id. An image without an entry is the file that its id names, if any.
         model: the checkpoint's name.
         source: the encoder of the features, such as "tiny, float32 on cpu".
         window: the side of an attention window, in patches.

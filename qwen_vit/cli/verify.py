@@ -32,11 +32,11 @@ def verify(model: str, as_json: bool, **finding: Any) -> None:
     qwen-vit verify Qwen/Qwen2.5-VL-7B-Instruct
     qwen-vit verify features/ --json
 
-    For a checkpoint, the command hashes every file and compares the recorded hashes. For a local
-    folder without hashes, it reads the weights and searches for NaN and infinity. For features, it
-    reads every row, and checks the number of rows, finite values and the recorded digests. An
-    export must have all its shards. If only shards are missing, the command prints "not complete"
-    and the number of images to do.
+    For a checkpoint, the command hashes every file with a recorded hash, and compares the hashes.
+    For a folder without hashes, it reads the weights and searches for NaN and infinity. For
+    features, it reads every row, and checks the number of rows, finite values and the recorded
+    digests. An export must have all its shards. If only shards are missing, the command prints "not
+    complete" and the number of images to do.
     """
     with slow_imports():
         from qwen_vit.checkpoint.hub import find_checkpoint
