@@ -1,4 +1,4 @@
-"""Store a downloaded tower in our own folder, completely or not at all, with checksums.
+"""Store a downloaded tower in a folder of its own, completely or not at all, with checksums.
 
 `models--ORG--NAME/qwen_vit/COMMIT/` in the Hub's cache contains the config files,
 vision.safetensors and manifest.json. The manifest records the size and sha256 of each file. A
@@ -132,9 +132,9 @@ def check(folder: Path) -> dict[str, str] | None:
     """Hash each file again. Return the kind of hash that matched, by file name, or None if no
     hashes are recorded.
 
-    Our own folder has a manifest. A snapshot in the Hub's cache contains links to files whose names
-    are digests: sha256 for large files, and git's sha1 for others. Raises CheckpointError for any
-    difference.
+    A folder that qwen_vit wrote has a manifest. A snapshot in the Hub's cache contains links to
+    files whose names are digests: sha256 for large files, and git's sha1 for others. Raises
+    CheckpointError for any difference.
     """
     if (folder / MANIFEST_FILE).is_file():
         manifest = find(folder)
@@ -349,7 +349,7 @@ def _last_change(folder: Path) -> float:
 
 
 def _owner() -> str:
-    """Return `_process_space` and this process's id: together, they name one running process."""
+    """Return `_process_space` and this process's id, which together identify a running process."""
     return f"{_process_space()}-{os.getpid()}"
 
 

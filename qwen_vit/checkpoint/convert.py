@@ -234,7 +234,8 @@ def _patch_embedding(
     ):
         if not all_finite(tensor):
             raise CheckpointError(
-                f"reaches {weight.abs().max().item():g}, and its {name} overflow {tensor.dtype}",
+                f"has values up to {weight.abs().max().item():g}, and its {name} overflow "
+                f"{tensor.dtype}",
                 name=PATCH_WEIGHT,
                 remedy=with_options(
                     "use {}, or download the checkpoint again", ("dtype", "float32")

@@ -86,9 +86,9 @@ def find_checkpoint(
     'tiny'
 
     The function downloads the config files and the vision tensors once. `revision`, `token`,
-    `cache_dir` and `local_files_only` have the same meaning as in huggingface_hub. `subfolder` is
-    described at `download`. Raises HubError or CheckpointError. Raises ArgumentError for a
-    `revision` or `subfolder` that is invalid or does not apply.
+    `cache_dir` and `local_files_only` have the same meaning as in huggingface_hub. `download`
+    describes `subfolder`. Raises HubError or CheckpointError. Raises ArgumentError for a `revision`
+    or `subfolder` that is invalid or does not apply.
     """
     return download(
         model,
@@ -162,7 +162,7 @@ def download(
 
 
 def _with_cause(error: HubError, raised: BaseException) -> HubError:
-    """Add the text of the first cause as a note. The client's own frames are several screens."""
+    """Add the text of the first cause as a note, because the client's traceback is very long."""
     cause, seen = raised, {id(raised)}
     while (earlier := cause.__cause__ or cause.__context__) is not None and id(earlier) not in seen:
         cause = earlier
@@ -279,7 +279,7 @@ def _kept(repository: Repository) -> Download | None:
     except CheckpointError as error:
         if repository.is_offline():
             raise
-        logger.warning("%s qwen_vit does this now.", error)
+        logger.warning("%s qwen_vit now does so itself.", error)
         cache.discard(folder)
         return None
     source = Source(folder=folder, name=repository.full_name, commit=repository.commit)

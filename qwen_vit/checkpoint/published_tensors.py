@@ -25,8 +25,8 @@ Part = TypeVar("Part")
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Return a sha256 of the names, types, shapes and bytes. The hash does not depend on files or
-    device.
+    """Return a sha256 of the names, types, shapes and bytes. The hash does not depend on the files
+    or the device.
 
     >>> weights_hash({"a": torch.zeros(2)}) == weights_hash({"a": torch.zeros(2)})
     True

@@ -175,7 +175,7 @@ class Repository:
             except CheckpointError as error:
                 if self.is_offline():
                     raise
-                logger.warning("%s qwen_vit does this now.", error)
+                logger.warning("%s qwen_vit now does so itself.", error)
             else:
                 return path
             # delete it at once, so that no later call uses it if the next attempt fails

@@ -48,10 +48,10 @@ MERGE = "merge it first (peft's merge_and_unload) and save the result"
 SAVED_BY_TOOLS = (
     (
         re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\."),
-        "a LoRA apart",
+        "a LoRA without its base weights",
         MERGE,
     ),
-    (re.compile(r"\.(modules_to_save|original_module)\."), "PEFT's modules_to_save apart", MERGE),
+    (re.compile(r"\.(modules_to_save|original_module)\."), "PEFT's modules_to_save", MERGE),
     (re.compile(r"\.base_layer\."), "a LoRA's base layers", MERGE),
     (
         re.compile(r"(^|\.)_flat_param(_\d+)?$|\.flat_param$"),
@@ -115,7 +115,7 @@ def find_prefix(names: Collection[str], source: str) -> str:
     >>> find_prefix(["visual.patch_embed.proj.weight", "model.norm.weight"], "folder")
     'visual.'
 
-    Raises CheckpointError with `source` for no tower or several towers.
+    Raises CheckpointError, which names `source`, if there is no tower or more than one.
     """
     prefixes = tower_prefixes(names)
     if not prefixes:

@@ -52,7 +52,7 @@ class RemoteFiles:
 def find_tensors(
     folder: Path, wanted: Callable[[set[str]], set[str]], remote: RemoteFiles | None = None
 ) -> dict[str, StoredTensor]:
-    """Return the tensors of a folder whose names `wanted` accepts.
+    """Return the tensors in a folder that `wanted` selects by name.
 
     The weights are model.safetensors, the shards of an index, vision.safetensors, or the only other
     safetensors file. Shards without a wanted tensor may be absent.

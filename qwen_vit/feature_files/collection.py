@@ -110,7 +110,7 @@ class Features(ABC):
         return to_vllm(self)
 
     def to_vllm_chat_part(self) -> list[dict[str, Any]]:
-        """Return one part of a chat message per image, for a vLLM server.
+        """Return one part of a chat message per image or video, for a vLLM server.
 
         See `downstream.to_vllm_chat_part`.
         """

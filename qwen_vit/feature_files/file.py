@@ -194,6 +194,6 @@ def file_content(path: AnyPath) -> tuple[str, int, Any]:
 def open_shard(path: AnyPath, *, verify: bool = False) -> FeatureFile:
     """Open one shard of an export.
 
-    Raises ExportError for a damaged shard. Its remedy is to run the export's command again.
+    Raises ExportError for a damaged shard. The remedy is to run the export's command again.
     """
     return FeatureFile(path, RESUME, verify=verify)

@@ -72,8 +72,8 @@ def is_made_by(
 ) -> bool:
     """Return whether a shard's metadata match an export's settings.
 
-    Each entry of `accepted` contains versions that a user accepted later, instead of those in
-    `settings`.
+    A shard may have the versions in an entry of `accepted` instead of those in `settings`, because
+    a user has accepted them.
     """
     return any(
         all(metadata.get(name) == value for name, value in {**settings, **made_by}.items())

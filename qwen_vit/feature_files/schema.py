@@ -95,7 +95,7 @@ class ItemFacts:
     Attributes:
         id: as in `ImageFeatures`.
         grid_thw: as in `ImageFeatures`.
-        n_rows: the image's rows in `image_embeds`.
+        n_rows: the number of the image's rows in `image_embeds`.
         size_px: the original (height, width).
         notes: the changes that the image policy made.
         sha256: the hash of the image's or video's encoded bytes.

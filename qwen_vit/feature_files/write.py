@@ -113,7 +113,8 @@ def write_features(
 def _good_features(
     path: Path, features: Sequence[ImageFeatures | FailedImage]
 ) -> list[ImageFeatures]:
-    """Return the features without failed images: at least one, and all with different ids."""
+    """Return the features without failed images. Raises ExportError if there are none, or if two
+    have one id."""
     if not features:
         raise ExportError("features is empty", name=str(path), remedy="pass at least one image")
     good = [feature for feature in features if isinstance(feature, ImageFeatures)]
@@ -133,7 +134,8 @@ def _good_features(
         raise ExportError(
             f"two images have the id {twice!r}",
             name=str(path),
-            remedy="name them differently, for example by `dataclasses.replace(features, id=...)`",
+            remedy="give them different ids, for example with "
+            "`dataclasses.replace(features, id=...)`",
         )
     return good
 

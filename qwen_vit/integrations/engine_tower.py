@@ -113,8 +113,8 @@ class EngineTower(nn.Module):
         """Compile the kernels and capture the CUDA graphs that requests will need.
 
         Args:
-            row_dtypes: dtypes of the tower's input rows. uint8 means stills as pixels. For videos
-                as pixels, pass float32. For normalised rows, pass the engine's dtype.
+            row_dtypes: dtypes of the tower's input rows. Pass uint8 for images as pixels, and
+                float32 for videos as pixels. For normalised rows, pass the engine's dtype.
             largest: maximum number of patches in one call.
 
         Returns:

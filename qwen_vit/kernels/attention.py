@@ -3,10 +3,10 @@
 `_window_attention` handles segments whose keys fit one tile, so the keys are the query rows. The
 kernel applies RoPE to Q and K, with the same angles, as it loads them.
 
-`_full_attention` handles segments with several key tiles. The kernel applies RoPE to Q as it loads
-Q, which stays in registers. `_rotate_keys` applies RoPE to K once beforehand. Inside the key loop,
-each query tile would repeat that work and, on Hopper, the assembler would serialise the loop's
-matrix instructions.
+`_full_attention` handles segments of any length, and loops over tiles of keys. The kernel applies
+RoPE to Q as it loads Q, which stays in registers. `_rotate_keys` applies RoPE to K once beforehand.
+Inside the key loop, each query tile would repeat that work and, on Hopper, the assembler would
+serialise the loop's matrix instructions.
 
 The kernels read Q, K and V in place from the fused QKV projection. On a GPU, they split the head
 dim into a main part and a tail, both powers of two (80 = 64 + 16), because padding 80 to 128 would

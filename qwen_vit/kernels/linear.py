@@ -117,7 +117,8 @@ def load_tile(
     """Load a tile of a matrix (n_rows, n_columns); 0 beyond the edges.
 
     With TMA, `matrix` is a tensor descriptor, otherwise a pointer: GPUs without TMA would load a
-    descriptor's tiles without a pipeline. If WHOLE is set, tiles fill every row.
+    descriptor's tiles without a pipeline. If WHOLE is set, the tiles have no columns beyond the
+    edge, so columns need no mask.
     """
     if TMA:
         b_tile = matrix.load([i_row, i_column])  # [ROWS, COLUMNS]

@@ -13,7 +13,8 @@ pass over the ring flips a barrier's phase.
 
 The kernel is written in Gluon, Triton's lower level, because Triton cannot express this overlap. It
 sums over K in the same order as `linear._gemm`, so both kernels give the same bits. `linear` uses
-this kernel for every GEMM that `supports` accepts and that has a bias, no scale and bf16 results.
+this kernel for every GEMM that `supports` accepts, if it has a bias, no `out_scale` and bf16
+results.
 """
 
 from dataclasses import dataclass

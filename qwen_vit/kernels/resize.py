@@ -56,7 +56,7 @@ class Pass(NamedTuple):
 
     @property
     def n_integers(self) -> int:
-        """Return the size of the first pixels and weights together."""
+        """Return the number of first pixels and weights together."""
         return self.n_out * (1 + self.n_taps)
 
 
@@ -82,8 +82,8 @@ class _Launch(NamedTuple):
 class ResizePlan:
     """Hold the integers of all launches in one table, for one copy to the GPU.
 
-    Each row of a launch contains a `Pass` or `Cut`, and the number of its first program. The row
-    number of each program follows the rows.
+    Each row of a launch contains a `Pass` or `Cut`, and the number of its first program. The
+    programs' row numbers follow the rows.
     """
 
     table: Integers
@@ -179,7 +179,7 @@ def _resize_axis(
     pixels, table, rows, owners, weights,
     FIELDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Compute BM x BN pixels of a pass. A pixel is an int32 of the bytes red, green, blue, any."""
+    """Compute BM x BN pixels of a pass. An int32 pixel has the bytes red, green, blue, unused."""
     i_program = tl.program_id(0)
     p_row = table + rows + tl.load(table + owners + i_program) * FIELDS
     source, target = tl.load(p_row), tl.load(p_row + 1)

@@ -79,7 +79,7 @@ def channels_last() -> Weights:
 @pytest.mark.parametrize(
     ("make", "fact", "remedy"),
     [
-        (lambda: lora_apart("qkv"), "a LoRA apart", "merge_and_unload"),
+        (lambda: lora_apart("qkv"), "a LoRA without its base", "merge_and_unload"),
         (lambda: lora_apart("patch_embed.proj"), "a LoRA", "merge_and_unload"),
         (modules_to_save, "modules_to_save", "merge_and_unload"),
         (emptied, "ZeRO-3", "zero_to_fp32"),

@@ -23,7 +23,7 @@ REFUSED: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
     "duplicate ids": (
         features_of("a", "b", "a"),
         METADATA,
-        ("two images have the id 'a'. Name them differently",),
+        ("two images have the id 'a'. Give them different ids",),
     ),
     "NaN": (
         [NAN],

@@ -12,7 +12,7 @@ __all__ = ["to_sglang"]
 
 
 def to_sglang(features: AnyFeatures) -> list[dict[str, Any]]:
-    """Return `image_data` for one request to SGLang's engine: one item for all images of it.
+    """Return `image_data` for a request to SGLang's engine: one item with all of its images.
 
     >>> from qwen_vit import ImageFeatures
     >>> [item] = to_sglang([ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))])

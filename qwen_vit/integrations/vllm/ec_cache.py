@@ -91,7 +91,8 @@ def write_ec_cache(
     Raises:
         ExportError: The features are not finite merged tokens of one width and dtype, an image
             failed, the folder's entries have other settings, or the disk rejects the files.
-        ArgumentError: An argument is invalid.
+        ArgumentError: There are no features, `metadata` lacks a digest, a video is among the
+            images, or a video has no seconds.
     """
     folder = Path(folder)
     check_utf8(folder)
@@ -325,7 +326,8 @@ def _check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, 
 
 
 def _write_entry(folder: Path, rows: Tensor) -> None:
-    """Write one entry unless it exists, because its name identifies the content."""
+    """Write one entry. If its file exists, keep it, because the entry's name identifies the
+    content."""
     path, data = folder / ENTRY, _bytes_of(rows)
     info = TensorInfo(STORED_AS[rows.dtype], tuple(rows.shape), 0, data.nbytes)
     header = build_header({"ec_cache": info})

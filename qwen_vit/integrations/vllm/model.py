@@ -129,7 +129,7 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by 
 
 
 def _quantization(vllm_config: Any) -> Any:
-    """Return "quantization" of `--additional-config '{"qwen_vit": {...}}'`.
+    """Return the value of "quantization" in `--additional-config '{"qwen_vit": {...}}'`.
 
     Raises ArgumentError for other options, because vLLM itself does not check them.
     """
@@ -175,7 +175,7 @@ def _refuse_quantised(tower: nn.Module) -> None:
 
 
 def _image_settings(model_config: Any) -> dict[str, Any]:
-    """Return the settings of the processor that the tower needs.
+    """Return those settings of the processor that the tower needs.
 
     The function omits the `do_` flags, which vLLM sets to False if the tower normalises.
     """
