@@ -35,7 +35,7 @@ def tensor_to_array(tensor: torch.Tensor, name: str) -> NDArray[Any]:
 def from_array(
     array: NDArray[Any], kind: str, name: str, layout: ArrayLayout, limits: ImageLimits
 ) -> RgbImage:
-    """Convert an array of one image to RGB. `kind` names the array in messages and in the result.
+    """Convert an array of one image to RGB. `kind` is the `format` of the result.
 
     Raises ImageError with a code that begins with "array-", or as `check_pixels` does.
     """
@@ -91,7 +91,10 @@ def _channels_last(array: NDArray[Any], name: str, layout: ArrayLayout) -> NDArr
 
 def _float_to_uint8(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
     if not np.issubdtype(array.dtype, np.floating):
-        remedy = {"b": "multiply by 255 and cast to uint8", "u": "scale to 0..255, cast to uint8"}
+        remedy = {
+            "b": "multiply by 255 and cast to uint8",
+            "u": "scale to 0..255 and cast to uint8",
+        }
         raise ImageError(
             f"its dtype is {array.dtype}",
             name=name,

@@ -37,7 +37,7 @@ OTHER_BYTES_A_PIXEL = 12
 MAX_ICONS = 256  # images in one file
 SLOW_PIXELS_A_SECOND, SLOW_SCAN_PIXELS_A_SECOND = 5e6, 2e7
 
-# Pillow does not lock its lazy loading, so this lock makes threads decode a shared image one at a
+# Pillow does not lock its lazy loading, so these locks make threads decode a shared image one at a
 # time.
 LOAD_LOCKS = [threading.Lock() for _ in range(61)]
 
@@ -138,7 +138,7 @@ def _to_rgb(
 
 
 def _lazy_bytes(image: Image.Image, limits: ImageLimits) -> bytes | None:
-    """Return a lazy PNG's or JPEG's file bytes, for the checks that need them."""
+    """Return a lazy PNG's or JPEG's file bytes, for the checks that need them, or None."""
     if not isinstance(image, PngImagePlugin.PngImageFile | JpegImagePlugin.JpegImageFile):
         return None
     if not image.tile or image.fp is None or image.decoderconfig:  # draft mode
@@ -219,8 +219,7 @@ def _closed(name: str) -> ImageError:
 
 
 class _Strictness:
-    """Hold the number of decoding threads, and the value of LOAD_TRUNCATED_IMAGES before the
-    first."""
+    """Hold the number of decoding threads, and the value of LOAD_TRUNCATED_IMAGES to restore."""
 
     lock = threading.Lock()
     threads = 0
@@ -265,8 +264,8 @@ def _strictly() -> Iterator[None]:
 def _load(
     image: Image.Image, name: str, limits: ImageLimits, jpeg: JpegFile | None
 ) -> tuple[str, ...]:
-    """Check the header, then decode the image. Return notes, for example on data
-    that it could not check."""
+    """Check the header, then decode the image. Return notes, for example on data that could not be
+    checked."""
     check_pixels(image.width, image.height, name, limits)
     notes = check_blocks(jpeg, name) if jpeg is not None else ()
     if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -310,9 +309,9 @@ def _check_icons(data: bytes, name: str, limits: ImageLimits) -> None:
 
 
 def _frame_notes(image: Image.Image) -> tuple[str, ...]:
-    """Return a note on the number of frames, if the header gives it. Call this function last,
-    because it changes the file's position. A damaged later frame does not matter. For a GIF or TIFF
-    there is no number, because counting would read the whole file.
+    """Return a note if the image has several frames. Call this function last, because it changes
+    the file's position. A damaged later frame does not matter. For a GIF or TIFF, the note has no
+    number, because counting would read the whole file.
     """
     try:
         with _strictly():
@@ -325,7 +324,7 @@ def _frame_notes(image: Image.Image) -> tuple[str, ...]:
 
 
 def _seconds_at_most(image: Image.Image, jpeg: JpegFile | None) -> float:
-    """Return an upper bound on the seconds that decoding takes on a slow, busy core."""
+    """Estimate an upper bound on the seconds that decoding takes on a slow, busy core."""
     pixels = image.width * image.height
     if jpeg is None:
         return pixels / SLOW_PIXELS_A_SECOND

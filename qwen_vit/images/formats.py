@@ -69,8 +69,8 @@ def identify(data: bytes, name: str, formats: Sequence[str] = ()) -> str:
     >>> identify(b"P6 1 1 255 abc", "a.ppm", ("PPM",))
     'PPM'
 
-    Raises ImageError with code "format" for an unsupported format, and with code "not-an-image" for
-    other content.
+    Raises ImageError with code "format" for an unsupported format, "empty-file" for no bytes, and
+    "not-an-image" for other content.
     """
     if not data:
         raise ImageError(

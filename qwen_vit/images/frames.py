@@ -129,6 +129,7 @@ class FrameRows:
     column.
 
     The patches cover `n_frames` frames of `size_px`, starting with the sampled frame `first`.
+    `keep`, if given, receives a copy of each resized frame, by the number of the sampled frame.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class FrameRows:
 
     @property
     def n_bytes(self) -> int:
-        """Return the size of the sampled frames in bytes."""
+        """Return the size of the patches in bytes."""
         return self._values.nbytes
 
     def resize(self, at: int, picture: Image.Image) -> None:

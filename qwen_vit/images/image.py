@@ -82,14 +82,16 @@ class ImageLimits:
     If a file's header shows that a slow core might exceed `max_seconds`, a child process decodes
     the file, and is killed at that limit. A PIL image is always decoded in this process.
 
-    `formats` enables formats of OPTIONAL_FORMATS, in addition to the default formats.
+    `max_pixels` limits the height x width that the header declares, and `max_file_bytes` the
+    encoded bytes. `formats` enables formats of OPTIONAL_FORMATS, in addition to the default
+    formats.
 
     `allow_urls` are hosts, such as "images.example.org" or "*.example.org:8443". qwen_vit fetches
     images only from https:// addresses of these hosts.
 
     The limits apply to one call. qwen_vit neither reads nor sets Pillow's process-wide
-    MAX_IMAGE_PIXELS, but Pillow's WebP and GIF plug-ins do read it. Raises ArgumentError for a
-    limit below 1.
+    MAX_IMAGE_PIXELS, but some of Pillow's plug-ins, for example for WebP and GIF, do read it.
+    Raises ArgumentError for an invalid value.
     """
 
     max_pixels: int = 178_956_970
@@ -216,7 +218,7 @@ def check_pixels(width: int, height: int, name: str, limits: ImageLimits) -> Non
             f"the size is {width}x{height} (width x height)",
             name=name,
             expected="sides above 0",
-            remedy="leave it out",
+            remedy="omit the image",
             code="zero-side",
         )
     if width * height > limits.max_pixels:

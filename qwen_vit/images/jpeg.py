@@ -78,8 +78,8 @@ def read_jpeg(data: bytes, name: str) -> JpegFile:
     """Read the markers of a JPEG's first image, without decoding.
 
     Raises ImageError with one of these codes. "slow" means more scans or segments than any encoder
-    writes. "format" means a kind of JPEG that Pillow cannot read. "damaged" means scans that
-    contradict each other.
+    writes. "format" means a kind of JPEG that Pillow cannot read. "damaged" means contradictory
+    scans, several frame headers or an incomplete one.
     """
     jpeg = JpegFile(len(data), closes=data.endswith(b"\xff\xd9"))
     at, kept, segments = 2, [data[:2]], 0
@@ -88,7 +88,7 @@ def read_jpeg(data: bytes, name: str) -> JpegFile:
     first_scan = end = len(data)
     while found := MARKER.search(data, at):
         marker, start = data[found.start() + 1], found.start()
-        if start < first_scan and data[at:start].strip(b"\xff"):  # which may fill
+        if start < first_scan and data[at:start].strip(b"\xff"):  # 0xff may pad
             between = ("bytes between its segments ignored",)
         at = start + 2
         if marker == END_OF_IMAGE:
@@ -165,8 +165,8 @@ def check_blocks(jpeg: JpegFile, name: str) -> tuple[str, ...]:
 def check_strips(image: TiffImagePlugin.TiffImageFile, name: str) -> tuple[str, ...]:
     """Check the JPEG of each strip or tile of a TIFF, because libtiff also only warns.
 
-    Returns notes, one of which names fax codes or old-style JPEG that cannot be checked. Raises
-    ImageError as `read_jpeg` and `check_blocks` do.
+    Returns notes. For fax codes and old-style JPEG, which cannot be checked, the note names the
+    compression. Raises ImageError as `read_jpeg` and `check_blocks` do.
     """
     tags = image.tag_v2
     compression = tags.get(COMPRESSION, 1)

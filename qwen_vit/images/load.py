@@ -1,9 +1,9 @@
 """Load any kind of image as RGB uint8, with the same rules for every source.
 
-The rules are the same for a path, bytes, a PIL image and an array. The format depends only on the
-content. An animation gives its first frame. The loader applies EXIF orientation, composites
-transparency on white, keeps the high byte of 16-bit samples, and converts all colour modes to RGB.
-It ignores embedded ICC profiles, as the reference processor does.
+The format depends only on the content. An encoded animation gives its first frame. By default, the
+loader applies EXIF orientation. It composites transparency on white, keeps the high byte of 16-bit
+samples, and converts other colour modes to RGB. It ignores embedded ICC profiles, as the reference
+processor does.
 """
 
 import io
@@ -36,7 +36,7 @@ __all__ = ["load_image", "read_image_file", "unwrap"]
 NOT_ONE_IMAGE: dict[type | tuple[type, ...], str] = {
     (list, tuple): "give its items one by one",
     io.IOBase: "give its path, or the bytes that its read() returns",
-    np.ma.MaskedArray: "replace what is masked, with its filled()",
+    np.ma.MaskedArray: "replace its masked values with filled()",
 }
 
 
@@ -59,9 +59,10 @@ def load_image(
     shape of an array is (H, W), or has a channel axis of 1, 3 or 4. `layout` places that axis.
     "auto" raises an error if the axis is ambiguous. A PIL image gives its current frame. The loader
     may trigger Pillow's lazy loading, but does not change the image otherwise. Pass exif="ignore"
-    for images that are already upright, because `transpose` keeps the tag. With `is_lent`, the
-    result may share the pixels of a PIL image, which then must not change. `unwrap` describes rows.
-    `name` identifies the image in messages. Many threads may call the function at the same time.
+    for images that are already upright, because Pillow's `transpose` keeps the tag. With `is_lent`,
+    the result may share the pixels of a PIL image, which then must not change. `unwrap` describes
+    rows. `name` identifies the image in messages. Many threads may call the function at the same
+    time.
 
     Raises ImageError with a `code` of errors.IMAGE_CODES, and ArgumentError for an unknown `layout`
     or `exif`.

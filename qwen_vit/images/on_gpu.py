@@ -1,4 +1,4 @@
-"""Turn a batch of pictures, frames and patches into patches on a GPU, with one pixel copy."""
+"""Turn a batch of pictures, frames and patches into patches on a GPU."""
 
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -27,7 +27,8 @@ def patches_on_gpu(
 ) -> Patches:
     """Resize and cut pictures and frames on the GPU, and join all patches in order.
 
-    The call does not wait for the GPU. Raises torch.cuda.OutOfMemoryError.
+    The call does not wait for the GPU, except for copies of uploads above 256 MiB. Raises
+    torch.cuda.OutOfMemoryError.
     """
     pictures = [part for part in parts if isinstance(part, Picture)]
     frames = [part for part in parts if isinstance(part, Frames)]
@@ -80,7 +81,7 @@ class Uploaded(NamedTuple):
 
 
 def plan_passes(pictures: Sequence[_Sized]) -> Passes:
-    """Plan the passes over pictures."""
+    """Return the passes that resize these pictures."""
     rounds: tuple[list[Pass], list[Pass]] = ([], [])
     places: list[int] = []
     ends = list(accumulate(picture.size[0] * picture.size[1] for picture in pictures))
@@ -169,10 +170,10 @@ def _copy_staged(blocks: Iterable[memoryview], buffer: torch.Tensor) -> None:
     """Copy bytes to the start of a GPU buffer through pinned memory of one size.
 
     torch reuses the pinned memory after the GPU has read it, but keeps memory of every size, so
-    this function always requests the same size. A memoryview keeps the GIL while it copies, because
-    waiting for the GIL again would take longer than a small copy. NumPy releases the GIL, so
-    threads decode while it copies a frame. After STAGES copies, the function waits for the oldest
-    one.
+    this function always requests the same size. A memoryview copies small blocks and keeps the
+    GIL, because waiting for the GIL again would take longer than the copy. NumPy copies large
+    blocks and releases the GIL, so that other threads can decode. After STAGES copies, the function
+    waits for the oldest one.
     """
     done = filled = 0
     copies: deque[torch.cuda.Event] = deque()

@@ -33,8 +33,8 @@ def page_id(name: str, page: int) -> str:
 def split_pages(source: Any, name: str, limits: ImageLimits) -> Iterator[tuple[Any, str]]:
     """Yield an image's pages with names. An image with one page keeps its own name.
 
-    `source` is bytes or a PIL image. Any other source counts as one page. Raises ImageError for an
-    image with too many pages.
+    `source` is bytes or a PIL image. Any other source counts as one page. Raises ImageError for too
+    many pages, and for a page of a PIL image with too many pixels.
     """
     if isinstance(source, bytes):
         for page in range(1, (count := count_pages(source, name, limits)) + 1):

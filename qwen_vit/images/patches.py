@@ -1,4 +1,4 @@
-"""Cut RGB pixels into patches in grid order, equal to transformers' Qwen2VLImageProcessorPil.
+"""Cut RGB pixels into patches in grid order, as transformers' Qwen2VLImageProcessorPil does.
 
 Source: transformers, models/qwen2_vl/image_processing_pil_qwen2_vl.py.
 """
@@ -300,7 +300,7 @@ def check_sides(height: int, width: int, name: str) -> None:
             f"the size is {width}x{height} (width x height)",
             name=name,
             expected="sides of at least 1 pixel",
-            remedy="leave it out",
+            remedy="omit the image",
             code="zero-side",
         )
     check_ratio(width, height, name)

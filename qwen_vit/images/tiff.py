@@ -115,7 +115,8 @@ def numbers(data: bytes, directory: Directory, tag: int) -> tuple[int, ...]:
 
 
 def check_directory(data: bytes) -> None:
-    """Raise ValueError if the entries together claim far more bytes than the data contains.
+    """Raise ValueError for too many entries, or if the entries together claim far more bytes than
+    the data contains.
 
     Pillow copies the values of every entry, so entries that share bytes multiply the memory.
     """
@@ -152,7 +153,8 @@ def check_tags(image: TiffImagePlugin.TiffImageFile, name: str) -> None:
 
 
 def grey_depth(image: TiffImagePlugin.TiffImageFile) -> tuple[int, bool]:
-    """Return a grey sample's bits above 8 and whether 0 is white, because Pillow ignores both."""
+    """Return the bits of a deep grey sample, and whether 0 is white, because Pillow ignores
+    both."""
     return max(_values(image.tag_v2, BITS)), image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
 
 

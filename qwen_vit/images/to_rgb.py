@@ -35,10 +35,10 @@ BAND_PIXELS = 2**20  # pixels to convert at a time
 def to_rgb(
     image: Image.Image, name: str, deep: bool, exif: ExifPolicy = "apply"
 ) -> tuple[Image.Image, tuple[str, ...]]:
-    """Convert a copy of a decoded image to upright RGB, and list the changes.
+    """Convert a decoded image to upright RGB without changing it, and list the changes.
 
     `deep` is the result of `is_deep` before decoding. With exif="ignore", the function does not
-    rotate the image. Raises ImageError with code "mode".
+    rotate the image. The result may be the image itself. Raises ImageError with code "mode".
     """
     notes: list[str] = []
     try:

@@ -59,7 +59,7 @@ def promised_bytes(data: bytes, file_format: str) -> int:
 
 
 def misses_rows(data: bytes) -> bool:
-    """Return whether a PNG's compressed stream is complete but shorter than the image."""
+    """Return whether a PNG's compressed data contain fewer rows than the image has."""
     width, height, depth, colour, _, _, interlace = struct.unpack_from(">IIBBBBB", data, 16)
     bits = depth * PNG_SAMPLES[colour]
     missing = 0

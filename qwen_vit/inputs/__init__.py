@@ -1,1 +1,1 @@
-"""List the images of files, folders, patterns, lists and tars in one order, with ids."""
+"""List the images of files, folders, patterns, lists, tars and Parquet files, and read them."""

@@ -1,4 +1,4 @@
-"""Find the images of files, folders and patterns, in one order."""
+"""Find the images of inputs, in one order."""
 
 import glob
 import logging
@@ -65,21 +65,23 @@ def find_items(
     >>> [item.id for item in find_items(["tests/photographs/*.png"])]
     ['tests/photographs/astronaut.png', 'tests/photographs/chelsea.png']
 
-    A file's id is its path as the caller passed it. In a folder, the id is the path below the
-    folder. In a tar, the id is the tar's name and the member's name. Parquet files are read only if
-    `columns` is given. A row's id is the file's name and the row, or the value in the id column.
+    A file's id is its path as the caller passed it, normalised by pathlib. In a folder, the id is
+    the path below the folder. In a tar, the id is the tar's name and the member's name. Parquet
+    files are read only if `columns` is given. A row's id is the file's name and the row, or the
+    value in the id column.
 
     A .txt list has one path per line. A .jsonl list has one object per line, with "path" or
-    "source", and "id". Paths in a list are relative to its folder. "-" reads a list from standard
-    input, whose paths are relative to the current folder.
+    "source", and optionally "id". Paths in a list are relative to its folder. "-" reads a list from
+    standard input, whose paths are relative to the current folder.
 
-    The function searches folders to every depth, through links, in byte order of the names. It
-    skips files without an image or video extension, and counts them by extension in `left_out`.
-    Neither a folder's search nor `**` in a pattern follows a link to a parent folder.
+    The function searches folders to every depth, through links, in byte order of the names. In
+    folders and tars, it skips files without an image or video extension, and counts them by
+    extension in `left_out`. Neither a folder's search nor `**` in a pattern follows a link to a
+    parent folder.
 
-    Raises ExportError for an input that does not exist, for an address, and for a list that cannot
-    be read. With `must_exist=False`, reading the item reports the first two errors. A problem below
-    an input, such as an unreadable folder, becomes an item with `error`.
+    Raises ExportError for an input that does not exist, for an address outside object storage, and
+    for a list that cannot be read. With `must_exist=False`, reading the item reports the first two
+    errors. A problem below an input, such as an unreadable folder, becomes an item with `error`.
     """
     left_out = Counter() if left_out is None else left_out
     _check_alone(inputs, columns)
@@ -97,14 +99,16 @@ def find_items(
 
 
 def is_missing(given: str) -> bool:
-    """Return whether an input is a missing path: not a pattern, an address or standard input."""
+    """Return whether an input is a path that does not exist. A web address counts as such a path,
+    but a pattern, standard input and an address in object storage do not."""
     is_pattern = glob.has_magic(given) and not is_https(given)  # a query starts with "?"
     is_path = not (is_pattern or given == STDIN or is_remote(given))
     return is_path and not os.path.lexists(given)
 
 
 def check_inputs(inputs: Sequence[str], columns: ParquetColumns | None = None) -> None:
-    """Check each input up to its first image. Raises ExportError as find_items does.
+    """Check each input up to its first image, except standard input. Raises ExportError as
+    find_items does.
 
     >>> check_inputs(["tests/photographs/rocket.jpg"])
     """
@@ -315,7 +319,7 @@ def _plain_matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
 def _folder_items(
     folder: str, left_out: Counter[str], columns: ParquetColumns | None
 ) -> Iterator[Item]:
-    """Yield items depth first, without recursion, following no link to a parent folder."""
+    """Yield items depth first, without recursion. The search follows no link to a parent folder."""
     above = [_identity(folder)]
     stack = [_entries(folder, "")]
     while stack:
@@ -341,7 +345,8 @@ def _folder_items(
 
 
 def _entries(folder: str, below: str) -> Iterator[tuple[Item, bool]]:
-    """Yield a folder's entries, and whether each is a folder. Only links need a system call."""
+    """Return a folder's entries, and whether each is a folder, or one item with an error. Only
+    links need a system call."""
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: os.fsencode(entry.name))
@@ -377,7 +382,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _identity(folder: str) -> tuple[int, int] | None:
-    """Return a value that a folder and every link to it share."""
+    """Return a value that a folder and every link to it share, or None for an unreadable folder."""
     try:
         status = os.stat(folder)
     except OSError:

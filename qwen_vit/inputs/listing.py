@@ -36,10 +36,10 @@ LINE_EVERY_S = 30.0
 class Item:
     """Describe one image of a listing: its id and its file.
 
-    `source` is an absolute path. In a tar, the image is the `size` bytes at `offset`. In a Parquet
-    file, the image is in `row`, counted from 0, of `column`. `page`, counted from 1, selects one of
-    several pages of an image. In object storage, `source` is an address, and `version` is the ETag
-    of the listed object. `error` is the (code, message) of an ImageError during listing.
+    `source` is an absolute path, or an address. In a tar, the image is the `size` bytes at
+    `offset`. In a Parquet file, the image is in `row`, counted from 0, of `column`. `page`, counted
+    from 1, selects one of several pages of an image. `version` identifies the listed content of an
+    object in object storage. `error` is the (code, message) of an ImageError during listing.
 
     >>> gone = ImageError("does not exist", name="a.tar", code="missing")
     >>> item = Item.failed("a.tar", "/data/a.tar", gone)
@@ -62,7 +62,8 @@ class Item:
 
     @property
     def is_file(self) -> bool:
-        """Return whether the image is a whole file, not a part of a file."""
+        """Return whether the image is a whole file. False for a listed object in object storage,
+        whose offset is 0."""
         return self.offset is None and self.row is None
 
     @property
@@ -119,7 +120,7 @@ class Listing:
     """Describe a frozen listing by its file, its image count and the first byte of each shard's
     lines.
 
-    `n_videos` counts images with a video's name.
+    `n_videos` counts items with a video's name, and is 0 after `open`.
     """
 
     path: Path
@@ -133,7 +134,8 @@ class Listing:
     def freeze(cls, path: Path, items: Iterable[Item], shard_size: int) -> Self:
         """Write the file completely or not at all. Raises ExportError if two images share an id.
 
-        The method uses 8 bytes of memory for each image.
+        For each image, the method keeps a hash of 8 bytes in memory, and for the first 100,000 also
+        the id.
         """
         digest, starts, position, count = hashlib.sha256(), [], 0, 0
         ids = _Ids()
@@ -204,8 +206,8 @@ class _Ids:
     """Find an id that two items share. The check of the first items is immediate, and the check of
     later items is at the end.
 
-    The object stores only hashes of the ids. For two equal hashes, it compares the ids in the
-    written listing.
+    After the first IDS_KEPT ids, the object stores only hashes. For two equal hashes, it compares
+    the ids in the written listing.
     """
 
     def __init__(self) -> None:

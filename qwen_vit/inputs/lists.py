@@ -58,7 +58,7 @@ def json_list_items(path: str) -> Iterator[Item]:
             raise ExportError(
                 f"offset is {short_repr(offset)} and size {short_repr(size)}",
                 name=where,
-                expected="bytes in a tar",
+                expected="an offset and a size in a tar, in bytes",
                 remedy=CORRECT,
             )
         row, column = facts.get("row"), facts.get("column")
@@ -92,7 +92,7 @@ def json_list_items(path: str) -> Iterator[Item]:
 
 
 def _name_and_source(facts: Mapping[str, Any], where: str) -> tuple[str, str]:
-    """Return a line's id and path. The id is the path if the line has none."""
+    """Return a line's id and path. Without an id in the line, the id is the path."""
     source = facts.get("path", facts.get("source"))
     name = facts.get("id", source)
     if source is None:

@@ -61,10 +61,11 @@ column as well.
 
 
 def parquet_items(path: str, name: str, columns: ParquetColumns) -> Iterator[Item]:
-    """Yield the rows of a Parquet file, reading only the footer and the id column.
+    """Yield the rows of a Parquet file. The function reads only the footer and the id column.
 
     An id is `name:row`, with rows counted from 0, or the value in the id column. Raises ExportError
-    if a column is missing or has another type. A problem of the file becomes an item with an error.
+    if a column is missing or has another type, or if pyarrow is not installed. A problem of the
+    file becomes an item with an error.
     """
     try:
         with open_parquet_file(path, name) as file:
@@ -121,7 +122,8 @@ def _check_rows(metadata: Any, n_bytes: int, name: str) -> None:
 
 
 def needs_column(path: str) -> ExportError:
-    """Return the error for a Parquet file without a named column, which lists the image columns."""
+    """Return the error for a Parquet file whose image column is not named. It lists the image
+    columns."""
     columns: list[str] = []
     try:
         with open_parquet_file(path, path) as file:
@@ -131,7 +133,7 @@ def needs_column(path: str) -> ExportError:
         columns = []
     found = ", ".join(map(display_name, columns))
     return ExportError(
-        "a Parquet file without a named column",
+        "a Parquet file whose column of images is not named",
         name=path,
         expected=f"the name of one of its columns of images: {found}" if found else
         "the name of its column of images",
@@ -142,7 +144,7 @@ def needs_column(path: str) -> ExportError:
 def _ids(parquet: Any, pages: CheckedPages, column: str) -> Iterator[Any]:
     """Yield the values of the id column, row by row.
 
-    A batch has one row, because rows can repeat one long id, and pyarrow copies it for each.
+    A batch has one row, because rows can repeat one long id, and pyarrow copies it for each row.
     """
     for group in range(parquet.metadata.num_row_groups):
         pages.expect(parquet, group, column, MAX_ID_PAGE_BYTES)

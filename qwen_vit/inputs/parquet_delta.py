@@ -57,7 +57,7 @@ def without_levels(
 
 
 def check_lengths(data: bytes | memoryview, encoding: int, most: int) -> None:
-    """Raise ValueError if the values of a page claim more than `most` lengths.
+    """Raise ValueError if the values of a page claim more than `most` lengths, or are malformed.
 
     >>> check_lengths(bytes([128, 1, 4, 2, 10, 0, 0, 0, 0, 0]) + b"cats dogs ", 6, most=2)
     >>> check_lengths(bytes([128, 1, 4, 99, 10, 0, 0, 0, 0, 0]) + b"cats dogs ", 6, most=2)
@@ -84,7 +84,8 @@ class _Lengths:
         self._data, self._at = data, 0
 
     def count(self, most: int) -> tuple[int, int, int]:
-        """Read the header. Return the miniblocks of a block, their values, and all values."""
+        """Read the header. Return the number of miniblocks in a block, of values in a miniblock,
+        and of all values."""
         block, miniblocks, total = self._varint(), self._varint(), self._varint()
         if not 0 < block <= MAX_BLOCK or not 0 < miniblocks <= block:
             raise ValueError(f"a page has blocks of {block:,} values in {miniblocks:,} miniblocks")

@@ -43,7 +43,7 @@ def check_images(schema: Any, column: str, name: str) -> None:
 
     remedy = "pass the name of a column of bytes, or of structs {bytes, path}"
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        remedy = "write its paths into a .txt list, after downloading any images at addresses"
+        remedy = "download any images at addresses, and write the paths into a .txt list"
     elif pa.types.is_null(kind):
         remedy = "store images in it, because it has none"
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
@@ -66,7 +66,7 @@ def type_of(schema: Any, column: str, name: str) -> Any:
         f"{'no' if not found else 'more than one'} column {display_name(column)}",
         name=name,
         expected=f"one of its columns: {held}",
-        remedy="pass one of these columns, and only files with this column",
+        remedy="pass one of these columns, and only files that contain it",
     )
 
 

@@ -39,7 +39,7 @@ class CheckedPages:
     def expect(self, parquet: Any, group: int, column: str, most: int | None = None) -> None:
         """Check the pages of this column in the reads that follow.
 
-        A page may have at most `most` bytes, by default as many as decoding may use.
+        A page may need at most `most` bytes of memory, by default as many as decoding may use.
         """
         leaves = {
             at: leaf
@@ -49,7 +49,8 @@ class CheckedPages:
         self._waiting = (parquet.metadata.row_group(group), leaves, most)
 
     def read(self, size: int = -1) -> bytes:
-        """Read bytes. Raises ImageError for a page that cannot have the size in its header."""
+        """Read bytes. Raises ImageError for a page that claims impossible sizes or needs too much
+        memory."""
         if self._waiting is not None:
             # not earlier: a request for an encrypted column's size ends the process, and pyarrow
             # reads no such column
@@ -117,7 +118,8 @@ class _Chunk:
             self._take(memoryview(data)[place - at :])
 
     def _take(self, data: memoryview) -> None:
-        """Hold the bytes up to the end of a header or a page, and check it."""
+        """Collect the bytes of a header, or of a page with a delta encoding, and check it at its
+        end."""
         if self._header is None:
             self._held += data[: max(1_024, len(self._held))]
             if (header := self._read_header()) is not None:
@@ -161,7 +163,10 @@ class _Chunk:
             need += DICTIONARY_VALUE_BYTES * header.n_values
         elif header.encoding in DELTA_ENCODINGS:
             if header.n_values > self._max_values:
-                reason = f"a page claims {header.n_values:,} values of {self._max_values:,}"
+                reason = (
+                    f"a page claims {header.n_values:,} values, but its column has "
+                    f"{self._max_values:,}"
+                )
                 raise cannot_read("", ValueError(reason))
             need += DELTA_VALUE_BYTES * header.n_values
         most = decoding_memory.total if self._most is None else self._most
@@ -205,7 +210,8 @@ class PageHeader(NamedTuple):
 
 
 def page_header(data: bytes | bytearray) -> PageHeader | None:
-    """Read a page's header: its own bytes, and the page's uncompressed and compressed bytes.
+    """Read a page's header. Its first values are the bytes of the header, and of the page before
+    and after compression.
 
     >>> page_header(bytes([0x15, 0, 0x15, 200, 1, 0x15, 80, 0, 9, 9]))[:3]
     (8, 100, 40)

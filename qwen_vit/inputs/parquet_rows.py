@@ -164,7 +164,7 @@ class _Reader:
             raise error.without_frames()
 
     def _read_ahead(self, wanted: int) -> None:
-        """Read rows of the group up to a number of rows or bytes."""
+        """Read the next rows of the group, up to AHEAD_ROWS rows or AHEAD_BYTES bytes."""
         end = min(self.next_row + AHEAD_ROWS, self._starts[self._reading + 1])
         n_bytes = 0
         while self.next_row < end and n_bytes < AHEAD_BYTES:
@@ -215,7 +215,8 @@ class _Readers:
         self._readers: OrderedDict[_Reader, _Key] = OrderedDict()
 
     def value(self, key: _Key, row: int) -> Any:
-        """Return the value of a row, from the reader whose position is closest before it."""
+        """Return the value of a row. The reader has the row, or is the closest before it, or is
+        new."""
         while True:
             reader = self._reader(key, row)
             with reader.lock:

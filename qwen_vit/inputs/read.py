@@ -1,4 +1,4 @@
-"""Read the bytes of a listed image from its file, tar or Parquet file."""
+"""Read the bytes of a listed image from its file, tar, Parquet file or address."""
 
 import errno
 import os
@@ -28,7 +28,8 @@ def read_item(item: Item, limits: ImageLimits) -> bytes:
     >>> read_item(rocket, ImageLimits())[:3]
     b'\\xff\\xd8\\xff'
 
-    Raises ImageError with the id if the image cannot be read, or the error found during listing.
+    Raises ImageError with the id if the image cannot be read, or with the error that the listing
+    recorded.
     """
     if item.error is not None:
         code, message = item.error

@@ -42,7 +42,8 @@ def listed_objects(address: str) -> Iterator[tuple[str, RemoteObject, bool]]:
     object's own.
 
     For a folder, the name is the object's path below the folder. For an object or a pattern, it is
-    the object's address. Raises ExportError if the address does not exist or cannot be listed.
+    the object's address. Raises ExportError if the address does not exist, cannot be listed or, as
+    a pattern, matches no object.
     """
     address = SLASHES.sub("/", address)
     count = 0
@@ -150,7 +151,7 @@ def _image_errors(item: Item) -> Iterator[None]:
 
 
 def below(folder_of: str, source: str) -> str:
-    """Return a source of a remote list, relative to the list's own folder.
+    """Return the address of a source that a remote list names relative to the list's own folder.
 
     >>> below("s3://bucket/lists/a.txt", "../images/1.jpg")
     's3://bucket/images/1.jpg'

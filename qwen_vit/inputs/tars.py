@@ -16,8 +16,8 @@ __all__ = [
     "COMPRESSED_TARS", "IMAGE_SUFFIXES", "MEDIA_SUFFIXES", "TAR_SUFFIX", "tar_items",
 ]  # fmt: skip
 
-# The suffixes of images in a folder or a tar. qwen_vit cannot decode the formats after AVIF. The
-# list has their suffixes so that qwen_vit reports such images and does not skip them silently.
+# The suffixes of images in a folder or a tar. By default, qwen_vit cannot decode the formats after
+# AVIF. The list has their suffixes so that qwen_vit reports such images and does not skip them.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
     *(".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".ico", ".pnm", ".tga"),
@@ -119,7 +119,7 @@ def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> It
 class _Headers:
     """Read a tar's headers up to a size limit, because tarfile sets none.
 
-    One member has a long name and pax records.
+    The header of one member includes its long name and its pax records.
     """
 
     def __init__(self, file: BinaryIO) -> None:

@@ -1,4 +1,4 @@
-"""Read images at https:// addresses of allowed hosts, only over public networks.
+"""Read images at https:// addresses of allowed hosts, only from public IP addresses.
 
 The author of a list must not gain access to this machine's own network. Therefore each connection
 checks the IP address that it uses, and a name that resolves differently the next time cannot bypass

@@ -164,7 +164,7 @@ def test_addresses_that_no_download_helps_have_a_remedy_of_their_own(
         (3, "int", "Expected a path"),
         (["a.jpg"], "list", "Give its items one by one"),
         (io.BytesIO(b"..."), "BytesIO", "Give its path, or the bytes that its read() returns"),
-        (np.ma.masked_equal(noise(4, 5), 3), "MaskedArray", "with its filled()"),
+        (np.ma.masked_equal(noise(4, 5), 3), "MaskedArray", "values with filled()"),
     ],
 )
 def test_other_types_are_refused_by_name(source: Any, kind: str, remedy: str) -> None:

@@ -141,7 +141,11 @@ def test_columns_must_make_sense() -> None:
     ("values", "fact", "remedy"),
     [
         (pa.array(["a.png"]), "contains string", ".txt"),
-        (pa.array(["https://x/a.png"], pa.large_string()), "contains large_string", "download"),
+        (
+            pa.array(["https://x/a.png"], pa.large_string()),
+            "contains large_string",
+            "Download any images",
+        ),
         (pa.nulls(1), "contains null", "has none"),
         (pa.array([[b"x"]]), "contains list<", "one image per row"),
         (pa.array([[{"bytes": b"x"}]]), "contains list<", "one image per row"),
@@ -181,7 +185,7 @@ def test_files_of_different_schemas_are_one_error(parquet_dir: Path) -> None:
     pq.write_table(pa.table({"picture": [b"x"]}), "data/b.parquet")
     error = refused("data")
     assert error.name == "b.parquet"
-    assert "only files with this column" in error.remedy
+    assert "only files that contain it" in error.remedy
     write_rows("data/b.parquet", [tiny_png(1)], pa.binary(), other=[1])  # bytes beside structs
     assert [read_item(item, LIMITS) for item in items("data")] == [tiny_png(0), tiny_png(1)]
 
