@@ -90,7 +90,7 @@ class StageTimer:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the time of the block for this stage."""
+        """Add the time of the block to this stage."""
         before = self._switch(name)
         try:
             yield
@@ -98,7 +98,7 @@ class StageTimer:
             self._switch(before)
 
     def move(self, seconds: float, of: str, to: str) -> None:
-        """Move `seconds` from stage `of` to stage `to`, at most all seconds of `of`."""
+        """Move up to `seconds` from the total of stage `of` to the total of stage `to`."""
         seconds = min(seconds, self._seconds[of])
         self._seconds[of] -= seconds
         self._seconds[to] += seconds

@@ -30,8 +30,8 @@ class InputChanges:
         replaced: objects in a store whose version changed.
         gone: images of the export that the new listing lacks.
         same: images whose place and version are unchanged.
-        is_reordered: whether the order of ids differs from that of the export's only listing, on
-            which the shards depend. False if the export has several listings.
+        is_reordered: whether the ids have another order than in the export's only listing. Its
+            shards depend on the order. False if the export has several listings.
     """
 
     new: list[Item] = field(default_factory=list)
@@ -134,7 +134,7 @@ def _changed_of_shard(
 
 
 def _digest(item: Item, limits: ImageLimits) -> str:
-    """Return the sha256 of the bytes of an image or video, like the sha256 in a shard."""
+    """Return the sha256 of an image's or video's bytes, as a shard records it."""
     if item.is_video:
         with open_video_item(item, VideoLimits()) as (_, digest):
             return digest

@@ -112,8 +112,8 @@ class PinnedRing:
     torch.Size([1000])
     >>> ring.release()
 
-    torch's allocator of pinned memory keeps a block of every requested size, so exports of images
-    with many sizes grew by hundreds of megabytes. One thread allocates, and another thread may
+    torch's allocator of pinned memory keeps a block of every requested size, so an export of images
+    with many sizes would need more and more memory. One thread allocates, and another thread may
     release.
     """
 

@@ -24,8 +24,8 @@ class CacheWriter:
     lists the shard's entries. The name of that list follows from the export's settings and the
     shard's number.
 
-    Raises ExportError if the folder is not writable or belongs to another model. Raises
-    ArgumentError if no language model accepts the export's rows.
+    Raises ExportError if the folder cannot be written, contains other files or belongs to another
+    model. Raises ArgumentError if no language model accepts the export's rows.
     """
 
     def __init__(self, plan: ExportPlan, folder: str | os.PathLike[str]) -> None:

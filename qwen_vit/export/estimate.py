@@ -57,7 +57,8 @@ NAME_BYTES = 300  # an image's id, source and share of the settings in a shard's
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Describe the estimated size and duration of an export, or of the part that `part` selects.
+    """Describe the estimated size and duration of an export, or of the part that the options
+    select.
 
     Attributes:
         images: the number of images, each counted once even if the export encoded it again.

@@ -95,7 +95,8 @@ class ExportFolder(ABC):
 
     @abstractmethod
     def check(self, settings: str, leftover: Pattern[str], *, make: bool) -> None:
-        """Raise ExportError if the folder contains anything except an export, or cannot be used.
+        """Raise ExportError if the folder contains anything except an export, or cannot be created
+        or written.
 
         With `make`, also create the folder.
         """
@@ -107,7 +108,7 @@ class ExportFolder(ABC):
     @abstractmethod
     def check_conditions(self, name: str) -> None:
         """Log a warning if the store has no conditional writes, which protect files from other
-        machines. The method tries one on the file, which must exist."""
+        machines. The method tries a conditional write on the file, which must exist."""
 
     @abstractmethod
     def which_exist(self, names: Iterable[str]) -> set[str]:
@@ -199,7 +200,7 @@ class LocalFolder(ExportFolder):
 
 
 def refuse_strange(folder: ExportFolder, names: Sequence[str], settings: str) -> None:
-    """Raise ExportError if `names` are not empty: files in a folder without an export."""
+    """Raise ExportError if there are any `names`: files in a folder without an export."""
     if names:
         raise ExportError(
             f"the folder contains {display_name(sorted(names)[0])} ({len(names)} in all) and no "

@@ -108,7 +108,7 @@ class CurrentImages:
         return [row for row in rows if self.has(shard, row.id)] if self._last else list(rows)
 
     def count(self, shards: Sequence[int]) -> int:
-        """Return the number of current images of some shards."""
+        """Return the number of current images of these shards."""
         if not self._last:
             return sum(map(self._listings.shard_length, shards))
         return sum(self.has(s, item.id) for s in shards for item in self._listings.shard(s))

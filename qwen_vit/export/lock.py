@@ -66,7 +66,7 @@ def hold_folder(folder: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
 
 @contextmanager
 def short_lock(folder: Path) -> Iterator[None]:
-    """Wait for the folder's second lock and take it, so that one part at a time does short work.
+    """Wait for the folder's second lock and take it. One part at a time then does short work.
 
     >>> with short_lock(Path("export")):  # doctest: +SKIP
     ...     write_manifest()
@@ -185,7 +185,7 @@ def _sign(descriptor: int, kind: int, path: Path, *, is_locked: bool) -> None:
     if before and before.get("host") != host:
         raise _HeldError(
             f"{_owner(descriptor)} was writing to it, and this host ({host}) cannot check whether "
-            "it still writes",
+            "that process still runs",
             name=str(path.parent),
             remedy=f"if that export has ended, delete {path}",
         )

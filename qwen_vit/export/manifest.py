@@ -59,7 +59,7 @@ class ManifestRow:
 
 
 def shard_rows(file: FeatureFile, items: Sequence[Item], first: int) -> list[ManifestRow]:
-    """Return a shard's rows in the order of its `items`. The first item is line `first`."""
+    """Return a shard's rows in the order of its `items`. `first` is the first item's line."""
     facts, shard = file.metadata, file.path.name
     places = {name: place for place, name in enumerate(file.ids)}
     errors = {error.id: error for error in file.errors}
@@ -94,7 +94,8 @@ def shard_rows(file: FeatureFile, items: Sequence[Item], first: int) -> list[Man
 
 def load_arrow() -> bool:
     """Import pyarrow, and return whether it is installed. Without pyarrow, the manifest consists of
-    JSON lines. Call this early, because pyarrow takes memory."""
+    JSON lines. Call this before decoding, because pyarrow takes memory that decoding must not plan
+    to use."""
     try:
         import pyarrow.parquet  # type: ignore[import-untyped]
     except ImportError:
@@ -150,7 +151,7 @@ def _write_parquet(file: BinaryIO, shards: Iterable[Sequence[ManifestRow]]) -> N
 
 
 def _row_groups(shards: Iterable[Sequence[ManifestRow]]) -> Iterator[list[ManifestRow]]:
-    """Join the rows of small shards, because the writer keeps the description of every group."""
+    """Join the rows of small shards, because the writer keeps facts about every group in memory."""
     rows: list[ManifestRow] = []
     for shard in shards:
         rows += shard

@@ -225,7 +225,7 @@ class _Worker:
         return done._replace(n_kept=0), clock.seconds()
 
     def stop(self) -> None:
-        """End the shards in progress, and wait for at most STOP_TIMEOUT_S until they are saved."""
+        """Stop the shards, and wait up to STOP_TIMEOUT_S until their encoded images are saved."""
         self._is_stopped = True
         with self._at_rest:
             self._at_rest.wait_for(lambda: self._running == 0, STOP_TIMEOUT_S)

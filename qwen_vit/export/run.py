@@ -69,8 +69,8 @@ def export_features(
             error.
         show_progress: show a progress bar on a terminal, or a line per minute in a log.
         decode_threads: threads that read, decode and resize. [default: one per two cores, 2 to 16]
-        ec_cache: a folder for vLLM's encoder cache. The export also writes the cache after each
-            shard: see `integrations.vllm.write_ec_cache`.
+        ec_cache: a folder for vLLM's encoder cache, which the export writes after each shard. See
+            `integrations.vllm.write_ec_cache`.
         stop: signals that end the export after the batch in progress, as an interrupt does.
 
     Raises:

@@ -72,7 +72,7 @@ def make_settings(
 ) -> dict[str, Any]:
     """Return the settings of an export as JSON values, without the listing's facts.
 
-    The encoder's first call hashes the weights, which takes time.
+    The first call for an encoder hashes the weights, which takes time.
     """
     metadata = encoder.metadata()
     if has_videos or options.as_video:

@@ -157,8 +157,8 @@ def _write(
     copier: HostCopier,
     clock: StageTimer,
 ) -> Generator[DoneShard | None, None, None]:
-    """Write a shard, and yield it at the end. Yield None twice before: after the first batches
-    start, and while the writer saves the shard.
+    """Write a shard, and yield it at the end. Before that, yield None twice: after the first
+    batches start, and while the writer saves the shard.
 
     The caller finishes the previous shard at the first pause, because only one shard may copy
     features. Closing the generator at the second pause waits until the writer has saved the shard.
@@ -224,7 +224,8 @@ def _jobs(
 def _load(
     item: Item, place: int, line: int, loader: ImageLoader, under_way: UnderWay
 ) -> ImageRecord:
-    """Return an image with its patches or its error. `line` is the image's line in the listing."""
+    """Return an image with its patches or its error. `line` is its line in the export's
+    listings."""
     image = ImageRecord(item, place)
     try:
         image.stage = "read" if item.error is None else "list"

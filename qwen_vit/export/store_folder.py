@@ -47,8 +47,8 @@ class StoreFolder(ExportFolder):
     """Write an export to a prefix in object storage, through a scratch folder on each machine.
 
     Conditional writes, if the store supports them, resolve conflicts between machines. A new shard
-    then never replaces another process's shard, nor do settings or a manifest replace a version
-    that another process wrote. Locks separate the processes of one machine. If an upload fails, the
+    then never replaces another process's shard. Settings and a manifest replace only the version
+    that this process has read. Locks separate the processes of one machine. If an upload fails, the
     file remains in `scratch` for the next run.
     """
 

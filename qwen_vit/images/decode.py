@@ -154,7 +154,7 @@ def _lazy_bytes(image: Image.Image, limits: ImageLimits) -> bytes | None:
 
 
 class _Reader(io.BytesIO):
-    """Read from bytes, and record a read beyond the end."""
+    """Read from bytes, and record whether a read went beyond the end."""
 
     ran_out = False
 
@@ -278,9 +278,10 @@ def _load(
 
 
 def _prepare_tiff(image: TiffImagePlugin.TiffImageFile, name: str, limits: ImageLimits) -> None:
-    """Check the strips, and allocate the image first, because Pillow warns above its own limit.
+    """Check that the strips or tiles cover the image, and allocate the image.
 
-    If the file does not list a strip, Pillow would leave its area black.
+    Pillow would leave the area of a missing strip black. When it allocates an image above its own
+    pixel limit, it warns.
     """
     width, height = image._tile_size
     check_pixels(width, height, name, limits)

@@ -87,7 +87,7 @@ class ImageLimits:
     formats.
 
     `allow_urls` are hosts, such as "images.example.org" or "*.example.org:8443". qwen_vit fetches
-    images only from https:// addresses of these hosts.
+    images from the web only at https:// addresses of these hosts.
 
     The limits apply to one call. qwen_vit neither reads nor sets Pillow's process-wide
     MAX_IMAGE_PIXELS, but some of Pillow's plug-ins, for example for WebP and GIF, do read it.
@@ -114,8 +114,8 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RgbImage:
-    """Hold a loaded image. `picture` is a decoded PIL image of mode RGB, not shared with any other
-    object.
+    """Hold a loaded image. `picture` is a decoded PIL image of mode RGB. It shares no memory with
+    the source, unless the source was lent.
 
     `format` is the format of the content ("JPEG", ..., "PIL", "array", "tensor"). `name` identifies
     the image in messages. `notes` lists the changes made, such as "EXIF orientation 6 applied".

@@ -294,7 +294,8 @@ def limited_memory(name: str) -> Iterator[None]:
 
 
 def check_sides(height: int, width: int, name: str) -> None:
-    """Raise ImageError with code "zero-side" or "ratio" for sides that have no valid size."""
+    """Raise ImageError with code "zero-side" for a side below 1 pixel, or "ratio" for a thin
+    image."""
     if min(height, width) < 1:
         raise ImageError(
             f"the size is {width}x{height} (width x height)",

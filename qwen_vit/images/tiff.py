@@ -153,8 +153,7 @@ def check_tags(image: TiffImagePlugin.TiffImageFile, name: str) -> None:
 
 
 def grey_depth(image: TiffImagePlugin.TiffImageFile) -> tuple[int, bool]:
-    """Return the bits of a deep grey sample, and whether 0 is white, because Pillow ignores
-    both."""
+    """Return a deep grey sample's number of bits, and whether 0 is white. Pillow ignores both."""
     return max(_values(image.tag_v2, BITS)), image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
 
 

@@ -66,7 +66,7 @@ def to_rgb(
 def check_exif(image: Image.Image) -> None:
     """Raise ValueError if the Exif entries claim far more bytes than the Exif data contains.
 
-    Pillow copies the bytes that each entry refers to, and 5,000 entries can share 64 KB.
+    Pillow copies the bytes that each entry refers to, and many entries can share the same bytes.
     """
     exif = image.info.get("exif")
     if exif is None and "Raw profile type exif" in image.info:

@@ -1,8 +1,8 @@
 """List the images to export in one order. Each image has an id and a source.
 
-A listing has one JSON object per line: `{"id": ..., "source": ...}`. An export freezes it in its
-folder. An image inside a tar also has `offset` and `size` in bytes, so rereading it needs no
-search. An image in a Parquet file has `row` and `column`.
+A listing has one JSON object per line: `{"id": ..., "source": ...}`. An export stores its listing
+in its folder, and does not change it afterwards. An image inside a tar also has `offset` and `size`
+in bytes, so rereading it needs no search. An image in a Parquet file has `row` and `column`.
 """
 
 import hashlib

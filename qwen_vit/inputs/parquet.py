@@ -104,7 +104,7 @@ def _size(file: BinaryIO) -> int:
 def _check_rows(metadata: Any, n_bytes: int, name: str) -> None:
     """Raise ImageError for a number of rows that a file of this size cannot contain as images.
 
-    Only the footer has the numbers, so a few bytes may claim any number of rows.
+    The number comes only from the footer, so a few bytes may claim any number of rows.
     """
     groups = (metadata.row_group(at).num_rows for at in range(metadata.num_row_groups))
     if metadata.num_rows != sum(groups):

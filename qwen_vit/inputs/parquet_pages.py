@@ -210,8 +210,8 @@ class PageHeader(NamedTuple):
 
 
 def page_header(data: bytes | bytearray) -> PageHeader | None:
-    """Read a page's header. Its first values are the bytes of the header, and of the page before
-    and after compression.
+    """Read a page's header. The first values are the sizes in bytes of the header, and of the page
+    before and after compression.
 
     >>> page_header(bytes([0x15, 0, 0x15, 200, 1, 0x15, 80, 0, 9, 9]))[:3]
     (8, 100, 40)

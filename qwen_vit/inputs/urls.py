@@ -114,7 +114,7 @@ def _ends_at(connection: http.client.HTTPConnection, end: float) -> Iterator[Non
 
 
 def _checked(url: str, limits: ImageLimits) -> tuple[SplitResult, str, int]:
-    """Return the parts of an address, if the limits allow it."""
+    """Return an address's parts, host and port. Raise an error unless the limits allow the host."""
     try:
         if not url.isascii() or re.search(r"[\x00-\x20\x7f]", url):
             raise ValueError
@@ -141,7 +141,7 @@ def _checked(url: str, limits: ImageLimits) -> tuple[SplitResult, str, int]:
 
 
 class _Connection(http.client.HTTPSConnection):
-    """Connect to a public address without a proxy, until a deadline."""
+    """Connect to a public address, without a proxy and before a deadline."""
 
     def __init__(self, host: str, port: int, end: float) -> None:
         super().__init__(host, port, timeout=TIMEOUT_S, context=_context())
