@@ -33,7 +33,9 @@ ROWS_OF = {"merged": "tokens", "patch": "patches", "mean": "rows"}
 def estimate_text(estimate: Estimate, folder: AnyPath) -> str:
     """Return the size and time that an export into `folder` would need, as text."""
     seconds, n_bytes = estimate.seconds, estimate.bytes
-    duration = "unknown" if seconds is None else f"about {_duration(seconds)}, by a few images"
+    duration = "unknown"
+    if seconds is not None:
+        duration = f"about {_duration(seconds)}, estimated from a few images"
     duration = duration if estimate.to_do else "none: nothing is left to do"
     size = f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 10**9 else f"{n_bytes / 1e6:,.1f} MB"
     unfit = [

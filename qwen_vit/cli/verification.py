@@ -67,7 +67,7 @@ def verify_checkpoint(source: Source) -> Findings:
         for name, tensor in checkpoint.tensors.items():
             check_finite(tensor, checkpoint.locate(name))
     except CheckpointError as error:
-        return Findings("it was read up to the first problem", (error.text(in_shell=True),))
+        return Findings("the command stopped at the first problem", (error.text(in_shell=True),))
     return Findings("no hash is recorded for this folder; every weight was read and is finite", ())
 
 
@@ -75,10 +75,12 @@ def verify_stored(path: str) -> Findings:
     """Read every row of a feature file or an export folder."""
     with tqdm(unit="image", file=sys.stderr, disable=not shows_progress()) as bar:
         found = verify_features(path, on_image=bar.update)
-    digests = f"{found.digests:,} of them" if found.digests < found.images else "all of them"
-    by_digest = f"{digests} by their digests" if found.digests else "no digests are recorded"
+    with_digests = f"{found.digests:,} images" if found.digests < found.images else "all images"
+    by_digest = "no digests are recorded"
+    if found.digests:
+        by_digest = f"{with_digests} compared with their digests"
     rows = f"{plural(found.images, 'image')}, {plural(found.rows, 'row')} read; {by_digest}"
-    older = f"; {found.superseded:,} superseded as well" * bool(found.superseded)
+    older = f"; also read {plural(found.superseded, 'superseded image')}" * bool(found.superseded)
     is_unfinished = bool(found.problems) and not found.is_damaged
     counts = unfinished_text(found.saved, found.to_do) if is_unfinished else ""
     return Findings(rows + older, found.problems, counts)

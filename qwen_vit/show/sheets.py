@@ -37,7 +37,7 @@ def show_features(
             components are fitted to all feature maps together, so that colours are comparable.
         pictures: the images by id, if the ids are not the images' paths.
         point: (x, y) in pixels of the first image. The function compares this cell with every cell.
-            layer: a block of `features.layers` to draw instead of the embeddings.
+        layer: a block of `features.layers` to draw instead of the embeddings.
         frame: the frame of a video.
 
     Returns:

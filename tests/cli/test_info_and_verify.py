@@ -66,7 +66,7 @@ def test_a_wrong_bit_is_found_by_the_digest(folder: Path, run: Any, tensor: str)
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
     encoded = encoder.encode(["a.png", "b.jpg"], layers=(1,))
     path = write_features("f.safetensors", encoded, encoder.metadata())
-    assert "all of them by their digests" in run("verify", path).out
+    assert "all images compared with their digests" in run("verify", path).out
     with safe_open(path, "pt") as opened:
         metadata = opened.metadata()
     tensors = load_file(path)

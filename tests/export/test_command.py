@@ -195,9 +195,13 @@ def test_of_a_large_image_in_a_tar_the_head_is_read(
 @pytest.mark.parametrize(
     ("n_bytes", "seconds", "words"),
     [
-        (88_944, 0.488, ("0.1 MB", "about 0.5 s, by a few images")),
-        (1_000_000, 1_500.0, ("1.0 MB", "about 25 min, by a few images")),
-        (16_500_000_000_000, 25_200.0, ("16,500.0 GB", "about 7.0 hours, by a few images")),
+        (88_944, 0.488, ("0.1 MB", "about 0.5 s, estimated from a few images")),
+        (1_000_000, 1_500.0, ("1.0 MB", "about 25 min, estimated from a few images")),
+        (
+            16_500_000_000_000,
+            25_200.0,
+            ("16,500.0 GB", "about 7.0 hours, estimated from a few images"),
+        ),
         (0, None, ("0.0 MB", "unknown")),
     ],
 )

@@ -314,4 +314,4 @@ def test_verify_and_info_count_the_collection_and_name_what_was_superseded(
     assert (found.images, found.superseded, found.problems) == (9, 1, ())
     assert found.digests == found.images == facts["images_done"] == len(load_features("out"))
     assert found.rows == facts["rows"] == sum(len(each.embeds) for each in load_features("out"))
-    assert verify_stored("out").text().endswith("; 1 superseded as well")
+    assert verify_stored("out").text().endswith("; also read 1 superseded image")

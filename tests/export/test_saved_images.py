@@ -42,8 +42,8 @@ def test_images_saved_in_the_first_shard_count_as_saved(
     verify = qwen_vit("verify", "out")
     assert verify.code == 1
     assert verify.out == (
-        "not complete: 32 saved in an open shard, 65 to do; 32 images, 128 rows read; all of them "
-        "by their digests\n"
+        "not complete: 32 saved in an open shard, 65 to do; 32 images, 128 rows read; all images "
+        "compared with their digests\n"
         "  1 shard missing: run the same `qwen-vit export` command again to write what is missing\n"
     )
     both = qwen_vit("info", "out", "--verify")
