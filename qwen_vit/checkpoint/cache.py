@@ -96,7 +96,8 @@ def find(folder: Path) -> Manifest | None:
     """Return a folder's manifest, or None if the folder does not exist.
 
     The function checks the file sizes and the header of vision.safetensors. Raises CheckpointError
-    if a file is missing or changed, or if a newer version of qwen_vit wrote the folder.
+    if a file is missing, if a size, the header or the manifest has changed, or if a newer version
+    of qwen_vit wrote the folder.
     """
     if not folder.is_dir():
         return None

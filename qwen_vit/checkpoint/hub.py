@@ -50,14 +50,14 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source(Origin):
-    """Describe a checkpoint's origin and the folder with its files."""
+    """Describe a checkpoint: its origin, and the folder that contains its files."""
 
     folder: Path
 
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """Count the bytes of a download: fetched now, kept on the disk, and saved.
+    """Count a download's bytes: fetched now, kept on the disk, and left on the Hub (saved).
 
     `kept_bytes` counts weights, and `saved_bytes` counts the checkpoint's other weights. Both are
     None for a local checkpoint. `saved_bytes` is also None if the index does not give the total

@@ -133,7 +133,7 @@ class Repository:
         return NotCachedError.of(self.explain(LocalEntryNotFoundError("")))
 
     def cached(self, name: str) -> Path | None:
-        """Return a file of the Hub's cache, or None."""
+        """Return a file's path in the Hub's cache, or None if the file is not there."""
         known = self._look_up(name)
         return known if isinstance(known, Path) else None
 

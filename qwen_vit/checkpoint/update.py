@@ -1,4 +1,4 @@
-"""Write published tensors, in any order and in parts, into a tower's parameters.
+"""Write published tensors, in any order and a few at a time, into a tower's parameters.
 
 An inference engine reads weights itself, and passes them on as it reads. A trainer sends new
 weights while the tower is in use. The parameters keep their memory, so captured CUDA graphs remain

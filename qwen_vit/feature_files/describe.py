@@ -23,7 +23,7 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float6
 
 
 def holds_features(path: str) -> bool:
-    """Return whether a path is an address, a folder with export.json or a name in .safetensors.
+    """Return whether a path is an address, a folder with export.json, or ends in .safetensors.
 
     >>> holds_features("tests/photographs"), holds_features("features.safetensors")
     (False, True)

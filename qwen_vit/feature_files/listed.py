@@ -130,7 +130,7 @@ class ListedImages:
 
     @property
     def ids(self) -> Sequence[str]:
-        """Return each image once, in the order of each image's first listing."""
+        """Return the id of each image once, in the order of each image's first listing."""
         return list(self.shard_of) if len(self._listings) > 1 else self._listings[0][1]
 
     def listing_of(self, shard: int) -> ListingFacts:

@@ -471,7 +471,7 @@ def full_attention(
     k_rows: int = K_ROWS,
     num_stages: int = NUM_STAGES,
 ) -> None:
-    """Fill `out` (N, H, D) with full attention over keys that already have RoPE applied.
+    """Fill `out` (N, H, D) with full attention. `k_rotated` (N, H, D) are the keys after RoPE.
 
     Only benchmarks and tests change `k_rows` and `num_stages`.
     """

@@ -1,4 +1,4 @@
-"""Convert features to requests for SGLang's engine."""
+"""Convert features to the image data of a request to SGLang's engine."""
 
 from typing import Any
 

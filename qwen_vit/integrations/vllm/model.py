@@ -93,7 +93,7 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by 
         """Call the tower with the maximum number of rows, if vLLM has not done so.
 
         The second model runner of vLLM 0.25, which is the default, measures only the language
-        model. Without this call the first request would compile the kernels, which takes 20 s.
+        model. Without this call, the first request would have to wait until the kernels compile.
         """
         if self.visual.device.type == "cpu":
             return  # a CPU compiles nothing
