@@ -4,16 +4,18 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from qwen_vit.config import ImageConfig
 from qwen_vit.errors import ImageError
 from qwen_vit.export.circuit_breaker import TrippedError
 from qwen_vit.export.manifest import ManifestRow
 from qwen_vit.export.plan import ExportPlan
 from qwen_vit.export.records import DoneShard
 from qwen_vit.feature_files.schema import shard_name
-from qwen_vit.images.image import ImageLimits
 from qwen_vit.images.isolated import decode_in_child
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.read import read_item
+from qwen_vit.video.isolated import load_in_child
+from qwen_vit.video.items import open_video_item
 
 __all__ = ["FailingRun", "may_work_now"]
 
@@ -35,15 +37,23 @@ def may_work_now(plan: ExportPlan, shard: int, rows: Sequence[ManifestRow]) -> b
     ]
     if not failed:
         return False
-    items, limits = plan.listing.shard(shard), plan.options.limits
-    return any(_works_now(items[at], str(rows[at].error_code), limits) for at in failed)
+    items = plan.listing.shard(shard)
+    return any(_works_now(items[at], str(rows[at].error_code), plan) for at in failed)
 
 
-def _works_now(item: Item, code: str, limits: ImageLimits) -> bool:
+def _works_now(item: Item, code: str, plan: ExportPlan) -> bool:
+    options, is_deadly = plan.options, code == "memory"  # it may have killed the process
     try:
-        data = read_item(item, limits)
-        if code == "memory":  # it may have killed the process
-            decode_in_child(data, item.id, limits)
+        if item.is_video:
+            with open_video_item(item, options.video_limits):
+                pass
+            if is_deadly:
+                config = ImageConfig.from_json({**plan.settings["image_policy"], "resample": None})
+                load_in_child(item, options.video, options.video_limits, config)
+            return True
+        data = read_item(item, options.limits)
+        if is_deadly:
+            decode_in_child(data, item.id, options.limits, page=item.page)
     except (ImageError, MemoryError):
         return False
     return True

@@ -14,6 +14,7 @@ from PIL import Image
 from qwen_vit import (
     ExportOptions,
     ImageFeatures,
+    ImageLimits,
     VideoFeatures,
     VideoOptions,
     export_features,
@@ -22,8 +23,10 @@ from qwen_vit import (
 )
 from qwen_vit.downstream import expand_placeholders, to_hf, to_sglang, to_vllm, to_vllm_chat_part
 from qwen_vit.errors import ArgumentError, ExportError
+from qwen_vit.export import retry
 from qwen_vit.export.estimate import estimate_export
 from qwen_vit.feature_files.read import FeatureFolder
+from qwen_vit.loading import ImageLoader
 from tests.support.fake_encoder import FakeEncoder
 from tests.support.videos import make_video, numbered
 
@@ -113,6 +116,38 @@ def test_resuming_with_other_frames_is_refused_and_images_alone_do_not_ask(folde
     assert "video" not in load_features("images").metadata["image_policy"]
     same = ExportOptions(video=VideoOptions(fps=1.0))
     assert export_features(fake, ["c.png"], "images", same).exported == 1
+
+
+def test_a_video_that_was_missing_is_tried_again_even_above_the_limits_on_images(
+    folder: Path,
+) -> None:
+    """Reading it as an image once applied `max_file_bytes` of ImageLimits, so it stayed missing."""
+    (folder / "media").mkdir()
+    Path("media/a.mp4").symlink_to("../b.mp4")
+    limits = ImageLimits(max_file_bytes=1_000)
+    assert export(["media"], limits=limits).failed == {"missing": 1}
+    make_video("b.mp4", 8)
+    assert Path("b.mp4").stat().st_size > limits.max_file_bytes
+    assert export(["media"], limits=limits).exported == 1
+
+
+def test_a_video_that_did_not_fit_into_memory_is_first_loaded_in_a_child_process(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child process once received the video as an image, so the export never tried it again."""
+    make_video("a.mp4", 8)
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageLoader, "load_video", no_memory)
+        assert export(["a.mp4"]).failed == {"memory": 1}
+    tried: list[Any] = []
+    monkeypatch.setattr(retry, "load_in_child", lambda *arguments: tried.append(arguments))
+    assert export(["a.mp4"]).exported == 1
+    [(item, options, _, config)] = tried
+    assert (item.id, options, config) == ("a.mp4", SMALL, FakeEncoder(min_pixels=784).image_config)
 
 
 def test_an_animation_becomes_a_video_where_it_is_asked_for(folder: Path) -> None:
