@@ -155,7 +155,7 @@ def open_if_whole(folder: ExportFolder, shard: int) -> FeatureFile | None:
 
 
 def _place(item: Item) -> Item:
-    """Return an item without the parts that may change at one place.
+    """Return an item without the parts that may change while its place stays the same.
 
     These are an error's message, because other versions of qwen_vit may word it differently, and
     an object's version and size. Only a whole object has offset 0, because a tar begins with a

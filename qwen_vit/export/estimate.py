@@ -49,7 +49,7 @@ __all__ = ["Estimate", "estimate_export", "estimate_plan", "target_size"]
 SAMPLE = 1_000  # the number of images for a plan
 SAMPLE_OF_ROWS = 100  # for Parquet, where reading a row also reads earlier rows of its row group
 MAX_TIMED = 512  # the number of images
-TIMING_S = 6.0  # for all timings; an image that takes as long is timed alone
+TIMING_S = 6.0  # for all timings; on a CPU, an image that takes longer is timed alone
 MAX_GROWTH = 8  # of the image count from one timing to the next
 HEAD_BYTES = 2**16  # the bytes to read of an image in a tar; most formats give the size there
 NAME_BYTES = 300  # an image's id, source and share of the settings in a shard's header
@@ -210,7 +210,7 @@ class _Counts:
         self._encoder, self._options = encoder, options
         self._form = RowFormat.of(encoder, options)
         self.work = _Work()
-        self.sample: list[Item] = []  # of the images to do, to time them
+        self.sample: list[Item] = []  # of the unfinished images, to time them
         self._chance = Random(0)
         self._seen = self._images = self._done = self._failed = 0
         self._missing = self._unreadable = self._rows = self._bytes = self._saved = 0

@@ -341,7 +341,7 @@ def _read_listings(
                 listing = Listing.open(path, description["shard_size"])
         if listing is None or listing.sha256 != each.sha256:
             listing = found
-            if found is not None:  # `changed` must not treat images as older than this listing
+            if found is not None:  # `changed` must compare every image, as newer than this listing
                 os.utime(found.path, (0, 0))
         if listing is None or listing.sha256 != each.sha256:
             raise ExportError(

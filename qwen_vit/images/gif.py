@@ -11,9 +11,9 @@ __all__ = ["GifFile"]
 class GifFile(GifImagePlugin.GifImageFile):
     """Open a GIF, and check each size of its canvas before Pillow allocates the canvas.
 
-    A frame outside the canvas makes Pillow enlarge the canvas, up to Pillow's own pixel limit. In
-    13 bytes, one frame can claim 65,535 pixels for each side. `check` raises an error for a size
-    that is too large.
+    A frame outside the canvas makes Pillow enlarge the canvas, up to Pillow's own pixel limit. A
+    frame's descriptor of 10 bytes can claim 65,535 pixels for each side. `check` raises an error
+    for a size that is too large.
     """
 
     def __init__(self, file: Any, filename: str, check: Callable[[int, int], None]) -> None:

@@ -1,7 +1,7 @@
 """Hand a decoded RGB picture to the GPU, which resizes it and cuts it into patches.
 
 Pillow stores 4 bytes per pixel: red, green, blue and one unused byte. Its Arrow interface gives the
-address of these bytes. `np.asarray` would copy them through Python objects, which takes longer.
+address of these bytes. `np.asarray` would copy the bytes through Python objects, which is slower.
 """
 
 import ctypes
