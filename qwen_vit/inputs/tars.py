@@ -20,7 +20,8 @@ __all__ = [
 # AVIF. The list has their suffixes so that qwen_vit reports such images and does not skip them.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
-    *(".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".ico", ".pnm", ".tga"),
+    *(".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".ico", ".pbm", ".pgm"),
+    *(".pnm", ".ppm", ".tga"),
 )
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 TAR_SUFFIX = ".tar"

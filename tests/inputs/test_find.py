@@ -44,6 +44,13 @@ def test_images_that_cannot_be_decoded_here_are_listed_to_be_reported(here: Path
     assert ids("p") == ["a.heic", "b.svg", "c.jxl"]
 
 
+def test_optional_formats_are_found_in_a_folder(here: Path) -> None:
+    """`--formats ppm` once skipped every .ppm file of a folder."""
+    names = ["a.ico", "b.jp2", "c.pbm", "d.pgm", "e.pnm", "f.ppm", "g.tga"]
+    touch(*(f"p/{name}" for name in names))
+    assert ids("p") == names
+
+
 def test_a_files_id_is_its_path_as_it_was_given(here: Path) -> None:
     touch("p/a.jpg", "no-suffix")
     assert ids("./p//a.jpg", "no-suffix") == ["p/a.jpg", "no-suffix"]
