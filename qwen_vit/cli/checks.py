@@ -21,7 +21,7 @@ MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".pth", ".gguf")
 def check_output(
     out: Path, overwrite: bool, option: str = "--out", suffix: str = ".safetensors"
 ) -> None:
-    """Raise ExportError if the output cannot be written or would replace another file.
+    """Raise ExportError if the output cannot be written, or exists and `overwrite` is False.
 
     >>> check_output(Path("no-such-folder/f.safetensors"), False)
     Traceback (most recent call last):

@@ -92,7 +92,7 @@ def encode_one_by_one(
     Features are in CPU memory, because encoding needs the GPU's memory. The function prints failed
     images, and on a terminal shows a progress bar. `exif`, `limits` and `options` are arguments of
     `VisionEncoder.encode`. `video` contains the options for videos. With `as_video`, the function
-    encodes an animation as a video. With on_error="raise", raises the first image's ImageError.
+    encodes an animation as a video. With on_error="raise", it raises the first ImageError.
     """
     from tqdm import tqdm
 

@@ -95,7 +95,7 @@ def show(
     qwen-vit show cat.jpg dog.jpg --model Qwen/Qwen2.5-VL-7B-Instruct --point 120,80
     qwen-vit show features.safetensors --images photos/ --out pictures
 
-    INPUTS are either images or one feature file or export folder. Images may have any form that
+    INPUTS are images, one feature file, or one export folder. Images may have any form that
     `qwen-vit encode` accepts, except Parquet files and https:// addresses. A feature map shows
     three principal components as colours. `show` fits them to all images together, so the same
     colour means similar features.
