@@ -128,8 +128,8 @@ def _find_pictures(ids: Sequence[str], images: Sequence[str]) -> dict[str, Image
     missing = [name for name in ids if name not in good]
     if missing:
         print_log(
-            f"no image for {plural(len(missing), 'image')}, first {display_name(missing[0])}: "
-            "--images contains no image, or several images, with this name"
+            f"found no file for {plural(len(missing), 'image')}, first {display_name(missing[0])}: "
+            "--images contains no file, or several files, with this name"
         )
     return {name: _picture(item) for name, item in good.items()}
 

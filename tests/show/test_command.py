@@ -158,7 +158,7 @@ def test_a_picture_is_matched_by_the_end_of_its_path(undrawn: None, folder: Path
         done = run("stored", *options, "--json", "--out", "c.html", "--overwrite")
         found = {each["id"] for each in json.loads(done.out)["images"] if each["has_picture"]}
         assert found == shown
-        assert ("no image for" in done.err) == (len(shown) < 4)
+        assert ("found no file for" in done.err) == (len(shown) < 4)
 
 
 def test_some_of_the_images_are_chosen(folder: Path, run: Any) -> None:
