@@ -259,7 +259,7 @@ def video_options(command: Command) -> Command:
         click.option(
             "--sampling", type=click.Choice(["qwen", "transformers"]), default="qwen",
             show_default=True,
-            help="Sample and resize videos like qwen-vl-utils (qwen) or transformers.",
+            help="Choose frames and their size like qwen-vl-utils (qwen) or transformers.",
         ),
     )  # fmt: skip
     for option in reversed(options):

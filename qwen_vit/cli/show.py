@@ -51,7 +51,7 @@ class _Point(click.ParamType[tuple[float, float]]):
 @click.option("--model", shell_complete=complete_model, help="Encode images with this model.")
 @click.option(
     "--out", type=FILE, default=DEFAULT_OUT, show_default=True,
-    help="Write a page (.html), a picture of one image (.png), or a folder for both.",
+    help="Write a page (.html), a picture of one image (.png), or a folder with both.",
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an existing page or pictures.")
 @click.option(
