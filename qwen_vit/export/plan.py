@@ -180,7 +180,7 @@ def check_is_export(folder: PathOrAddress | ExportFolder) -> None:
             name=str(folder),
             expected=f"a folder of `qwen-vit export` with its {SETTINGS}",
             remedy=Wording(
-                "begin the export with its inputs", shell="begin it with its INPUTS and --out"
+                "begin an export with inputs", shell="begin an export with INPUTS and --out"
             ),
         )
 

@@ -1,9 +1,10 @@
 """Export images to shards of features, in a folder that a later run can resume.
 
-An export first freezes the listing. Line i of the listing belongs to shard i // shard_size. A shard
-is a feature file whose bytes depend only on the images, the listing and the settings. It exists
-completely or not at all, and contains the features or the error of each of its images. The missing
-shards are therefore the remaining work. Any worker can write them, at any time, in any order.
+An export first writes its listing, and does not change it afterwards. Line i of the listing belongs
+to shard i // shard_size. A shard is a feature file whose bytes depend only on the images, the
+listing and the settings. It exists completely or not at all, and contains the features or the error
+of each of its images. The missing shards are therefore the remaining work. Any worker can write
+them, at any time, in any order.
 """
 
 import logging
