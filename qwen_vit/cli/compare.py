@@ -46,7 +46,7 @@ __all__ = ["compare"]
 )  # fmt: skip
 @click.option(
     "--processor", type=click.Choice(PROCESSORS), default="pillow", show_default=True,
-    help="Choose the processor that computes the pixels for both towers.",
+    help="Choose Hugging Face's processor for the pixels.",
 )  # fmt: skip
 @device_option()
 @dtype_option
@@ -67,8 +67,9 @@ def compare(
     qwen-vit compare clip.mp4 --model tiny --n-frames 4
     qwen-vit compare --model Qwen/Qwen2.5-VL-7B-Instruct --golden 7b.safetensors
 
-    The exit code is 0 if every stage is within tolerance. It is 1 if a stage exceeds its tolerance,
-    or if the command skipped an image, and 2 if it skipped every image.
+    The exit code is 0 if pixels, sampled frames and stages agree. It is 1 if a stage exceeds its
+    tolerance, if pixels or frames differ, or if the command skipped an image. It is 2 if the
+    command skipped every image.
 
     transformers computes the reference, which --save-golden writes to a golden file. With --golden,
     you may omit IMAGES. -v lists every stage.
