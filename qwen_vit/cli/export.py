@@ -167,8 +167,8 @@ def export(
 
     INPUTS are images, videos, folders, quoted patterns, tars and lists. The command searches
     folders to every depth. A .txt list has one path per line. Each line of a .jsonl list has an
-    "id" and a "path". Paths in a list are relative to its folder. With --column, each row of a
-    Parquet file is an image.
+    "id" and a "path". Paths in a list are relative to the list's folder. With --column, each
+    row of a Parquet file is an image.
 
     The input - reads a list from standard input, whose paths are relative to the current folder.
     Read the output folder with qwen_vit.load_features. Its manifest has a row for each image. The

@@ -117,7 +117,8 @@ dtype_option = click.option(
 )  # fmt: skip
 quantization_option = click.option(
     "--quantization", type=click.Choice(["fp8"]),
-    help="Experimental: compute the MLP from 8-bit floats, less accurately. Needs Ada or newer.",
+    help="Experimental: compute the MLP from 8-bit floats, less accurately. Needs an Ada GPU "
+    "or a newer one.",
 )  # fmt: skip
 on_error_option = click.option(
     "--on-error",
