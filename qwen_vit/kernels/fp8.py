@@ -23,7 +23,7 @@ def empty_results(
         gated = QuantizedRows.empty(M, N // 2, device)
         return gated.values, gated.scales
     out = torch.empty((M, N), dtype=torch.bfloat16, device=device)
-    return out, rows.scales.new_empty(N // SCALE_COLUMNS, M)
+    return out, torch.empty((N // SCALE_COLUMNS, M), dtype=torch.float32, device=device)
 
 
 @triton.jit

@@ -52,7 +52,7 @@ class GuardedMemory(TorchFunctionMode):
 
     def unwritten(self) -> int:
         """Return the number of values that are NaN."""
-        return sum(int(buffer.own.isnan().sum()) for buffer in self.buffers)
+        return sum(int(buffer.own.float().isnan().sum()) for buffer in self.buffers)
 
     def overruns(self) -> int:
         """Return the number of changed guard bytes."""

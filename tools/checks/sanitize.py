@@ -4,9 +4,9 @@ The first run has no sanitizer. Results are between guard zones and start as NaN
 change the guards, and must write every value. The bits must equal the bits without guards. This run
 also fills Triton's cache. The next runs use memcheck, initcheck and synccheck, without CUDA graphs.
 They disable caching, so that each allocation has exact bounds. Each layout runs one attention, of
-alternating kinds, and one whole small tower. In bf16, a tower of published width runs Hopper's own
-kernels. Narrow towers in bf16 and float32 run the plain kernels. It prints a table, and exits with
-1 if a result is wrong or missing.
+alternating kinds, and one whole small tower. In bf16 and fp8, a tower of published width runs
+Hopper's own kernels. Another tower in fp8 and narrow towers in bf16 and float32 run the plain
+kernels. It prints a table, and exits with 1 if a result is wrong or missing.
 
 \b
     python -m tools.checks.sanitize --layouts 100
@@ -24,18 +24,21 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
 import triton
 from torch import Tensor
 
-from qwen_vit.kernels import IS_KNOWN_GLUON, linear
+from qwen_vit import weight_format
+from qwen_vit.config import VisionConfig
+from qwen_vit.device import FP8_CAPABILITY
+from qwen_vit.kernels import IS_KNOWN_GLUON, fp8, linear, plain_kernels
 from qwen_vit.kernels import attention as kernels
 from qwen_vit.kernels.attention import (
     RotaryTable,
@@ -43,6 +46,7 @@ from qwen_vit.kernels.attention import (
 )
 from qwen_vit.kernels.rope_varlen_attention import fused_rope_varlen_attention
 from qwen_vit.model import VisionTower, plan_layout
+from qwen_vit.weight_format import Quantization
 from tests.support.attention_cases import adjacent, axial_tables, random_case, segments_of
 from tests.support.checkpoints import SMALL, random_tensors
 from tests.support.guard_zones import GUARD_BYTES, GuardedMemory
@@ -77,10 +81,26 @@ NARROW = replace(
 PUBLISHED_WIDTH = replace(
     NARROW, hidden_size=1280, intermediate_size=640, num_heads=16, out_hidden_size=256
 )
+
+
+class TowerCase(NamedTuple):
+    """Describe a small tower to run."""
+
+    name: str
+    config: VisionConfig
+    dtype: torch.dtype
+    quantization: Quantization | None = None
+    is_plain: bool = False  # also on Hopper
+
+
 TOWERS = (
-    ("published width", PUBLISHED_WIDTH, BF16),
-    ("narrow", NARROW, BF16),
-    ("narrow", NARROW, FP32),
+    TowerCase("published width", PUBLISHED_WIDTH, BF16),
+    TowerCase("narrow", NARROW, BF16),
+    TowerCase("narrow", NARROW, FP32),
+)
+FP8_TOWERS = (
+    TowerCase("fp8", PUBLISHED_WIDTH, BF16, "fp8"),
+    TowerCase("fp8, plain kernels", PUBLISHED_WIDTH, BF16, "fp8", is_plain=True),
 )
 
 
@@ -126,9 +146,18 @@ def random_attention(
 
 
 @cache
-def tower_of(kind: int, device: torch.device) -> VisionTower:
-    _, config, dtype = TOWERS[kind]
-    return build_tower(random_tensors(config), config, dtype=on(device, dtype), device=device)
+def towers_on(device: torch.device) -> tuple[TowerCase, ...]:
+    """Return the towers that the device can run."""
+    has_fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+    return TOWERS + FP8_TOWERS * has_fp8
+
+
+@cache
+def tower_of(case: TowerCase, device: torch.device) -> VisionTower:
+    return build_tower(
+        random_tensors(case.config), case.config, dtype=on(device, case.dtype), device=device,
+        quantization=case.quantization,
+    )  # fmt: skip
 
 
 def random_tower(
@@ -136,25 +165,26 @@ def random_tower(
 ) -> tuple[str, int, Callable[[], Tensor]]:  # fmt: skip
     """Return a random tower call, like `random_attention`, with pixels or float rows, stills or
     clips, and with or without padding."""
-    kind = case % len(TOWERS)
-    name, config, dtype = TOWERS[kind]
-    dtype = on(device, dtype)
+    chosen = towers_on(device)[case % len(towers_on(device))]
+    dtype = on(device, chosen.dtype)
     generator = random.Random(case)
     grids = as_grids(
         (1 if case % 2 else generator.choice((1, 2)), 2 * generator.randint(1, 9),
          2 * generator.randint(1, 9)) for _ in range(generator.randint(1, 3))
     )  # fmt: skip
     n = n_patches(grids)
-    layout = plan_layout(grids, config, device, dtype, n + 4 * generator.choice((0, 0, 1, 20)))
+    layout = plan_layout(
+        grids, chosen.config, device, dtype, n + 4 * generator.choice((0, 0, 1, 20))
+    )
     patches = (random_pixels(n, case) if case % 2 else random_rows(n, case)).to(device)
-    tower, on_device = tower_of(kind, device), layout.to(device)
+    tower, on_device = tower_of(chosen, device), layout.to(device)
 
     def call() -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), plain_kernels() if chosen.is_plain else nullcontext():
             tokens: Tensor = tower(patches, on_device)
         return tokens
 
-    return name_of("tower,", name, dtype), 0, call
+    return name_of("tower,", chosen.name, dtype), 0, call
 
 
 class TorchWithZeros:
@@ -172,7 +202,7 @@ def zeros_under_tma_stores() -> Iterator[None]:
     TMA. The sums of squares also start as zeros. `guards` checks that the kernels write every value
     of both.
     """
-    modules: list[Any] = [linear, *([linear_hopper] if IS_KNOWN_GLUON else [])]
+    modules: list[Any] = [linear, fp8, weight_format, *([linear_hopper] if IS_KNOWN_GLUON else [])]
     for module in modules:
         module.torch = TorchWithZeros()
     try:
