@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Self
 
 import torch
@@ -53,6 +54,7 @@ class ShardWriter:
     ) -> None:
         self.number, self._replaces = start.shard, start.replaces
         self.waited_s = 0.0  # for the GPU, in seconds
+        self.saving: Future[None] | None = None
         self._plan, self._form, self._breaker, self._on_image = plan, form, breaker, on_image
         self._kept, self._firsts = list(start.segments), {*start.firsts}
         self._bits_depend_on_batch = bits_depend_on_batch
@@ -79,6 +81,11 @@ class ShardWriter:
                 self._keep()
         finally:
             self._writer.discard()
+
+    @property
+    def is_saving(self) -> bool:
+        """Return whether the writer thread has not finished `save`."""
+        return self.saving is not None and not self.saving.done()
 
     @property
     def end(self) -> int:

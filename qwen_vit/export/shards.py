@@ -64,6 +64,10 @@ logger = logging.getLogger("qwen_vit")
 Value = TypeVar("Value")
 
 GROUP_BYTES, GROUP_IMAGES = 2**24, 64  # of a GPU's features, copied back together
+# The features of a shard that stay on the GPU while the writer thread saves the previous shard.
+AHEAD_BYTES = {"cuda": MAX_UNWRITTEN_BYTES, "cpu": 0}
+
+Group = tuple[list[ImageRecord], list[ImageFeatures]]
 
 
 def export_shards(
@@ -84,7 +88,7 @@ def export_shards(
 
     Loader threads prefetch images, including images of the next shard. A writer thread writes
     results. All images of a batch belong to one shard, so the bytes do not depend on the timing of
-    threads. The encoder starts the first batches of a shard while the writer thread saves the
+    threads. The encoder encodes the first batches of a shard while the writer thread saves the
     previous shard. An interrupt saves the encoded images of the open shard: see `segments`.
 
     Args:
@@ -115,6 +119,7 @@ def export_shards(
         ExitStack() as unfinished,
     ):
         previous: Iterator[DoneShard | None] = iter(())  # the shard that is being saved
+        before: ShardWriter | None = None  # its writer
         for start in loaded:
             if not isinstance(start, ShardStart):
                 raise TypeError(f"{type(start).__name__} between shards")
@@ -136,15 +141,17 @@ def export_shards(
                 encoder, images, shard,
                 options=plan.options, breaker=breaker, clock=clock, is_stopped=is_stopped,
             )  # fmt: skip
-            groups = _in_groups(encoded, encoder.device)
-            current = _write(plan, start, shard, groups, copier=copier, clock=clock)
+            current = _write(
+                plan, start, shard, _in_groups(encoded, encoder.device),
+                before=before, device=encoder.device, copier=copier, clock=clock,
+            )  # fmt: skip
             unfinished.enter_context(closing(current))
             try:
                 next(current)
             finally:  # also after an error, which comes after earlier results
                 yield from filter(None, previous)
             next(current)
-            previous = current
+            previous, before = current, shard
         yield from filter(None, previous)
 
 
@@ -152,8 +159,10 @@ def _write(
     plan: ExportPlan,
     start: ShardStart,
     shard: ShardWriter,
-    groups: Iterator[tuple[list[ImageRecord], list[ImageFeatures]]],
+    groups: Iterator[Group],
     *,
+    before: ShardWriter | None,
+    device: torch.device,
     copier: HostCopier,
     clock: StageTimer,
 ) -> Generator[DoneShard | None, None, None]:
@@ -164,10 +173,10 @@ def _write(
     features. Closing the generator at the second pause waits until the writer has saved the shard.
     """
     with shard, BackgroundWriter(MAX_UNWRITTEN_BYTES) as writer:
-        first = list(islice(groups, 1))
+        started = _started(groups, before, AHEAD_BYTES[device.type])
         yield None
         saved = time.monotonic()
-        for group, features in chain(first, groups):
+        for group, features in started:
             is_due = time.monotonic() - saved > (plan.options.shard_seconds or math.inf)
             if is_due and shard.may_be_cut_before(group[0].place):
                 writer.submit(shard.close_segment)
@@ -176,12 +185,41 @@ def _write(
                 copy = copier.copy(group, features)
             with _time_writer(shard, clock):
                 writer.submit(partial(shard.add, group, copy), copy.n_bytes)
-        saving = writer.submit(shard.save)
+        shard.saving = writer.submit(shard.save)
         yield None
         with _time_writer(shard, clock):
-            writer.wait(saving)
+            writer.wait(shard.saving)
             rows = rows_of_saved(plan, start.shard)
     yield DoneShard(start.shard, rows, start.segments[-1].end if start.segments else 0)
+
+
+def _started(groups: Iterator[Group], before: ShardWriter | None, n_bytes: int) -> Iterator[Group]:
+    """Encode a group, and more groups until the shard `before` is saved or they have `n_bytes`.
+
+    Returns all groups. An interrupt that comes after some of them is raised after the last of them.
+    """
+    first: list[Group] = []
+    rest = groups
+    try:
+        while not first or (before is not None and before.is_saving and n_bytes > 0):
+            images, features = next(groups)
+            first.append((images, features))
+            n_bytes -= sum(_n_bytes(each) for each in features)
+    except StopIteration:
+        pass
+    except KeyboardInterrupt as interrupt:
+        rest = _raising(interrupt)
+    return chain(first, rest)
+
+
+def _raising(error: BaseException) -> Iterator[Group]:
+    """Raise the error at the first request."""
+    raise error
+    yield
+
+
+def _n_bytes(features: ImageFeatures) -> int:
+    return sum(rows.nbytes for rows in rows_by_tensor(features).values())
 
 
 def _image_loader(
@@ -324,7 +362,7 @@ def _timed(values: Iterator[Value], stage: str, clock: StageTimer) -> Iterator[V
 
 def _in_groups(
     encoded: Iterable[tuple[ImageRecord, ImageFeatures | None]], device: torch.device
-) -> Iterator[tuple[list[ImageRecord], list[ImageFeatures]]]:
+) -> Iterator[Group]:
     """Yield images with their features, in groups that the GPU copies together.
 
     Python would take too long to copy small images one by one. On a CPU nothing is copied, so every
@@ -339,7 +377,7 @@ def _in_groups(
             images.append(image)
             if each is not None:
                 features.append(each)
-                n_bytes += sum(rows.nbytes for rows in rows_by_tensor(each).values())
+                n_bytes += _n_bytes(each)
             if len(images) == most or n_bytes >= GROUP_BYTES:
                 yield images, features
                 images, features, n_bytes = [], [], 0
