@@ -58,6 +58,7 @@ IMAGE_CODES = {
     "size-changes": "the frames of the video have several sizes",
     "slow": "decoding may take too long: too many scans, segments, frames, rows or seconds",
     "source-type": "the input is not a path, bytes, a PIL image, an array or a tensor",
+    "too-many-streams": "the video file has more than 100 streams of video, sound or subtitles",
     "too-many-frames": "the video has more frames than VideoLimits.max_frames",
     "too-many-patches": "one call has more patches than int32 can count",
     "too-many-pixels": "the header declares more pixels than ImageLimits or VideoLimits allow",

@@ -26,6 +26,7 @@ TAKE_A_PART = Wording(
 )
 CONVERT = "convert it, for example with ffmpeg -i IN -c:v libx264 OUT.mp4"
 READ_BYTES = 2**18  # bytes per read from a file without a path
+MAX_STREAMS = 100  # FFmpeg opens a decoder for each one, which may take megabytes
 
 open_file = partial(open_regular, expected="a video file", remedy="pass its files")
 
@@ -105,8 +106,28 @@ class Opener:
         """Open a new PyAV container, which the caller must close."""
         if not isinstance(self._source, str):
             self._source.seek(0)
+        most = {"max_streams": str(MAX_STREAMS + 1)}
         with plain_errors(self.name):
-            return require_av().open(self._source, format=self._container, buffer_size=READ_BYTES)
+            try:
+                container = require_av().open(
+                    self._source, format=self._container, options=most, buffer_size=READ_BYTES
+                )
+            except MemoryError:  # FFmpeg's error for too many streams in MP4 and AVI
+                raise self._too_many_streams("or FFmpeg runs out of memory") from None
+            if len(container.streams) > MAX_STREAMS:
+                container.close()
+                raise self._too_many_streams()
+            return container
+
+    def _too_many_streams(self, otherwise: str = "") -> ImageError:
+        fact = f"it has more than {MAX_STREAMS} streams"
+        return ImageError(
+            f"{fact}, {otherwise}" if otherwise else fact,
+            name=self.name,
+            remedy="copy its video to another file, for example with ffmpeg -i IN -map 0:v:0 "
+            "-c copy OUT.mkv",
+            code="too-many-streams",
+        )
 
     def _check(self, file: BinaryIO, size: int) -> str:
         check_bytes(size, self.name, self.limits)

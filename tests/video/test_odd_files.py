@@ -15,6 +15,7 @@ from PIL import Image
 
 from qwen_vit.config import ImageConfig
 from qwen_vit.errors import ImageError
+from qwen_vit.video import source
 from qwen_vit.video.load import LoadedVideo, load_video
 from qwen_vit.video.options import Video
 from tests.support.videos import make_video, number_in, numbered, patched
@@ -173,3 +174,18 @@ def test_a_cover_picture_is_no_video(with_video: bool, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="only sound or data") as caught:
         read(path)
     assert caught.value.code == "no-video"
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mp4", "avi", "mov", "ts"])
+def test_a_file_of_more_streams_than_the_limit(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FFmpeg opens a decoder for each stream: 1,000 streams in 0.6 MB took 2 GB of memory."""
+    path = write(tmp_path / f"a.{suffix}", "mpeg4", "yuv420p", streams=6)
+    monkeypatch.setattr(source, "MAX_STREAMS", 6)
+    read(path)
+    monkeypatch.setattr(source, "MAX_STREAMS", 5)
+    with pytest.raises(ImageError, match="more than 5 streams") as caught:
+        read(path)
+    assert caught.value.code == "too-many-streams"
+    assert "-map 0:v:0" in str(caught.value)
