@@ -37,7 +37,7 @@ MAX_CPU_S = 5.0  # of one input
 GROWTH, MAX_TIMES = 10, 30  # an input that grows so much may take so many times the time
 MAX_TIMES_OF_HALF = 3  # of GROWTH / 2 times as long; 2 is linear, and 4 is quadratic
 MIN_COMPARED_S = 0.05  # shorter ones are too noisy to compare
-REPEATS = 3  # before a finding: the shortest time has no collection of all objects in it
+REPEATS = 5  # before a finding: the shortest time has no collection of all objects in it
 
 
 class WrongAcceptanceError(Exception):
@@ -160,10 +160,12 @@ def run_target(name: str, data: bytes) -> None:
     if took > MIN_COMPARED_S / GROWTH and 8 <= len(data) <= MAX_BYTES // GROWTH:
         longer = _cpu_seconds(name, grown(data))
         if longer > max(MIN_COMPARED_S, MAX_TIMES * took):
-            half, longer = (
-                min(_cpu_seconds(name, grown(data, times)) for _ in range(REPEATS))
-                for times in (GROWTH // 2, GROWTH)
-            )
+            # interleaved, because the speed of a busy machine changes
+            runs = [
+                [_cpu_seconds(name, grown(data, times)) for times in (1, GROWTH // 2, GROWTH)]
+                for _ in range(REPEATS)
+            ]
+            took, half, longer = map(min, zip(*runs, strict=True))
             if longer > max(MIN_COMPARED_S, MAX_TIMES * took, MAX_TIMES_OF_HALF * half):
                 raise TooSlowError(
                     f"{len(data):,} bytes took {took:.3f} s, {GROWTH // 2} times as many "
