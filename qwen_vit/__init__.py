@@ -5,7 +5,7 @@
 (1, 30, 46)
 
 The first use of a public name imports its module. Therefore importing the package does not import
-torch, and Ctrl-C works while torch is being imported.
+torch.
 """
 
 from typing import TYPE_CHECKING

@@ -46,7 +46,7 @@ IMAGES_IN_A_WINDOW = 1_024  # so that a long run of failed images is also report
 
 
 class _Piece(NamedTuple):
-    """Hold an image, or some steps of a video, and its state in the tower."""
+    """Hold an image, or some steps of a video, for one pass of the tower."""
 
     place: int  # the place in its window
     name: str
@@ -69,7 +69,7 @@ class BatchEncoder:
 
     @property
     def video_values(self) -> int:
-        """Return the values of a video's row, which has two frames."""
+        """Return the number of values in a video's row, which has two frames."""
         return self.config.patch_dim
 
     def encode(
@@ -175,7 +175,8 @@ class BatchEncoder:
     def _joined(
         self, pieces: Mapping[int, ImageRows | ImageError], is_video: bool
     ) -> ImageRows | ImageError | None:
-        """Return the rows of an image, or join the rows of a video's pieces."""
+        """Return the rows of an image, or join the rows of a video's pieces. An error of a piece
+        replaces the rows, and an input without pieces gives None."""
         found = [pieces[index] for index in sorted(pieces)]
         error = next((each for each in found if isinstance(each, ImageError)), None)
         if error is not None or not found:
@@ -184,8 +185,8 @@ class BatchEncoder:
         return self.outputs.join(rows) if is_video else rows[0]
 
     def _pieces(self, window: Sequence[LoadedImage]) -> list[_Piece]:
-        """Return whole images, and videos in pieces of one pass each. Failed images have no
-        piece."""
+        """Return whole images, and videos' patches in pieces of one pass each. Failed images have
+        no piece."""
         most = TOKEN_BUDGET[self.device.type]
         return [
             _Piece(place, loaded.id, patches)

@@ -255,7 +255,7 @@ class Measured:
 
 
 def check_device(device: str) -> None:
-    """Raise ArgumentError for a CPU before fetching any weights."""
+    """Raise ArgumentError for a CPU. The command calls this before it fetches weights."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         raise ArgumentError("a benchmark on the CPU would time the interpreter", remedy="use a GPU")
 
@@ -272,9 +272,9 @@ GPU.
 
     With `plain`, a Hopper GPU runs the plain Triton kernels, like other GPUs.
 
-    The function first checks that CUDA graphs and single kernels give the same finite values, bit
-    for bit. Raises CheckpointError if they do not, and ArgumentError without a GPU or for an
-    unknown workload.
+    Before it measures a workload, the function checks that CUDA graphs and separate launches give
+    the same finite values, bit for bit. Raises CheckpointError if they do not, and ArgumentError
+    without a GPU or for an unknown workload.
     """
     check_device(encoder.device.type)
     kernels = plain_kernels() if plain else nullcontext()

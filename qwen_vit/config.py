@@ -1,6 +1,6 @@
 """Read and check the configuration of a checkpoint's tower and images.
 
-The dimension key, used in every file of the package:
+The dimension key of the package's comments and docstrings:
 
     N  patches              H  attention heads            C  hidden size
     M  merged tokens        D  head dim                   I  MLP size
@@ -42,6 +42,8 @@ MAX_PIXEL_LIMIT = 2**31
 @dataclass(frozen=True, slots=True)
 class Grid:
     """Describe the patches of one image or video: `t` frames of `h` rows and `w` columns.
+
+    For a video, a frame of the grid is a pair of the video's frames.
 
     >>> Grid(1, 32, 24).n_patches, Grid(1, 32, 24).n_tokens(merge_unit=4)
     (768, 192)
@@ -119,7 +121,7 @@ class VisionConfig:
             (
                 is_number(self.rope_theta) and self.rope_theta > 1,
                 f"rope_theta is {short_repr(self.rope_theta)}",
-                "a number from 1 to 1e12",
+                "a number above 1, and at most 1e12",
             ),
         )
         for passed, fact, expected in rules:
@@ -154,7 +156,7 @@ class VisionConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Return P, the values in one of Hugging Face's pixel rows."""
+        """Return P, the number of values in one of Hugging Face's pixel rows."""
         return self.in_channels * self.temporal_patch_size * self.patch_px**2
 
     @property
@@ -253,7 +255,7 @@ class ImageConfig:
         """Read preprocessor_config.json, or processor_config.json, as parsed JSON or a path.
 
         Missing or null keys get transformers' defaults. Raises CheckpointError with the file and
-        the rule, for example if the file requests a step that this package lacks.
+        the rule, for example if the file requests another resampling filter than bicubic.
         """
         config, source = _open(config, source)
         if "image_processor" in config:
@@ -271,7 +273,8 @@ class ImageConfig:
         >>> ImageConfig.from_json({}).bounded(None, 50_176).max_pixels
         50176
 
-        Raises ArgumentError for limits that no size can meet.
+        Raises ArgumentError for limits that no size can meet, and for other values than integers
+        from 1 to 2**31.
         """
         try:
             return replace(
@@ -301,7 +304,8 @@ class ImageConfig:
 def check_consistent(
     vision: VisionConfig, image: ImageConfig, *, source: str = "preprocessor_config.json"
 ) -> None:
-    """Raise CheckpointError if the image settings and the tower have different patches."""
+    """Raise CheckpointError if the image settings and the tower have different patch, frame or
+    merge sizes."""
     for name, images_have, tower_has in (
         ("patch_size", image.patch_px, vision.patch_px),
         ("temporal_patch_size", image.temporal_patch_size, vision.temporal_patch_size),

@@ -184,7 +184,8 @@ def image_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     known = {key for _, in_size, _ in PIXEL_LIMITS for key in in_size}
     if size.keys() - known:
         raise CheckpointError(
-            f"size contains {short_repr(sorted(size))}, which belongs to another model's processor",
+            f"size contains {short_repr(sorted(size.keys() - known))}, which belongs to another "
+            "model's processor",
             expected="shortest_edge and longest_edge: height x width in pixels",
         )
     for key, value in size.items():

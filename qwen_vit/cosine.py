@@ -31,17 +31,18 @@ def similarity(a: Rows, b: Rows | None = None) -> Tensor:
     torch.Size([15, 23])
 
     Args:
-        a: the features of one image, those of several images with one row each (`output="mean"`),
-            in a list or stored, or your own rows (N, D), such as `features.layers[7]`.
-        b: the features with which to compare `a`, of the same kinds. None compares `a` with itself.
+        a: the features of one image, or a list or feature file of several images with one row each
+            (`output="mean"`). You may also pass rows (N, D), such as `features.layers[7]`.
+        b: features or rows to compare with `a`. None compares `a` with itself.
 
     Returns:
         A float32 tensor (rows of a, rows of b) from -1 to 1, on the device of `a`. A row of zeros
-        has the cosine similarity 0 with all other rows.
+        has the cosine similarity 0 with every row.
 
     Raises:
-        ArgumentError: Rows contain NaN or infinity, widths differ, or several images have many rows
-            each.
+        ArgumentError: The input contains no image, or is neither features nor floating-point rows
+            (N, D). Also if rows contain NaN or infinity, if widths differ, or if one of several
+            images does not have exactly one row.
         ExportError: One of the images failed.
     """
     left = _unit_rows("a", a)
@@ -60,9 +61,9 @@ def _unit_rows(name: str, given: Rows) -> Tensor:
     rows = _rows(name, given)
     if rows.dim() != 2 or not rows.is_floating_point():
         raise ArgumentError(
-            f"{name} is {rows.dtype} of the shape {tuple(rows.shape)}",
+            f"{name} has the dtype {rows.dtype} and the shape {tuple(rows.shape)}",
             expected="floating-point rows (N, D)",
-            remedy="write one vector v as v[None]",
+            remedy="pass a vector v as v[None], and convert integers to float32",
         )
     if not all_finite(rows):
         raise ArgumentError(

@@ -1,4 +1,5 @@
-"""Choose an encoder's device and dtype, and check that the device's kernels support the tower."""
+"""Choose an encoder's device, dtype and quantization, and check that the device's kernels support
+the tower."""
 
 import logging
 from functools import lru_cache
@@ -7,7 +8,7 @@ from typing import get_args
 import torch
 
 from qwen_vit.config import VisionConfig
-from qwen_vit.errors import ArgumentError, CheckpointError, check_choice, with_options
+from qwen_vit.errors import ArgumentError, CheckpointError, check_choice, plural, with_options
 from qwen_vit.kernels.attention import HEAD_DIMS
 from qwen_vit.weight_format import SCALE_COLUMNS, Quantization, pixel_weight_exponent
 
@@ -41,7 +42,8 @@ def choose_device(device: str | torch.device) -> torch.device:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
         raise ArgumentError(
-            f"device is {device!r}", expected="'auto', 'cpu', 'cuda' or 'cuda:1'"
+            f"device is {device!r}",
+            expected="'auto', 'cpu', 'cuda' or a GPU such as 'cuda:1'",
         ) from None
     if chosen.type == "cpu":
         return chosen
@@ -56,8 +58,8 @@ def choose_device(device: str | torch.device) -> torch.device:
         )
     if (chosen.index or 0) >= torch.cuda.device_count():
         raise ArgumentError(
-            f"device is {device!r}, but there are {torch.cuda.device_count()} GPUs",
-            remedy="count from 0",
+            f"device is {device!r}, but torch finds {plural(torch.cuda.device_count(), 'GPU')}",
+            remedy="count the GPUs from 0",
         )
     capability = torch.cuda.get_device_capability(chosen)
     if capability < MIN_CAPABILITY:
@@ -72,8 +74,8 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def warn_without_gpu(device: str | torch.device) -> None:
-    """Log a warning once if "auto" chooses a CPU. Call this after all checks, because none needs a
-    GPU."""
+    """Log a warning once if "auto" chooses a CPU. Call this after all checks, so that an error
+    stands alone."""
     if device == "auto" and not torch.cuda.is_available():
         _warn_once(
             "no CUDA GPU: computing on the CPU in float32, with the attention kernel "
@@ -121,19 +123,20 @@ def choose_quantization(
             expected="an NVIDIA GPU of compute capability 8.9 (Ada) or newer",
             remedy=WITHOUT_FP8,
         )
-    if dtype != torch.bfloat16:
-        raise ArgumentError(
-            f"quantization is 'fp8' with dtype {dtype}, which is for exact results",
-            expected="bfloat16",
-            remedy=with_options("use {}, or leave {} out", ("dtype", "bfloat16"), "quantization"),
-        )
     capability = torch.cuda.get_device_capability(device)
     if capability < FP8_CAPABILITY:
         raise ArgumentError(
             f"quantization is 'fp8', and {torch.cuda.get_device_name(device)} (compute capability "
             f"{capability[0]}.{capability[1]}) has no matrix instructions for 8-bit floats",
-            expected="8.9 (Ada) or newer",
+            expected="compute capability 8.9 (Ada) or newer"
+            + f", and bfloat16 instead of {dtype}" * (dtype != torch.bfloat16),
             remedy=WITHOUT_FP8,
+        )
+    if dtype != torch.bfloat16:
+        raise ArgumentError(
+            f"quantization is 'fp8' with dtype {dtype}, which is for exact results",
+            expected="bfloat16",
+            remedy=with_options("use {}, or leave {} out", ("dtype", "bfloat16"), "quantization"),
         )
     return "fp8"
 

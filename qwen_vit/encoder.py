@@ -53,7 +53,7 @@ class VisionEncoder(LoadedTower):
     (torch.Size([345, 192]), (1, 30, 46))
 
     Build an encoder with `from_pretrained` or `from_tensors`. An encoder can be copied, pickled and
-    sent to other processes. A copy has its own weights and gives the same bits.
+    sent to other processes. A deep copy has its own weights. Every copy gives the same bits.
 
     Source: "Qwen2.5-VL Technical Report" (arXiv:2502.13923).
     """
@@ -97,7 +97,7 @@ class VisionEncoder(LoadedTower):
             revision: a branch, tag or commit of the repository.
             subfolder: the checkpoint's subfolder of `model`, such as "text_encoder".
             device: "auto" selects a GPU if the machine has one, and the CPU otherwise. A CPU
-                interprets the same Triton kernels, correctly but slowly.
+                interprets the same Triton attention kernels, correctly but slowly.
             dtype: "auto" selects bfloat16 on a GPU and float32 on a CPU. float32 on a GPU is IEEE,
                 never TF32.
             quantization: "fp8" computes the MLP from 8-bit floats: faster, with about 5 times the
@@ -108,12 +108,14 @@ class VisionEncoder(LoadedTower):
             min_pixels: the smallest height x width after resizing. None: the checkpoint's value.
             max_pixels: the largest height x width after resizing. None: the checkpoint's value.
             cuda_graphs: False launches every kernel separately, which is slower for small batches
-                but gives the same bits. Only merged output uses graphs.
+                but gives the same bits. `output="patch"` and `layers` never use graphs.
             torch_dtype: transformers' name for `dtype`, which raises ArgumentError.
             device_map: transformers' name for `device`, which raises ArgumentError.
 
         Raises:
-            HubError, CheckpointError, ArgumentError: Each error gives the remedy.
+            HubError: The Hub or its cache cannot provide the files.
+            CheckpointError: The checkpoint is missing, damaged, unsupported, or of another model.
+            ArgumentError: An argument is invalid, or this machine does not support it.
         """
         for theirs, value, ours in (
             ("torch_dtype", torch_dtype, "dtype"), ("device_map", device_map, "device"),
@@ -172,7 +174,8 @@ class VisionEncoder(LoadedTower):
             cuda_graphs: as in `from_pretrained`.
 
         Raises:
-            CheckpointError, ArgumentError: Each error gives the remedy.
+            CheckpointError: The tensors or a config are damaged, unsupported, or of another model.
+            ArgumentError: An argument is invalid, or this machine does not support it.
         """
         return cls._load(
             lambda: (Checkpoint.from_tensors(tensors, config, image_config), Origin(name=name)),
@@ -247,15 +250,15 @@ class VisionEncoder(LoadedTower):
                 0. Layers do not change `embeds`. On a GPU, `encode` then uses no CUDA graphs.
             layout: "HWC" or "CHW", for arrays whose shape leaves the channel axis ambiguous.
             exif: "apply" rotates an image by its EXIF orientation. "ignore" does not, for images
-                that are already upright. A transposed PIL image keeps its tag.
+                that are already upright. After `Image.transpose`, a PIL image still has its tag.
             limits: the limits on decoded images. None selects ImageLimits().
             video_limits: the limits on a video. None selects VideoLimits().
             formats: further formats to decode: "PPM", "ICO", "TGA", "JPEG2000".
             frames: "first", or "all" for a list of all pages of a TIFF or frames of an animation.
                 Each page of an image with several pages has an id such as "scan.tif#page=2".
             decode_threads: the number of threads that read, decode and resize ahead of the encoder.
-                None selects one thread per two cores, from 2 to 16. The embeddings do not depend on
-                this number.
+                None selects one thread per two cores, from 2 to 16, and one thread on a single
+                core. The embeddings do not depend on this number.
 
         Returns:
             The ImageFeatures of one image, or a list of ImageFeatures for several images, in order.
@@ -306,8 +309,8 @@ class VisionEncoder(LoadedTower):
         (1, 22, 32)
 
         The method iterates over `images` in the caller's thread, ahead of the results. On a GPU, it
-        groups images by size, because an image has the same bits in any batch. Raises ArgumentError
-        at once for an invalid option.
+        reorders images to fill each batch, because an image has the same bits in any batch. Raises
+        ArgumentError at once for an invalid option, and the first bad image's ImageError in order.
         """
         return self._stream(
             images, is_lent=False, on_error=on_error, output=output, normalize=normalize,
@@ -331,7 +334,7 @@ class VisionEncoder(LoadedTower):
         threads, many = thread_count(decode_threads), as_images(images)
         in_parallel = 1 if is_one_image(images) else threads
         if is_lent and frames == "first" and is_single_still(images):
-            threads = 1  # to start a thread would take longer than it saves
+            threads = 1  # starting a thread would take longer than it saves
         loader = ImageLoader(
             self.config, self.image_config, layout, limits, on_error, video_limits,
             video_threads=max(1, core_count() // in_parallel), exif=exif, frames=frames,

@@ -1,7 +1,7 @@
-"""Define the package's errors. Each error has a fact, the expected value, and a remedy.
+"""Define the package's errors. Each error has a fact, and usually an expected value or a remedy.
 
-Each part is an attribute: `name`, `fact`, `expected`, `remedy`. Only this module builds the
-message, and no code parses messages.
+Each part is an attribute: `name`, `fact`, `expected`, `remedy`. A missing part is an empty text.
+Only this module builds the message, and no code parses messages.
 """
 
 import logging
@@ -78,22 +78,25 @@ class Wording(str):
     >>> print(words, words.shell, sep="; ")
     wait, or pass another folder; wait, or pass another --out
 
-    `+` keeps both spellings. Other operations of `str`, such as f-strings, keep only Python's
+    `options` are the Python names of the options that `with_options` put into the text. `+` keeps
+    both spellings and the options. Other operations of `str`, such as f-strings, keep only Python's
     spelling.
     """
 
     shell: str
+    options: tuple[str, ...]
 
-    def __new__(cls, python: str, *, shell: str) -> Self:
+    def __new__(cls, python: str, *, shell: str, options: tuple[str, ...] = ()) -> Self:
         words = super().__new__(cls, python)
-        words.shell = shell
+        words.shell, words.options = shell, options
         return words
 
     def __add__(self, text: str) -> "Wording":
-        return Wording(str(self) + str(text), shell=self.shell + _in_shell(text))
+        options = self.options + _options_of(text)
+        return Wording(str(self) + str(text), shell=self.shell + _in_shell(text), options=options)
 
     def __radd__(self, text: str) -> "Wording":
-        return Wording(text + str(self), shell=text + self.shell)
+        return Wording(text + str(self), shell=text + self.shell, options=self.options)
 
     @classmethod
     def joined(cls, separator: str, texts: Sequence[str]) -> Self:
@@ -102,14 +105,22 @@ class Wording(str):
         >>> print(Wording.joined(" or ", ["wait", with_options("lower {}", "part")]).shell)
         wait or lower --part
         """
-        return cls(separator.join(texts), shell=separator.join(map(_in_shell, texts)))
+        return cls(
+            separator.join(texts),
+            shell=separator.join(map(_in_shell, texts)),
+            options=tuple(name for text in texts for name in _options_of(text)),
+        )
 
-    def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, str]]:  # for pickling
-        return (str(self),), {"shell": self.shell}
+    def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, Any]]:  # for pickling
+        return (str(self),), {"shell": self.shell, "options": self.options}
 
 
 def _in_shell(text: str) -> str:
     return text.shell if isinstance(text, Wording) else text
+
+
+def _options_of(text: str) -> tuple[str, ...]:
+    return text.options if isinstance(text, Wording) else ()
 
 
 def with_options(text: str, *options: str | tuple[str, object], **values: object) -> Wording:
@@ -129,6 +140,7 @@ def with_options(text: str, *options: str | tuple[str, object], **values: object
     return Wording(
         text.format(*(_in_python(name, value) for name, value in named), **values),
         shell=text.format(*(_as_flag(name, value) for name, value in named), **values),
+        options=tuple(name for name, _ in named),
     )
 
 
@@ -156,8 +168,8 @@ class QwenVitError(Exception):
     Args:
         fact: the fault, without a full stop.
         name: the file, image or argument of the fact. The error escapes unprintable characters.
-        expected: the expected value, or an empty text if the fact implies the value.
-        remedy: an instruction for the user. The attribute is a sentence.
+        expected: the expected value, or an empty text if the fact or the remedy implies the value.
+        remedy: an instruction for the user, or an empty text. The attribute is a sentence.
 
     Each part may be a `Wording`, which spells options for Python and for the command line.
     """
@@ -221,7 +233,8 @@ def _as_sentence(text: str) -> str:
     if not text:
         return ""
     if isinstance(text, Wording):
-        return Wording(_as_sentence(str(text)), shell=_as_sentence(text.shell))
+        shell = _as_sentence(text.shell)
+        return Wording(_as_sentence(str(text)), shell=shell, options=text.options)
     return _with_stop(text[:1].upper() + text[1:])
 
 
@@ -258,7 +271,7 @@ class ArgumentError(QwenVitError, ValueError):
 
 
 class CheckpointError(QwenVitError, ValueError):
-    """Report that a checkpoint is missing, damaged or belongs to another model."""
+    """Report that a checkpoint is missing, damaged, unsupported, or belongs to another model."""
 
 
 class ComparisonError(QwenVitError):
@@ -288,7 +301,7 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 
 
 def display_name(name: str) -> str:
-    """Return a name that fits on one line of any terminal, escaped and shortened if necessary.
+    """Return a name as printable text of at most 400 characters, escaped or shortened if necessary.
 
     >>> display_name("cat.png"), display_name("a\\tb")
     ('cat.png', "'a\\\\tb'")

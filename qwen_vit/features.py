@@ -51,7 +51,7 @@ class ImageFeatures:
             device and in its dtype. For output="patch" the shape is (n_patches, hidden_size),
             row-major over the patches. For output="mean" the shape is (1, out_hidden_size), in
             float32.
-        grid_thw: (frames, height, width) in patches.
+        grid_thw: (frames, height, width) in patches. A video counts pairs of frames.
         size_px: the original (height, width) in pixels, or (0, 0) if the caller passed only
             patches.
         notes: the changes that the image policy made, such as "EXIF orientation 6 applied".
@@ -96,7 +96,7 @@ class ImageFeatures:
 
     @property
     def map(self) -> Tensor:
-        """Return `embeds` as a view (t, h, w, D), with one cell per merged token or patch.
+        """Return `embeds` as a view (t, rows, columns, D), with one cell per merged token or patch.
 
         Raises ArgumentError if the rows are not cells, as with output="mean".
         """
@@ -204,7 +204,8 @@ class FailedImage:
     Attributes:
         id: as `ImageFeatures.id`.
         error: the image's error, with a stable `error.code`.
-        stage: the stage of an export that failed: "list", "read", "decode" or "encode".
+        stage: the stage of an export that failed: "list", "read", "decode" or "encode". Outside an
+            export it is empty.
         size_px: the original (height, width) in pixels, or (0, 0) if the size is unknown.
     """
 

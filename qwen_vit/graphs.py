@@ -30,7 +30,8 @@ logger = logging.getLogger("qwen_vit")
 MAX_BUCKET = 32_768  # patches; above it the launches take a small share of the time
 MIN_STEP = 256  # patches
 CAPTURE_COST_ROWS = 16_384  # the GPU's work during a capture: about 40 ms on an H200
-TILE_HEADROOM = 2  # times the tiles of whole windows and frames; smaller pieces run without a graph
+# a graph has room for twice the tiles of whole windows and frames; many small pieces do not fit it
+TILE_HEADROOM = 2
 
 
 def bucket_for(n_patches: int) -> int | None:
@@ -41,7 +42,7 @@ def bucket_for(n_patches: int) -> int | None:
     """
     if not 0 < n_patches <= MAX_BUCKET:
         return None
-    # steps of a 16th of the power of two below: at most 6 % padding above 4,096
+    # steps of a 16th of the power of two below: at most 6.25 % padding above 4,096
     step = max(MIN_STEP, 1 << max(0, (n_patches - 1).bit_length() - 5))
     return -(-n_patches // step) * step
 
@@ -204,7 +205,9 @@ class GraphRunner:
             graph.capture_end()
 
     def capture_buckets(self, dtype: torch.dtype, width: int, largest: int) -> None:
-        """Compile every kernel and capture every bucket's graph before the first request.
+        """Compile the kernels and capture the graphs of all buckets up to `largest` patches.
+
+        Engines call this before the first request.
 
         Args:
             dtype: dtype of the patches that `run` will receive: uint8 or a float.
@@ -259,7 +262,7 @@ _layout = lru_cache(maxsize=32)(plan_layout)
 
 
 def pad_to_graph(layout: Layout) -> Layout | None:
-    """Return the layout with its bucket's tensor sizes, or None if a tensor is larger.
+    """Return the layout with its bucket's tensor sizes, or None if the layout does not fit them.
 
     Padding tiles are rows of zeros. Padding tokens copy the first token, and no code reads them.
     """

@@ -1,7 +1,7 @@
 """Compute the layout of a batch: token orders, attention segments, positions and kernel tiles.
 
-The host computes a layout once, from the grids' integers alone, never from pixels or weights. It
-contains every index that depends on the data, and the model only applies it. One code path
+The host computes a layout from the grids' integers alone, never from pixels or weights. A layout
+contains every index that depends on the data, and the model only applies the layout. One code path
 therefore handles a single image, any mix of images, several frames, and a fixed token budget.
 
 The package uses three token orders:
@@ -159,7 +159,8 @@ class Layout:
     ) -> "Layout":
         """Lay out images in order, with padding up to `n_rows` rows.
 
-        Raises ImageError (code `grid`) for a grid that no image can have, or for too many patches.
+        Raises ImageError with code `grid` for a grid that no image can have, and with code
+        `too-many-patches` for more patches than `n_rows` or int32 allows.
         """
         check_grids(grids, config)
         merge, unit = config.spatial_merge_size, config.merge_unit

@@ -124,8 +124,9 @@ class LoadedTower:
             The merged tokens (M, out_hidden_size), image after image, each image row-major.
 
         Raises:
-            ImageError: Rows and grids do not match (codes `patches`, `grid`). The method raises
-                this error before it runs a kernel.
+            ImageError: Rows and grids do not match (codes `patches`, `grid`), or there are too many
+                patches (code `too-many-patches`). The method raises this error before it runs a
+                kernel.
         """
         grids = as_grids(grid_thw)
         check_rows("pixel_values", pixel_values, grids, self.config.patch_dim, is_float=True)
@@ -151,8 +152,7 @@ class LoadedTower:
             The merged tokens (M, out_hidden_size), as from `encode_patches`.
 
         Raises:
-            ImageError: Rows and grids do not match (codes `patches`, `grid`). The method raises
-                this error before it runs a kernel.
+            ImageError: As `encode_patches`.
         """
         grids = as_grids(grid_thw)
         check_rows("rows", rows, grids, self.config.patch_dim, is_float=False)

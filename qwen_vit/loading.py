@@ -54,7 +54,7 @@ OneImage: TypeAlias = (
 )  # fmt: skip
 ImageInput: TypeAlias = OneImage | NDArray[Any] | Tensor
 Images: TypeAlias = ImageInput | Iterable[ImageInput]
-# Iterating over one of these would give its characters, bytes or rows.
+# Iterating over one of these would not give images, but for example characters or bytes.
 ONE_IMAGE = (
     str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Patches, Picture, Frames, Video,
     io.IOBase, Mapping, ImagePage,
@@ -91,7 +91,7 @@ def is_one_image(images: object) -> bool:
 
 
 def is_single_still(images: Any) -> bool:
-    """Return whether `images` is one image or a list of one image, and not a video.
+    """Return whether `images` is one image, or a list or tuple of one image, and not a video.
 
     >>> is_single_still("a.jpg"), is_single_still(["a.jpg", "b.jpg"]), is_single_still("a.mp4")
     (True, False, False)
@@ -146,7 +146,10 @@ def _is_picture(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LoadedImage:
-    """Hold an image's or video's patches, its decoded pixels for the GPU, or its error."""
+    """Hold an image's or video's patches, its decoded pixels for the GPU, or its error.
+
+    A long video has a stream of pieces instead.
+    """
 
     id: str
     size_px: tuple[int, int] = UNKNOWN_SIZE
@@ -154,7 +157,7 @@ class LoadedImage:
     patches: Patches | Picture | Frames | None = None
     error: ImageError | None = None
     timing: VideoTiming | None = None  # only for a video
-    stream: PieceStream | None = None  # for a long video, instead of patches
+    stream: PieceStream | None = None
 
     @property
     def n_patches(self) -> int:
@@ -162,7 +165,7 @@ class LoadedImage:
 
     @property
     def n_bytes(self) -> int:
-        # PieceMemory counts the bytes of a stream: a loader may start the next video
+        # PieceMemory counts a stream's bytes, so that the loaders may start the next video
         return 0 if self.patches is None else self.patches.n_bytes
 
 

@@ -25,8 +25,8 @@ def origin_metadata(
     device: torch.device,
     quantization: str | None,
 ) -> dict[str, Any]:
-    """Return all facts that determine an embedding's values, as JSON values. None marks a fact that
-    does not apply.
+    """Return the origin of an encoder's embeddings as JSON values. None marks a fact that does not
+    apply or is unknown.
     """
     return {
         "model": origin.name,
@@ -51,7 +51,7 @@ def origin_metadata(
 
 
 def decoder_versions() -> dict[str, str | None]:
-    """Return the versions of Pillow's decoding libraries, because the pixels depend on them."""
+    """Return the versions of libjpeg-turbo and libwebp in Pillow, because pixels depend on them."""
     return {name: pillow.version(theirs) for name, theirs in DECODERS.items()}
 
 

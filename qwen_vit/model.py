@@ -97,8 +97,10 @@ class NormedLinear(Linear):
 
 
 class ResidualLinear(Linear):
-    """Apply a GEMM and add the result to the residual stream, also in e4m3 if an e4m3 MLP
-    follows."""
+    """Apply a GEMM and add the result to the residual stream.
+
+    With `quantized`, the new stream also has an e4m3 copy for the MLP that follows.
+    """
 
     def forward(  # type: ignore[override]
         self, x: Tensor, stream: ResidualStream, *, quantized: bool = False
@@ -114,7 +116,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         C, P = config.hidden_size, config.patch_dim
         self.out_dtype = dtype
-        # float16 operands have 3 more bits than bfloat16; the power of two keeps them in its range
+        # float16 has 3 more bits than bfloat16; the power of two keeps weights in float16's range
         operand_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
         self.scale = 2.0 ** -pixel_weight_exponent(dtype)
         self.weight = _parameter(C, P, dtype=operand_dtype)
@@ -231,7 +233,7 @@ class Block(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """Turn the 4 normalised patches of a merge unit into one merged token."""
+    """Normalise the patches of a merge unit, and turn these 4 patches into one merged token."""
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -327,7 +329,7 @@ class VisionTower(nn.Module):
         """Return one axis's cosines and sines by position and frequency: (positions, R / 2).
 
         The tables are computed in float64 and rounded once to float32, whatever the tower's dtype.
-        Angles in bf16 would have errors of up to 0.4 in their cosine at position 256.
+        In bf16, a cosine at position 256 would be wrong by 0.47.
         """
         angles = self.angles
         if angles is None or len(angles[0]) < n_positions:

@@ -67,7 +67,7 @@ class OutputOptions:
     ) -> list[ImageRows]:
         """Return the rows of a batch by image. `patches` gives each image's patch count.
 
-        With `pool=False`, a mean is left to `join`.
+        With `pool=False`, `join` computes the mean later.
         """
         lengths = [n if self.output == "patch" else n // merge_unit for n in patches]
         if self.output == "mean" and pool:

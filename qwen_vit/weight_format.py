@@ -24,9 +24,9 @@ PIXEL_ZERO = 128  # uint8 pixels enter as pixel - 128, so that fp16 represents e
 
 FP8 = torch.float8_e4m3fn
 SCALE_COLUMNS = 128  # of a row that share a scale, and of one step of a GEMM over K
-# The largest e4m3 is 448 = 1.75 * 2^8. A row's largest value becomes 224 to 448.
+# The largest e4m3 is 448 = 1.75 * 2^8. The largest value that shares a scale becomes 224 to 448.
 MAX_EXPONENT = 8
-MIN_EXPONENT = 16  # biased: values below 2^-128 become 0, and a scale's inverse stays finite
+MIN_EXPONENT = 16  # biased: the smallest scale is 2^-119, and values up to 2^-129 become 0
 UP_TO_448 = 0x1FFFFF  # carries into the exponent for a mantissa above 1.75
 
 
@@ -58,7 +58,8 @@ def padded_mlp_size(config: VisionConfig) -> int:
 
 
 def padded_pixel_size(config: VisionConfig) -> int:
-    """Return K, the values of one patch in one frame, with zero padding: a multiple of 64."""
+    """Return the number of values of one patch in one frame, with zero padding: a multiple of
+    64."""
     return _round_up(config.in_channels * config.patch_px**2, PIXEL_MULTIPLE)
 
 
@@ -68,7 +69,10 @@ def _round_up(size: int, multiple: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedRows:
-    """Hold rows of e4m3 `values` (N, C), and `scales` (C / 128, N) float32."""
+    """Hold rows of e4m3 `values` (N, C), and `scales` (groups of columns, N) float32.
+
+    A group has 128 columns in a GEMM's input, and all columns in a weight.
+    """
 
     values: Tensor
     scales: Tensor

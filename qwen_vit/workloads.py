@@ -13,7 +13,7 @@ def _square(side_px: int, count: int = 1) -> tuple[Grid, ...]:
 
 
 def _stream(count: int) -> tuple[Grid, ...]:
-    """Return images with sides of 224 to 1344 px, in a fixed random order."""
+    """Return the grids of images whose sides are random, from 224 to 1344 px, with a fixed seed."""
     chance = random.Random(0)
     return tuple(
         Grid(1, 2 * chance.randint(8, 48), 2 * chance.randint(8, 48)) for _ in range(count)

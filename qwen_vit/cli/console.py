@@ -73,7 +73,8 @@ def is_verbose() -> bool:
 
 
 def open_missing_streams() -> None:
-    """Open each standard stream that was closed before Python started, for example by `2>&-`."""
+    """Discard the output to stdout or stderr if the stream was closed before Python started, for
+    example by `2>&-`."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the process's life

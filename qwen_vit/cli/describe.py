@@ -86,7 +86,7 @@ def _licence(source: Source, on_card: str | None) -> str:
 
 
 def licence_of(model: str) -> str:
-    """Return the licence of a checkpoint that this package lists by name.
+    """Return the licence of a checkpoint that this package lists by name, or UNKNOWN_LICENCE.
 
     >>> licence_of("Qwen/Qwen2.5-VL-7B-Instruct")
     'Apache-2.0'

@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from qwen_vit.cli.options import (
     video_options,
 )
 from qwen_vit.common.progress import shows_progress
-from qwen_vit.errors import ExportError, display_name, plural
+from qwen_vit.errors import ExportError, QwenVitError, Wording, display_name, plural, with_options
 
 if TYPE_CHECKING:
     from qwen_vit.common.store_path import AnyPath
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 __all__ = ["export"]
 
 ASK_ABOVE_BYTES = 100 * 10**9
-# options that an export records at its start
+# options of an export's start, which --resume does not accept again
 OF_START = (
     "model", "out", "revision", "device", "dtype", "output", "normalize", "layers", "shard_size",
     "min_pixels", "max_pixels", "exif", "column", "id_column", "formats", "pages", "allow_urls",
@@ -203,25 +203,26 @@ def export(
         options = replace(start.options, **of_this_run)
     elif not inputs or model is None or out is None:
         raise click.UsageError("pass INPUTS, --model and --out, or only --resume OUT")
-    if images := inputs or None:
-        check_paths(images)
-        check_inputs(images, options.columns)
-    check_folder(out, make=False)
-    if dry_run:
-        _print_estimate(model, images, options, out, as_json=as_json, device=device, **loading)
-        return
     running: dict[str, Any] = {"decode_threads": decode_threads, "ec_cache": ec_cache}
     running |= {"confirm": None if yes else partial(_ask_if_large, folder=out)}
     running |= {"show_progress": not is_quiet()}
-    with StopSignals() as stop, _hint_resume(out):
-        if address is None:
-            encoder = load_encoder(model, options, device=device, **loading)
-            done = export_features(encoder, images, out, options, stop=stop, **running)
-        else:
-            done = export_on_ray(
-                model, images, out, options, address=address or None, device=device, **running,
-                **loading,
-            )  # fmt: skip
+    with nullcontext() if resume is None else _explain_recorded():
+        if images := inputs or None:
+            check_paths(images)
+            check_inputs(images, options.columns)
+        check_folder(out, make=False)
+        if dry_run:
+            _print_estimate(model, images, options, out, as_json=as_json, device=device, **loading)
+            return
+        with StopSignals() as stop, _hint_resume(out):
+            if address is None:
+                encoder = load_encoder(model, options, device=device, **loading)
+                done = export_features(encoder, images, out, options, stop=stop, **running)
+            else:
+                done = export_on_ray(
+                    model, images, out, options, address=address or None, device=device, **running,
+                    **loading,
+                )  # fmt: skip
     _print_report(done, as_json=as_json, with_waits=profile or is_verbose())
     if sum(done.failed.values()) - done.failed_earlier > allow_failed:
         sys.exit(EXIT_SKIPPED)
@@ -254,13 +255,32 @@ def _print_report(done: "ExportReport", *, as_json: bool, with_waits: bool) -> N
 
 
 def _refuse_start_options(ctx: click.Context) -> None:
-    """Raise UsageError for an option that a resumed export has already recorded."""
+    """Raise UsageError for an option of the export's start."""
     for name in OF_START:
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            option = f"--{name.replace('_', '-')}"
-            raise click.UsageError(
-                f"{option} does not work with --resume, because the export has recorded this option"
+            why = "OUT names the folder" if name == "out" else "the export has recorded this option"
+            raise click.UsageError(f"{_flag(name)} does not work with --resume, because {why}")
+
+
+@contextmanager
+def _explain_recorded() -> Iterator[None]:
+    """If an error's remedy names options that --resume does not accept, add how to change them."""
+    try:
+        yield
+    except QwenVitError as error:
+        named = error.remedy.options if isinstance(error.remedy, Wording) else ()
+        flags = [_flag(name) for name in dict.fromkeys(named) if name in OF_START]
+        if flags:
+            error.remedy += (
+                f" --resume keeps the recorded {' and '.join(flags)}: to change "
+                f"{'this option' if len(flags) == 1 else 'these options'}, start a new export with "
+                "another --out."
             )
+        raise
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -304,6 +324,10 @@ def _ask_if_large(estimate: "Estimate", folder: "AnyPath") -> None:
     if not click.confirm(f"{display_name(str(folder))}: {fact}. Continue?", err=True):
         raise ExportError(
             "export cancelled",
-            remedy="to make the export smaller, pass fewer images, --max-pixels, --output mean or "
-            "--dtype bfloat16",
+            remedy=with_options(
+                "to make the export smaller, pass fewer images, {}, {} or {}",
+                "max_pixels",
+                ("output", "mean"),
+                ("dtype", "bfloat16"),
+            ),
         )

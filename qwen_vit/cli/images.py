@@ -90,9 +90,10 @@ def encode_one_by_one(
     """Yield each image's features or error, and the milliseconds from its file to its features.
 
     Features are in CPU memory, because encoding needs the GPU's memory. The function prints failed
-    images, and on a terminal shows a progress bar. `exif`, `limits` and `options` are arguments of
+    images to stderr, and on a terminal also a progress bar. With on_error="raise", it raises the
+    first image's ImageError instead. `exif`, `limits` and `options` are arguments of
     `VisionEncoder.encode`. `video` contains the options for videos. With `as_video`, the function
-    encodes an animation as a video. With on_error="raise", it raises the first ImageError.
+    encodes an animation as a video.
     """
     from tqdm import tqdm
 

@@ -36,7 +36,7 @@ def slow_imports() -> Iterator[None]:
         raise ArgumentError(
             str(error), remedy=f"install the package into this Python: {install_command()}"
         ) from None
-    except ImportError as error:  # the error's text contains the remedy
+    except ImportError as error:  # if Triton is missing, the text contains the remedy
         raise ArgumentError(str(error)) from None
     finally:
         if is_default:

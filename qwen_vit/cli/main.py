@@ -30,7 +30,7 @@ from qwen_vit.errors import ExportError, QwenVitError
 __all__ = ["cli", "main"]
 
 COMMANDS = ("bench", "compare", "download", "encode", "export", "info", "show", "verify")
-# how Python's threads, torch on a CPU, and C++ report a full memory
+# how Python's threads, torch on a CPU, and C++ report that memory is full
 FULL_MEMORY = re.compile(r"can't start new thread|can't allocate memory|bad_alloc")
 OUT = re.compile(r"--out(?:put)?[-_]?(?:dir|directory|folder|file|path)")  # of other programs
 MORE_MEMORY = "free some memory, or raise the memory limit, and run the same command again"

@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -26,9 +26,6 @@ from qwen_vit.cli.options import (
     verbosity_options,
 )
 from qwen_vit.errors import ArgumentError, display_name, plural
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["show"]
 

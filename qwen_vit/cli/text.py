@@ -117,7 +117,7 @@ def export_text(done: ExportReport) -> str:
 
 
 def waits_text(done: ExportReport) -> str:
-    """Return the share of the time for which an export waited for each stage."""
+    """Return each stage's share of the time for which an export waited, as text."""
     total = sum(done.waits.values()) or 1.0
     shares = (f"{stage} {seconds / total:.0%}" for stage, seconds in done.waits.items())
     return f"waited for: {', '.join(shares)}"
@@ -203,7 +203,7 @@ def _image_json(feature: ImageFeatures | FailedImage, merge_unit: int) -> dict[s
 
 
 def facts_text(facts: dict[str, Any]) -> str:
-    """Return a line for each fact that has a value. A dictionary's facts follow its name."""
+    """Return a line for each fact that has a value. The facts of a dictionary follow its name."""
     lines: list[tuple[str, str]] = []
     for name, value in facts.items():
         if isinstance(value, dict):

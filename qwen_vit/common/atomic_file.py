@@ -32,9 +32,9 @@ class AtomicFile:
     >>> growing.file.write(b"whole or absent")  # doctest: +SKIP
     >>> growing.commit()  # doctest: +SKIP
 
-    The hidden name starts with the file's own name and ends in TEMPORARY_SUFFIX. Only a killed
-    process leaves such a file behind. With `overwrite=False`, no existing file is replaced. Raises
-    ExportError if the file cannot be written.
+    The hidden name starts with a dot and the file's own name, and ends in TEMPORARY_SUFFIX. Only a
+    killed process leaves such a file behind. Raises ExportError if the file cannot be written, or
+    if it exists and `overwrite` is False.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = True) -> None:
@@ -68,16 +68,21 @@ class AtomicFile:
         try:
             os.link(self._temporary, self.path)  # a rename would replace an existing file
         except FileExistsError:
-            raise ExportError(
-                "exists",
-                name=str(self.path),
-                expected="a new name",
-                remedy="pass another name, or overwrite the file",
-            ) from None
+            raise self._exists() from None
         except OSError as error:
             if error.errno not in NO_LINKS:
                 raise
+            if os.path.lexists(self.path):
+                raise self._exists() from None
             os.replace(self._temporary, self.path)
+
+    def _exists(self) -> ExportError:
+        return ExportError(
+            "exists",
+            name=str(self.path),
+            expected="a new name",
+            remedy="pass another name, or overwrite the file",
+        )
 
     def discard(self) -> None:
         """Remove an uncommitted file. A second call has no effect."""

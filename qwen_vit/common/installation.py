@@ -24,8 +24,8 @@ def install_command(extra: str = "") -> str:
     >>> install_command("hf")  # doctest: +SKIP
     "pip install -e '.[hf]'"
 
-    The command names the source of this installation, a checkout, a repository or a wheel, because
-    no index has the package. If the wheel's file is gone, it names the extra's packages.
+    The command names the source of this installation (a checkout, a repository or a wheel), because
+    no index has the package. If the wheel's file is gone, the command names the extra's packages.
     """
     extras = f"[{extra}]" if extra else ""
     if (CHECKOUT / "pyproject.toml").is_file():
@@ -77,7 +77,7 @@ def _from_here(path: Path) -> Path:
 
 
 def _packages_of(extra: str) -> list[str]:
-    """Return the requirements that an extra adds, such as "transformers>=5.18"."""
+    """Return the requirements that an extra adds, such as "transformers>=5.18", or this package."""
     from packaging.requirements import Requirement
 
     found = []

@@ -14,7 +14,7 @@ from qwen_vit.errors import ArgumentError, with_options
 __all__ = ["Job", "Prefetcher", "core_count", "thread_count", "work_ahead"]
 
 MAX_THREADS = 16
-AHEAD_BYTES = 2**27  # about seven full batches of a GPU
+AHEAD_BYTES = 2**27  # about seven full batches of patches on a GPU
 AHEAD_JOBS = 1_024
 THREAD_NAME = "qwen-vit-load"
 
@@ -35,12 +35,12 @@ def core_count() -> int:
 def thread_count(wanted: int | None, cores: int | None = None) -> int:
     """Return the number of loader threads: `wanted`, or one per two cores, from 2 to 16.
 
-    >>> thread_count(3), thread_count(None, cores=16)
-    (3, 8)
+    >>> thread_count(3), thread_count(None, cores=16), thread_count(None, cores=1)
+    (3, 8, 1)
 
-    `cores` defaults to the cores of this process. All threads share the GIL, so more threads would
-    slow the thread that submits GPU work. Raises ArgumentError unless `wanted` is a whole number
-    above 0.
+    `cores` defaults to the cores of this process. A single core gets one thread. All threads share
+    the GIL, so more threads would slow the thread that submits GPU work. Raises ArgumentError
+    unless `wanted` is a whole number above 0.
     """
     if wanted is None:
         cores = core_count() if cores is None else cores

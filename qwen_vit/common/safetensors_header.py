@@ -2,8 +2,8 @@
 
 A file is 8 bytes of header length (little endian), a JSON header, then the tensors' bytes. The
 tensors' bytes must cover the rest without overlaps or gaps. The safetensors library accepts
-duplicate keys, and its errors never name the file. This module's errors give the file, its size and
-the remedy.
+duplicate keys, and its errors about a file's content do not name the file. The errors of this
+module name the file and the remedy.
 """
 
 import json
@@ -93,6 +93,8 @@ def header_length(start: bytes, *, file_bytes: int, source: str) -> int:
 
     >>> header_length((2).to_bytes(8, "little") + b"{}", file_bytes=10, source="a.safetensors")
     2
+
+    Raises CheckpointError for another kind of file, and for a header that does not fit the file.
     """
     named = f"{source} ({file_bytes} bytes)"
     for signature, what, remedy in IMPOSTORS:
@@ -124,7 +126,8 @@ def header_length(start: bytes, *, file_bytes: int, source: str) -> int:
 
 
 def parse_header(raw: bytes, *, file_bytes: int, source: str) -> dict[str, TensorInfo]:
-    """Parse the JSON header of a file of `file_bytes`, and check that its tensors tile the data."""
+    """Parse the JSON header of a file of `file_bytes`, and check that its tensors cover the data
+    without overlaps or gaps. Raises CheckpointError."""
     named = f"{source} ({file_bytes} bytes)"
     try:
         header = parse_json(raw, source=f"{named}, header")

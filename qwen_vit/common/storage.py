@@ -59,7 +59,8 @@ class ReplacedError(OSError):
 
 
 class RemoteObject(NamedTuple):
-    """Describe one object: its address, its bytes, and a version that changes with its content."""
+    """Describe one object: its address, its size in bytes, and a version that changes with its
+    content, or None if the store gives no version."""
 
     address: str
     size: int

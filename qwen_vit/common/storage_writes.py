@@ -1,4 +1,4 @@
-"""Write objects completely or not at all, and only if no other process wrote them.
+"""Write objects completely or not at all, and detect that another process wrote them.
 
 Conditional writes resolve conflicts between writers. S3 and Azure support `If-None-Match: *` for a
 new object, and `If-Match` for the next version of an object. GCS has `ifGenerationMatch` for both.
@@ -55,8 +55,9 @@ def put_file(address: str, path: Path, *, is_new: bool) -> None:
 def put_bytes(address: str, data: bytes, *, replaces: str | None = None) -> str | None:
     """Write a new small object, or replace the version `replaces`. Return the object's version.
 
-    Raises FileExistsError if the object has another version, and OSError for other errors. Also
-    raises FileExistsError if the store wrote the object but its response was lost.
+    Without `replaces`, raises FileExistsError if the object exists. Otherwise raises
+    FileExistsError if the object has another version. The same error can mean that this call wrote
+    the object, and that the response was lost before a retry. Raises OSError for other errors.
     """
     files, place = files_of(address)
     _with_condition(lambda: _put(files, place, data, replaces))
@@ -77,7 +78,7 @@ def remove_object(address: str) -> None:
 def has_conditions(address: str, data: bytes) -> bool:
     """Return whether the store rejects a conditional write of an object that already exists.
 
-    The object must contain `data`. Some servers ignore conditional writes. Raises OSError.
+    The object must contain `data`. Some servers ignore the condition. Raises OSError.
     """
     files, place = files_of(address)
     try:

@@ -36,8 +36,8 @@ def read_cached(
 ) -> bytes:
     """Return a range like `read_range`, and store the range in `folder`.
 
-    Without a folder or a version, nothing is stored. A failure to store is no error. Raises the
-    errors of `read_range`.
+    Without a folder or a version, nothing is stored. If the range cannot be stored, the function
+    logs a warning. Raises the errors of `read_range`.
     """
     if folder is None or version is None or end <= start:
         return read_range(address, start, end, version)
@@ -65,5 +65,5 @@ def _keep(data: bytes, path: Path, folder: Path) -> None:
 
 @lru_cache(1)
 def _warn(folder: Path, reason: str | None) -> None:
-    """Log a warning, but never the same warning twice."""
-    logger.warning("the cache %s stores no more bytes: %s; check the disk", folder, reason)
+    """Log a warning, unless the previous warning was the same."""
+    logger.warning("the cache %s could not store bytes: %s; check the disk", folder, reason)

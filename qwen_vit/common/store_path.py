@@ -28,14 +28,14 @@ class _Status(NamedTuple):
 
 @dataclass(frozen=True)
 class StorePath:
-    """Use an address as a path. The path remembers the responses to earlier requests.
+    """Use an address as a path. The path remembers the object's size and version.
 
     `cache` is a folder on this machine that also stores the bytes.
 
     >>> StorePath("s3://bucket/export/") / "export.json"
     StorePath(address='s3://bucket/export/export.json')
 
-    Methods raise OSErrors whose `strerror` is the fact for a message.
+    Methods raise OSErrors whose `strerror` is the fact and the remedy for a message.
     """
 
     address: str
@@ -68,23 +68,23 @@ class StorePath:
             return {name for name in list_names(self.address) if not name.endswith("/")}
 
     def is_file(self) -> bool:
-        """Return whether the address names an object. Raises OSError if the store does not
-        respond."""
+        """Return whether the address names an object. Raises OSError if the store reports an
+        error."""
         try:
             return self._object is not None
         except FileNotFoundError:
             return False
 
     def is_dir(self) -> bool:
-        """Return whether the address is a prefix of objects. Raises OSError if the store does not
-        respond."""
+        """Return whether the address is a prefix of objects. Raises OSError if the store reports an
+        error."""
         try:
             return self._object is None
         except FileNotFoundError:
             return False
 
     def exists(self) -> bool:
-        """Return whether an object or a prefix exists."""
+        """Return whether an object or a prefix exists. Raises OSError."""
         return self.is_file() or self.is_dir()
 
     def stat(self) -> _Status:
@@ -101,12 +101,12 @@ class StorePath:
         return self.read(0, self._found().size)
 
     def open(self, mode: str = "rb", buffering: int = -1) -> Any:
-        """Open the object. With `buffering=0`, each read requests a range. Otherwise one request
-        reads the whole object."""
+        """Open the object for reading. With `buffering=0`, each read requests a range. Otherwise
+        one request reads the whole object."""
         return _Ranges(self) if buffering == 0 else io.BytesIO(self.read_bytes())
 
     def read(self, start: int, end: int) -> bytes:
-        """Return a range of the object with one request. Raises OSError."""
+        """Return the bytes from `start` to `end`, or to the object's end. Raises OSError."""
         found = self._found()
         end = min(end, found.size)
         with _facts():
@@ -142,7 +142,7 @@ def as_path(path: PathOrAddress) -> AnyPath:
 
 
 class _Ranges(io.RawIOBase):
-    """Read an object as a file, with one request per read."""
+    """Read an object as a file, one range per read."""
 
     def __init__(self, path: StorePath) -> None:
         self._path, self._place = path, 0
@@ -170,7 +170,7 @@ class _Ranges(io.RawIOBase):
 
 @contextmanager
 def _facts() -> Iterator[None]:
-    """Set the fact for the message of a store's OSError."""
+    """Set a store's OSErrors to the fact and the remedy for a message."""
     try:
         yield
     except OSError as error:

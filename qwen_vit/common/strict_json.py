@@ -62,6 +62,8 @@ def parse_json(raw: bytes, *, source: str) -> dict[str, Any]:
 
     >>> parse_json(b'{"depth": 4}', source="config.json")
     {'depth': 4}
+
+    Raises CheckpointError with `source` for any other content.
     """
 
     def refuse_constant(name: str) -> None:
@@ -108,7 +110,8 @@ def parse_json(raw: bytes, *, source: str) -> dict[str, Any]:
 
 
 def child_object(config: Mapping[str, Any], key: str, source: str) -> tuple[Mapping[str, Any], str]:
-    """Return the object under `key`, and its name for messages."""
+    """Return the object under `key`, and its name for messages. Raises CheckpointError for another
+    kind of value."""
     value = config[key]
     if not isinstance(value, Mapping):
         raise CheckpointError(
@@ -134,12 +137,12 @@ def is_integer(value: object) -> TypeGuard[int]:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Return whether a value is an integer or a finite float of at most 1e12 in size."""
+    """Return whether a value is an integer or a float, from -1e12 to 1e12. True is not a number."""
     return (isinstance(value, float) or is_integer(value)) and -1e12 <= value <= 1e12
 
 
 def short_repr(value: object) -> str:
-    """Return a value as text that fits on a line.
+    """Return a value as text of at most 60 characters.
 
     >>> short_repr([0] * 100)
     '[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,...'

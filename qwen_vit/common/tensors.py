@@ -58,7 +58,8 @@ def odd_kind(tensor: Tensor) -> str:
 
 
 def resolved(tensor: Tensor) -> Tensor:
-    """Return the tensor with its signs in memory, because kernels ignore torch's negative bit.
+    """Return the tensor with its signs in memory, because kernels ignore torch's negative and
+    conjugate bits.
 
     >>> resolved(torch.complex(*torch.ones(2, 1)).conj().imag)
     tensor([-1.])

@@ -1,4 +1,4 @@
-"""Define the versions of transformers with which the package works."""
+"""Define the oldest version of transformers with which the package works, and require it."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -15,7 +15,7 @@ MIN_TRANSFORMERS = "5.18"
 
 
 def require_transformers(purpose: str, *, alternative: str = "") -> None:
-    """Raise ArgumentError with the installed version unless transformers is new enough.
+    """Raise ArgumentError if transformers is missing or too old. The error names the version.
 
     For the message, `purpose` names the feature that needs transformers, and `alternative` is
     another way, if one exists.

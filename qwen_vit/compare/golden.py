@@ -37,9 +37,9 @@ __all__ = ["SCHEMA_VERSION", "Case", "Golden", "load_golden", "write_golden"]
 SCHEMA_VERSION = 1
 METADATA_KEY = "qwen_vit_golden"
 FINGERPRINT_DIGITS = 16
-OPTIONS = {  # settings that the command line can change
-    **{name: f"--{name}" for name in ("attention", "dtype", "processor")},
-    **{f"image_config.{side}_pixels": f"--{side}-pixels" for side in ("min", "max")},
+OPTIONS = {  # settings that an option can change, with the option's name
+    **{name: name for name in ("attention", "dtype", "processor")},
+    **{f"image_config.{name}": name for name in ("min_pixels", "max_pixels")},
 }
 
 
@@ -112,7 +112,7 @@ class Golden:
         for name in sorted(here.keys() | there.keys()):
             if here.get(name) != there.get(name):
                 remedy = (
-                    f"pass {OPTIONS[name]} {there[name]}"
+                    with_options("pass {}", (OPTIONS[name], there[name]))
                     if name in OPTIONS
                     else "compare with a golden file of this model and these settings"
                 )
@@ -144,8 +144,8 @@ def write_golden(
     """Write a golden file completely or not at all, with the same bytes for the same cases.
 
     `reference` records how Hugging Face's tower ran: attention implementation, processor, versions
-    and device. Raises ComparisonError for a case with NaN or infinity, and ExportError if the
-    folder cannot be written.
+    and device. Raises ComparisonError for a case whose error is not finite, and ExportError if the
+    file cannot be written.
     """
     for case in cases:
         for stage, error in (case.errors or {}).items():

@@ -1,6 +1,6 @@
 """Run Hugging Face's processors and tower, stage by stage, as the reference of a comparison.
 
-Of a comparison's modules, only this one imports transformers, and only when it runs.
+The module imports transformers only when it runs.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,7 +42,8 @@ class Processed(NamedTuple):
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of installed packages that Hugging Face's numbers depend on."""
+    """Return the versions of installed packages and decoders that Hugging Face's numbers depend
+    on."""
     found = {}
     for package in ("numpy", "pillow", "torch", "torchvision", "transformers"):
         try:
@@ -53,19 +54,19 @@ def package_versions() -> dict[str, str]:
 
 
 def check_transformers() -> None:
-    """Raise ArgumentError with both versions if transformers is missing or too old."""
+    """Raise ArgumentError if transformers is missing or too old."""
     require_transformers(
         "a comparison with Hugging Face",
         alternative=Wording(
-            "compare with a saved golden file by compare_with_golden",
-            shell="compare with a saved golden file by --golden",
+            "pass a saved golden file to compare_with_golden",
+            shell="pass a saved golden file with --golden",
         ),
     )
 
 
 @contextmanager
 def _importing() -> Iterator[None]:
-    """Report versions if transformers cannot import an installed torchvision or torch."""
+    """Raise ArgumentError with the versions if transformers cannot be imported."""
     try:
         yield
     except (AttributeError, ImportError, RuntimeError) as error:
@@ -78,7 +79,7 @@ def _importing() -> Iterator[None]:
         raise ArgumentError(
             f"transformers cannot be imported ({reason}) with {found}",
             remedy=with_options(
-                "install versions that belong together, or pass a golden file by {}",
+                "install versions that belong together, or pass a saved golden file as {}",
                 "golden",
             ),
         ) from error
@@ -90,8 +91,8 @@ def process(
     """Run one of Hugging Face's processors on an RGB image (height, width, 3).
 
     "pillow" is the reference. "torchvision", transformers' default, resizes differently and needs
-    torchvision. Raises ArgumentError if torchvision is not installed. Raises ImageError, with
-    `name`, for an image that the processor rejects.
+    torchvision. Raises ArgumentError if a necessary package is missing or cannot be imported.
+    Raises ImageError, with `name`, for an image that the processor rejects.
     """
     check_transformers()
     settings: dict[str, Any] = {
@@ -155,7 +156,7 @@ def process_pairs(frames: Sequence[NDArray[np.uint8]], config: ImageConfig, name
 
 
 def hf_config(config: Any) -> Any:
-    """Return transformers' configuration of the same tower."""
+    """Return transformers' configuration of a tower with this VisionConfig."""
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
     return Qwen2_5_VLVisionConfig(
@@ -185,8 +186,8 @@ def hf_tower(
     """Build Hugging Face's tower from tensors by published name, without random weights.
 
     The function casts only the parameters to `dtype`, because a cast of the whole module would
-    change the rotary frequencies, which stay in float32. Raises ArgumentError if transformers
-    rejects the attention implementation, or for FlashAttention in float32.
+    change the rotary frequencies, which stay in float32. Raises ArgumentError if transformers is
+    missing or rejects the attention implementation, and for FlashAttention in float32.
     """
     check_transformers()
     if "flash" in attention and dtype == torch.float32:
@@ -222,7 +223,7 @@ def hf_tower(
 
 @torch.no_grad()
 def hf_trace(model: Any, rows: Tensor, grids: Iterable[Any]) -> Trace:
-    """Run Hugging Face's tower. Return "patch_embed", "block.0".., "merger" (row-major)."""
+    """Run Hugging Face's tower, and return its stages by name, in the orders of `Oracle.stages`."""
     first = next(model.parameters())
     trace: Trace = {}
 

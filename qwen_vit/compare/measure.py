@@ -120,7 +120,7 @@ def compare_pixels(
 def _feature_maps(
     encoder: VisionEncoder, case: Case, ours: Trace, theirs: Trace, layout: Layout
 ) -> FeatureMaps:
-    """Return four stages in raster order, and the image of the processor's pixels.
+    """Return up to four stages in raster order, and the image of the processor's pixels.
 
     For a video, return the stages of the first pair of frames, and the merged tokens of some pairs.
     """

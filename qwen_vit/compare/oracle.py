@@ -1,7 +1,7 @@
 """Compute the vision tower in plain float64, as the reference for every faster path.
 
 Read this file for the plain mathematics. The oracle uses neither the package's network nor
-transformers, so it shares no error with either. In float64 (the default) every step is in float64,
+transformers, so it shares no code with either. In float64 (the default) every step is in float64,
 including RMSNorm statistics, rotary angles and softmax. The oracle converts one weight at a time
 and computes one stage at a time, so even a large tower needs little more memory than its
 activations.
@@ -66,9 +66,9 @@ class Oracle:
     def stages(self, rows: Tensor, grids: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and the values of every stage of the tower.
 
-        `rows` are (N, 1176) in grid order, and `grids` are (t, h, w). The stage "patch_embed" is
-        (N, C) in grid order. The stages "block.0", ... are (N, C) in window order. The stage
-        "merger" is (N / 4, out) in row-major order.
+        `rows` are (N, 1176) in grid order, and `grids` are Grid objects or tuples (t, h, w). The
+        stage "patch_embed" is (N, C) in grid order. The stages "block.0", ... are (N, C) in window
+        order. The stage "merger" is (N / 4, out) in row-major order.
         """
         plan = self.plan(grids)
         order = torch.tensor(plan.order, device=self.device)

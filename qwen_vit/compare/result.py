@@ -35,12 +35,13 @@ class Preprocessing:
 
     @property
     def passed(self) -> bool:
-        """Return whether grids agree and values differ by <= 1e-5, less than one grey level."""
+        """Return whether the grids agree, and the relative error of the values is at most 1e-5."""
         return self.same_grid and (self.relative or 0.0) <= RELATIVE_TOLERANCE
 
     @property
     def is_judged(self) -> bool:
-        """Return whether a difference is a failure. torchvision's processor resizes differently."""
+        """Return whether a difference is a failure. For torchvision's processor it is not, because
+        this processor resizes differently."""
         return self.processor == "pillow"
 
 
@@ -143,7 +144,7 @@ class ImageComparison:
 
     @property
     def problems(self) -> list[str]:
-        """Return the stages and pixels that exceed their tolerance, in the order of computation."""
+        """Return the differences of frames, pixels and stages beyond their tolerance, in order."""
         references = self.frames.references if self.frames else ()
         frames = [
             f"frames: {each.differ} differ from those of {each.reference}"
@@ -166,14 +167,13 @@ class ImageComparison:
 class Comparison:
     """Hold the results for all images. `passed` determines the exit code."""
 
-    facts: dict[str, Any]  # model, device, dtype, attention, processor, versions, golden, weights
+    facts: dict[str, Any]  # model, weights, dtype, device, versions, config, reference, golden
     images: tuple[ImageComparison, ...]
     skipped: tuple[tuple[str, ImageError], ...]
 
     @property
     def passed(self) -> bool:
-        """Return whether every stage of every image is within tolerance and no image was
-        skipped."""
+        """Return whether no image has a problem, and no image was skipped."""
         return not self.skipped and not any(image.problems for image in self.images)
 
     @property

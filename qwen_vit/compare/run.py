@@ -122,12 +122,15 @@ def compare(
     >>> compare(encoder, ["tests/photographs/chelsea.png"]).passed
     True
 
-    `processor` computes the pixels for both towers. The result also reports other installed
-    processors. `save_golden` writes Hugging Face's results to a file. `keep_maps` keeps the data
-    for a report. The function skips and reports unreadable images. Paths may also name videos:
-    `video` sets their sampling, and the processor receives the resized frames. Raises ArgumentError
-    if transformers is missing or rejects the attention implementation. Raises ComparisonError if no
-    image is left to save.
+    `processor` computes the pixels for Hugging Face's tower. Our tower takes our own pixels if they
+    agree, and the processor's pixels otherwise. The result also reports other installed processors.
+    `save_golden` writes Hugging Face's results to a file. `keep_maps` keeps the data for a report.
+    The function skips and reports unreadable images. Paths may also name videos: `video` sets their
+    sampling, and the processor receives the resized frames.
+
+    Raises ArgumentError if transformers or the processor's package is missing, or if transformers
+    rejects the attention implementation. Raises the errors of `write_golden`, and ComparisonError
+    if no image is left to save.
     """
     check_transformers()
     config = encoder.config
@@ -228,11 +231,11 @@ def compare_with_golden(
 ) -> Comparison:
     """Compare our tower with Hugging Face's results in a golden file, without transformers.
 
-    With `images`, the function compares only these images, and also our own pixels. The golden file
-    must contain each image, by SHA-256. `video` sets the sampling of videos. Without `images`, the
-    function compares every image of the golden file, from the stored pixel values. If weights
-    differ from those of the golden file, the function still compares, and names them. It skips and
-    reports unreadable images.
+    With `images`, the function compares only these images, and also our own pixels of them. The
+    golden file must contain each image, by SHA-256. `video` sets the sampling of videos. Without
+    `images`, the function compares every image of the golden file, from the stored pixel values. If
+    weights differ from those of the golden file, the function still compares, and names these
+    weights. It skips and reports unreadable images.
 
     Raises ComparisonError if the configuration, dtype, processor or requested attention
     implementation differs from the golden file's, and for an image that the file does not contain.

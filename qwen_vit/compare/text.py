@@ -75,7 +75,7 @@ def reference_line(facts: dict[str, Any]) -> str:
 def closer_line(comparison: Comparison) -> str:
     """Return which tower is closer to float64, or an empty line if an error is not finite.
 
-    The line is also empty if the weights differ from the golden file's, because the models differ.
+    The line is also empty if the weights differ from those of the golden file.
     """
     if not comparison.has_same_weights:
         return ""

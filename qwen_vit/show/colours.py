@@ -30,8 +30,8 @@ class PrincipalColours:
 
     The first component sets the lightness, the second blue to yellow, and the third green to red.
     With the usual red, green and blue, colour-blind readers would distinguish fewer colours. Most
-    of them confuse red and green, so these are the colours of the third component, which has the
-    least variance.
+    of them confuse red and green. The third component has these colours, because it has the least
+    variance.
 
     Attributes:
         explained: the share of the variance that each component explains.
@@ -50,7 +50,7 @@ class PrincipalColours:
         """Fit the components to maps (..., D) together, so that colours are comparable across maps.
 
         The same features give the same colours, because the algorithm's random numbers have a fixed
-        seed. The sign of each axis makes its largest weight positive, as in scikit-learn.
+        seed. The sign of each axis makes its weight of largest size positive, as in scikit-learn.
         """
         rows = _rows(maps)
         mean = rows.mean(0)

@@ -33,7 +33,7 @@ __all__ = [
 DOTS_PER_INCH = 150
 PANEL_IN = 4.8  # inches: the longer side
 TITLE_IN = 0.3
-LETTERS_PER_IN, MIN_TITLE = 14, 24  # of a title, which is wrapped above a narrow panel
+LETTERS_PER_IN, MIN_TITLE = 14, 24  # letters of a title's line; a longer title is wrapped
 BLUE = "#1668c7"
 HEAT_MAP = "cividis"  # readable for colour-blind readers
 STYLE: Any = {
@@ -70,7 +70,7 @@ def draw_array(axes: Any, layout: StripLayout, array: NDArray[Any], **style: Any
 
 
 def draw_windows(axes: Any, layout: StripLayout, h: int, w: int, window: int) -> None:
-    """Draw the attention windows of h x w patches, and tint windows that an edge cuts."""
+    """Draw the attention windows of h x w patches, and stripe windows that an edge cuts."""
     from matplotlib.patches import Rectangle
 
     rows, columns = -(-h // window), -(-w // window)
@@ -160,7 +160,7 @@ def panel_png(layout: StripLayout, draw: Callable[[Any], None]) -> bytes:
 def sheet_png(view: FeatureView, views: FeatureViews, titles: Sequence[str]) -> bytes:
     """Draw an image's panels with titles side by side, or in a column for a wide image.
 
-    The sheet is opaque, and JPEG cannot store an alpha channel. Therefore the PNG has none.
+    The PNG has no alpha channel, so that users can save the picture as JPEG.
     """
     layout = StripLayout.of(view.h, view.w, views.window)
     draws: list[Callable[..., Any]] = [draw_picture, draw_colours]

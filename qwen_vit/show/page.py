@@ -26,7 +26,7 @@ from qwen_vit.show.views import UNKNOWN_SIZE, FeatureView, FeatureViews
 
 __all__ = ["PageText", "data_uri", "feature_page", "render_page"]
 
-WEBP_QUALITY = 90  # JPEG quality of photographs; maps are lossless, and small as PNG
+WEBP_QUALITY = 90  # for photographs; a map is usually smaller as PNG, and then stays lossless
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ def show_features(
         pictures: the images by id, if the ids are not the images' paths.
         point: (x, y) in pixels of the first image. The function compares this cell with every cell.
         layer: a block of `features.layers` to draw instead of the embeddings.
-        frame: the frame of a video.
+        frame: the index of a video's pair of frames.
 
     Returns:
         One picture per image, in order. A notebook displays a picture, and `save` writes it.

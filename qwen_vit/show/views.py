@@ -33,7 +33,7 @@ class DenseFeatures(Protocol):
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:
-        """Return frames, rows and columns, in patches."""
+        """Return the number of frames, rows and columns of the grid of patches."""
 
     @property
     def size_px(self) -> tuple[int, int]:
@@ -57,7 +57,7 @@ class FeatureView:
         h: rows of the grid, in patches.
         w: columns of the grid, in patches.
         size_px: the original height and width, or (0, 0) if unknown.
-        colours: (rows, columns, 3) sRGB from 0 to 1, with one cell per token.
+        colours: (rows, columns, 3) sRGB from 0 to 1, with one cell per merged token or patch.
         picture: (height, width, 3) uint8 over the same area, or None.
         similarity: (rows, columns) cosine similarities to the chosen cell, or None.
         mark: the chosen cell's centre as (x, y) in patches, only in the image of that cell.
@@ -84,7 +84,8 @@ class FeatureViews:
     Attributes:
         window: the side of an attention window, in patches.
         explained: the share of the variance in each of the three components.
-        span: the lowest and the highest similarity in the drawing, or None.
+        span: the similarities at the two ends of the colour scale, or None. The lower end is the
+            lowest 1 % quantile of an image, and the upper end is 1.
     """
 
     views: tuple[FeatureView, ...]
@@ -110,12 +111,13 @@ def view_features(
             name an image of the same size, the drawing shows no image.
         point: (x, y) in pixels of the first image. The function compares this cell with every cell.
         layer: a block of `features.layers` to draw instead of the embeddings.
-        frame: the frame of a video.
+        frame: the index of a video's pair of frames.
         window: the side of an attention window, in patches.
 
     Raises:
-        ArgumentError: There are no features, the layer does not exist, widths differ, the point is
-            outside the image, or an image does not fit the features.
+        ArgumentError: There are no features, the layer or the frame does not exist, widths differ,
+            the point is outside an image or the image's size is unknown, or an image does not fit
+            the features.
         ImageError: qwen_vit cannot read an image.
     """
     features = list(features)

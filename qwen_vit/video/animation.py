@@ -58,7 +58,7 @@ def _format_of(head: bytes) -> str | None:
 class AnimationFrames:
     """Read the frames of an animated image, with the interface of `reader.FileFrames`.
 
-    Raises ImageError for a still image, too many frames, or a damaged file.
+    Raises ImageError for a still image, a damaged file, or an animation that exceeds `limits`.
     """
 
     def __init__(self, data: bytes, name: str, limits: VideoLimits) -> None:

@@ -1,7 +1,8 @@
-"""Check a video file's container, end and claimed sizes before a decoder opens the file.
+"""Check a video file's container, end and number of frames before a decoder opens the file.
 
-FFmpeg fills in missing data and does not check the header, and one box can make it index 10^9
-frames. Therefore this module checks the end of the file and the number of frames.
+FFmpeg fills in missing data, and one box of a header can make FFmpeg index 10^9 frames. Therefore
+this module checks the end of MP4, MOV, Matroska, WebM and AVI files, and the number of frames of
+MP4 and MOV files.
 """
 
 import io
@@ -48,7 +49,7 @@ def container_of(head: bytes | bytearray | memoryview) -> str | None:
 
 
 def check_structure(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> str:
-    """Check the end and the claimed sizes of a file of `size` bytes, and return its container.
+    """Check the start, end and frame count of a file of `size` bytes, and return its container.
 
     Raises ImageError with code "empty-file", "not-an-image", "format", "truncated" or
     "too-many-frames".

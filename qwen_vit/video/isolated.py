@@ -27,7 +27,7 @@ def load_in_child(
     """Load a video in a child process that may crash, and discard the result.
 
     Raises ImageError as `load_video` does. The code is "slow" if loading took too long, and
-    "memory" if the system killed the child process.
+    "memory" if the child process crashed or was killed.
     """
     late = ImageError(
         f"not decoded after {limits.max_decode_s:g} s",

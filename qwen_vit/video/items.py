@@ -1,4 +1,5 @@
-"""Open a listed video, as a file or inside a tar, and count its patches from its header."""
+"""Open a listed video, as a file, inside a tar or in object storage, and count its patches from its
+header."""
 
 import hashlib
 from collections.abc import Iterator
@@ -21,9 +22,10 @@ __all__ = ["open_video_item", "patches_by_header", "video_of_item"]
 
 @contextmanager
 def open_video_item(item: Item, limits: VideoLimits) -> Iterator[tuple[BinaryIO | None, str]]:
-    """Yield a tar member as an open file, or None for a whole file, and the bytes' SHA-256.
+    """Yield an open file, or None for a whole file on the disk, and the video bytes' SHA-256.
 
-    A video in object storage is copied to a temporary file, which is removed when the block ends.
+    The open file is a tar member, or a temporary copy of a video in object storage. The copy is
+    removed when the block ends.
 
     Raises ImageError for an unreadable video, and the error that the listing recorded.
     """
@@ -58,7 +60,10 @@ def video_of_item(item: Item, options: VideoOptions) -> Video:
 def patches_by_header(
     item: Item, options: VideoOptions, limits: VideoLimits, config: ImageConfig
 ) -> int:
-    """Count a video's patches from its header alone. Raises ImageError as `read_header` does."""
+    """Count a video's patches from its header alone.
+
+    Raises the errors of `read_header`, `sample_frames` and `frame_size`.
+    """
     with _opened(item, limits) as (file, is_whole):
         source: Any = item.source if is_whole else file
         header = read_header(source, item.id, limits)

@@ -1,6 +1,6 @@
 """Turn any kind of video into patches of the sampled frames, with two frames in each row.
 
-The loader resizes frames while it decodes, so a video takes no more memory than its sampled frames.
+The loader resizes frames while it decodes, so memory holds only sampled frames.
 """
 
 import os
@@ -35,8 +35,9 @@ from qwen_vit.video.source import open_file
 __all__ = ["LoadedVideo", "VideoTiming", "load_pieces", "load_video"]
 
 RESIZES_AHEAD = 2  # frames for each thread
-GPU_BYTES = 2**28  # of the decoded frames of a piece: a GPU gets 22 frames of 1080p
-SHARE = 8  # of the memory for decoding: the same limit for a small machine
+# the largest decoded frames of a piece that a GPU resizes: a piece of 1080p has 22 frames, 182 MB
+GPU_BYTES = 2**28
+SHARE = 8  # at most this fraction of the memory for decoding, on a small machine
 STACKED_AXES = 4
 
 
@@ -112,8 +113,9 @@ def load_pieces(
     `Patches.split_steps`. Frames that a caller passes are one piece. Without `most`, every video is
     one piece.
 
-    The function reads `file` in place of `video.source`. `threads` decode and resize. `keep`
-    collects the resized frames, (height, width, 3), by index among the sampled frames. With
+    The function reads `file` in place of `video.source`. `threads` threads decode, and as many
+    resize. `keep` collects the resized frames, (height, width, 3), by index among the sampled
+    frames. With
     `on_gpu`, pieces of moderate size are decoded frames, which a GPU resizes and cuts. Raises
     ImageError with a `code` of errors.IMAGE_CODES, and ArgumentError for options that do not fit.
     """
@@ -326,10 +328,10 @@ def _keep(frames: FramesForGpu, at: int, memory: Callable[[], FrameMemory]) -> N
 def _workers(
     threads: int,
 ) -> Iterator[tuple[Callable[[Callable[[], None]], None], Callable[[], None]]]:
-    """Run calls in threads with a short queue, and wait for all of them. The caller's thread also
-    runs calls.
+    """Yield a function that runs a call in one of the threads, and a function that waits for all.
 
-    Decoding continues while other threads resize earlier frames. Raises the first error of a call.
+    Decoding continues while other threads resize earlier frames. With `threads=1`, the caller's
+    thread runs each call at once. Both functions raise the first error of a call.
     """
     if threads == 1:
         yield (lambda call: call()), (lambda: None)

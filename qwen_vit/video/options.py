@@ -53,8 +53,8 @@ class VideoOptions:
         end: the end of sampling, in seconds from the first frame.
         max_frames: the maximum number of frames with `fps`. None means 768.
         min_pixels: the minimum height x width of a frame after resizing. None means 100,352.
-        max_pixels: the maximum height x width of a frame after resizing. None means 602,112. A long
-            video may get smaller frames: see `sampling.pixel_limits`.
+        max_pixels: the maximum height x width of a frame after resizing. None means 602,112. With
+            "qwen", a long video may get smaller frames: see `sampling.pixel_limits`.
         sampling: "qwen" samples and resizes like qwen-vl-utils 0.0.14. "transformers" samples and
             resizes like transformers' Qwen2VLVideoProcessor.
 
@@ -78,7 +78,7 @@ class VideoOptions:
         for name in ("n_frames", "max_frames"):
             value = getattr(self, name)
             if value is not None and not (is_integer(value) and value >= 2):
-                raise _wrong(name, value, "a whole number from 2 on")
+                raise _wrong(name, value, "a whole number of at least 2")
         for name in ("min_pixels", "max_pixels"):
             value = getattr(self, name)
             if value is not None and not (is_integer(value) and value >= 1):
@@ -87,7 +87,7 @@ class VideoOptions:
         for name in ("start", "end"):
             value = getattr(self, name)
             if value is not None and not (is_number(value) and math.isfinite(value) and value >= 0):
-                raise _wrong(name, value, "seconds from 0 on")
+                raise _wrong(name, value, "a number of seconds of at least 0")
         if self.start is not None and self.end is not None and self.start >= self.end:
             raise ArgumentError(
                 with_options(
@@ -115,9 +115,9 @@ class Video(VideoOptions):
 
     Attributes:
         source: a path, the bytes of a file, an array or tensor of frames (t, h, w, c), or a list of
-            images: PIL images, arrays, or image paths. The loader uses all frames that are passed,
-            to which only `fps` and the two pixel limits apply. A GIF, WebP or PNG gives the frames
-            of the animation.
+            images: PIL images, arrays, or image paths. The loader uses all frames that are passed.
+            `fps`, the two pixel limits and the resizing of `sampling` apply to these frames, and
+            other options are errors. A GIF, WebP or PNG gives the frames of the animation.
         name: the video's name in messages, which becomes `VideoFeatures.id`.
     """
 
@@ -153,11 +153,11 @@ class VideoLimits:
     Attributes:
         max_pixels: the maximum height x width of a frame before resizing.
         max_file_bytes: the maximum size of the file in bytes.
-        max_frames: the maximum number of frames in the file, with or without sampling.
+        max_frames: the maximum number of frames in the file, before sampling.
         max_decode_s: the maximum time for reading and decoding, in seconds.
 
     Raises:
-        ArgumentError: A limit is not above 0.
+        ArgumentError: A limit is not a number above 0.
     """
 
     max_pixels: int = 8_192 * 8_192

@@ -1,7 +1,8 @@
 """Read chosen frames of a video file by presentation time, with FFmpeg through PyAV.
 
 A pass over the packets, without decoding, finds every frame's time and the key frames. The reader
-decodes only the parts with requested frames, each part from the preceding key frame.
+decodes only the parts with requested frames, each part from the preceding key frame. If packets do
+not identify the frames, the reader decodes and counts all frames from the first.
 """
 
 import time
@@ -48,13 +49,13 @@ TURNED = {
 }  # fmt: skip
 HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics
 WHOLE_WIDTH = 16  # pixels that swscale converts at a time
-SEEK_WORTH = 32  # unwanted frames to decode before a seek is cheaper
+SEEK_WORTH = 32  # with more unwanted frames than this before the next frame, a seek is cheaper
 CHECK_EVERY = 1_024  # packets between checks of the clock
 
 
 @dataclass(frozen=True, slots=True)
 class VideoHeader:
-    """Hold the header's estimated number of frames and their upright size."""
+    """Hold the header's frame rate, number of frames, and frame size before any rotation."""
 
     timeline: Timeline
     height: int
@@ -103,8 +104,8 @@ class FileFrames:
 
     @property
     def size_px(self) -> tuple[int, int]:
-        """Return a frame's upright (height, width): from the header until the reader has decoded a
-        frame."""
+        """Return a frame's (height, width): upright after the first decoded frame, and before that
+        as in the header."""
         if self._size is None:
             return self._codec.height, self._codec.width
         return self._size
@@ -112,7 +113,7 @@ class FileFrames:
     def frames(self, places: Sequence[int]) -> Iterator[Any]:
         """Yield FFmpeg's frames at ascending indices. A repeated index yields its frame again.
 
-        Raises ImageError for an incomplete frame.
+        Raises ImageError if a frame is damaged, cannot be decoded, or has another size.
         """
         wanted = sorted(set(places))
         again = {place: places.count(place) for place in wanted}
@@ -126,7 +127,7 @@ class FileFrames:
         """Convert a decoded frame to an upright image of mode RGB or RGBX, in any thread."""
         size = (frame.width, frame.height)
         # swscale's threads write past row ends into each other's rows: 4 pixels were wrong
-        if frame.width % WHOLE_WIDTH:  # to 4 bytes a pixel, the last columns may be random
+        if frame.width % WHOLE_WIDTH:  # as 4 bytes a pixel, the last columns could be random
             plane = frame.reformat(format="rgb24", threads=1).planes[0]
             picture = Image.frombuffer("RGB", size, plane, "raw", "RGB", plane.line_size, 1)
         else:  # 4 bytes a pixel, as in Pillow's memory: this avoids a copy under the GIL
@@ -202,7 +203,7 @@ class FileFrames:
         return _Index(ordered, ordered[:1], float(ordered[-1] + step), by_count=True)
 
     def _tick(self) -> float:
-        """Return a frame's ticks at the header's rate."""
+        """Return the number of ticks between two frames at the header's rate, or 25 per second."""
         rate = self._stream.average_rate or self._stream.guessed_rate or 25
         return float(1 / (rate * self._stream.time_base))
 
@@ -251,7 +252,7 @@ class FileFrames:
                 yield frame
             if not left:
                 return
-        raise self._damaged("it gives fewer frames the second time")
+        raise self._damaged("decoding it again gives fewer frames")
 
     def _find(self, decoded: Iterator[Any], target: int) -> Any:
         for frame in decoded:
@@ -302,7 +303,7 @@ class FileFrames:
             self._size = size
             self.notes = _notes(frame, self._turn)
             if is_odd:
-                self.notes += ("a rotation by no quarter turn is not applied",)
+                self.notes += ("its rotation is not a multiple of 90 degrees, and is not applied",)
         elif size != self._size:
             (height, width), (new_height, new_width) = self._size, size
             raise ImageError(
@@ -350,7 +351,8 @@ def open_video(
 
 
 def read_header(source: str | BinaryIO, name: str, limits: VideoLimits) -> VideoHeader:
-    """Read the frame count and size from the header, without packets. Raises as `open_video`."""
+    """Read the frame count and size from the header, without packets. Raises ImageError like
+    `open_video`."""
     with Opener(source, name, limits).open() as container:
         stream = video_stream(container, name)
         codec = stream.codec_context

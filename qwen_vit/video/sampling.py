@@ -26,7 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 MIN_FRAMES, MAX_FRAMES = 4, 768
-MIN_TOKENS, MAX_TOKENS = 128, 768  # frames of a step
+MIN_TOKENS, MAX_TOKENS = 128, 768  # tokens of a pair of frames
 TOTAL_TOKENS = 128_000 * 0.9  # tokens of a video
 FRACTION_ABOVE_MIN = 1.05  # minimum of max_pixels / min_pixels
 MAX_EARLY_S = 0.02  # at a varying rate, a frame due within this time counts as shown
@@ -52,10 +52,9 @@ def sample_frames(timeline: Timeline, options: VideoOptions, name: str) -> tuple
     >>> sample_frames(Timeline(300, 30.0), VideoOptions(n_frames=4), "a.mp4")
     ([0, 100, 199, 299], 0.4)
 
-    If the number of indices is odd, the last frame counts twice. The function accepts a single
-    frame, which qwen-vl-utils and transformers reject. Raises ImageError with code "video-range"
-    for a part with fewer than two frames, and with code "video-frames" if `n_frames` exceeds the
-    number of frames.
+    A video of one frame gives one index, and the loader uses this frame twice. qwen-vl-utils and
+    transformers reject such a video. Raises ImageError with code "video-range" for a part with
+    fewer than two frames, and with code "video-frames" if `n_frames` exceeds the number of frames.
     """
     first, last = _frame_range(timeline, options, name)
     count = last - first + 1
@@ -155,10 +154,10 @@ def pixel_limits(n_frames: int, options: VideoOptions, factor: int) -> tuple[int
     >>> pixel_limits(16, VideoOptions(), 28), pixel_limits(768, VideoOptions(), 28)
     ((100352, 602112), (100352, 235200.0))
 
-    `n_frames` is the number of sampled frames. `factor` is a merged token's side in pixels. The
-    authors' rule bounds a whole video by 115,200 tokens. The maximum per frame is still at least
-    1.05 times the minimum. transformers has no such bound. Raises ArgumentError for limits that
-    exclude each other.
+    `n_frames` is the number of sampled frames. `factor` is a merged token's side in pixels.
+    qwen-vl-utils bounds a whole video by 115,200 tokens, unless the maximum per frame would then be
+    less than 1.05 times the minimum. transformers has no such bound. Raises ArgumentError for
+    limits that exclude each other.
     """
     token = factor * factor
     least = MIN_TOKENS * token if options.min_pixels is None else options.min_pixels

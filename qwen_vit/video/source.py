@@ -136,7 +136,7 @@ class Opener:
 
 @contextmanager
 def plain_errors(name: str) -> Iterator[None]:
-    """Convert FFmpeg's errors to ImageError."""
+    """Convert the errors of FFmpeg, of the system and of a full memory to ImageError."""
     av = require_av()
     try:
         yield

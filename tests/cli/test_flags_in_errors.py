@@ -128,6 +128,8 @@ def test_words_survive_pickling_copies_and_sums() -> None:
     assert str(error) == "too large. Wait, or lower max_pixels, or stop."
     assert error.text(in_shell=True) == "too large. Wait, or lower --max-pixels, or stop."
     assert Wording.joined("; ", ["a", remedy]).shell.startswith("a; wait, or lower --max-pixels")
+    assert isinstance(error.remedy, Wording)
+    assert error.remedy.options == Wording.joined("; ", ["a", remedy]).options == ("max_pixels",)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_without_a_transformers_to_use_the_range_and_the_find_are_named(
     assert (code, out) == (2, "")
     assert words in err
     assert f"Run {install_command('hf')}" in err
-    assert "compare with a saved golden file by --golden" in err
+    assert "pass a saved golden file with --golden" in err
 
 
 @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="FlashAttention is installed")

@@ -102,8 +102,11 @@ REFUSED_ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "module as dtype": ({"dtype": "nn"}, ("'nn'", "'auto', 'bfloat16' or 'float32'")),
     "mps": ({"device": "mps"}, ("'mps'", "NVIDIA GPU ('cuda') or 'cpu'")),
     "meta": ({"device": "meta"}, ("'meta'", "'cpu'")),
-    "unknown device": ({"device": "gpu"}, ("'gpu'", "'auto', 'cpu', 'cuda' or 'cuda:1'")),
-    "device None": ({"device": None}, ("None", "'auto', 'cpu', 'cuda' or 'cuda:1'")),
+    "unknown device": (
+        {"device": "gpu"},
+        ("'gpu'", "'auto', 'cpu', 'cuda' or a GPU such as 'cuda:1'"),
+    ),
+    "device None": ({"device": None}, ("None", "'auto', 'cpu', 'cuda' or a GPU such as 'cuda:1'")),
     "max below min": ({"max_pixels": 100}, ("max_pixels 100", "min_pixels 3136", "Pass other")),
     "min above max": ({"min_pixels": 10**8}, ("min_pixels 100000000", "Pass other")),
     "max below a token": ({"min_pixels": 1, "max_pixels": 783}, ("783", "Pass other")),
@@ -139,7 +142,7 @@ def test_cuda_without_a_gpu_says_what_to_install(monkeypatch: pytest.MonkeyPatch
 
 def test_a_gpu_that_is_not_there_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpus(monkeypatch, 2)
-    with pytest.raises(ArgumentError, match=r"'cuda:2', but there are 2 GPUs\. Count from 0"):
+    with pytest.raises(ArgumentError, match=r"'cuda:2', but torch finds 2 GPUs\. Count the GPUs"):
         VisionEncoder.from_pretrained("tiny", device="cuda:2")
 
 

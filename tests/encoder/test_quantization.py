@@ -41,8 +41,18 @@ def test_an_unknown_name_is_refused() -> None:
         choose_quantization("int4", CPU, torch.float32)
 
 
-def test_float32_is_refused() -> None:
+def test_float32_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
     with pytest.raises(ArgumentError, match=r"with dtype torch.float32.*Expected bfloat16"):
+        choose_quantization("fp8", CUDA, torch.float32)
+
+
+def test_one_refusal_states_that_both_gpu_and_dtype_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With float32 on an A100, the first refusal named only the dtype, and the second the GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA A100")
+    words = r"NVIDIA A100 .*8\.9 \(Ada\) or newer, and bfloat16 instead of torch\.float32\."
+    with pytest.raises(ArgumentError, match=words):
         choose_quantization("fp8", CUDA, torch.float32)
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from qwen_vit.device import choose_quantization
 from tests.support.commands import run_command
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder
@@ -90,6 +92,28 @@ def test_bad_usage_of_resume(run: Any, words: tuple[str, ...], error: str) -> No
     code, _, err = run(*words)
     assert code == 2
     assert error in err
+
+
+def test_a_remedy_that_resume_does_not_accept_names_the_way_out(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user who resumes cannot "leave --quantization out", because --resume rejects the option."""
+    run(*START)
+
+    def load(model: str, **loading: Any) -> None:
+        choose_quantization("fp8", torch.device("cpu"), torch.float32)
+
+    loader = type("Loader", (), {"from_pretrained": staticmethod(load)})
+    monkeypatch.setattr("qwen_vit.export.run.VisionEncoder", loader)
+    way_out = (
+        "Leave --quantization out. --resume keeps the recorded --quantization: to change this "
+        "option, start a new export with another --out."
+    )
+    for words in (("--resume", "out"), ("--resume", "out", "--dry-run")):
+        code, _, err = run(*words)
+        assert (code, way_out in err) == (2, True), err
+    code, _, err = run(*START)
+    assert (code, "Leave --quantization out.\n" in err, "recorded" in err) == (2, True, False), err
 
 
 def test_a_damaged_description_names_what_to_do(run: Any) -> None:

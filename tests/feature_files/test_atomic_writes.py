@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from qwen_vit.common.atomic_file import AtomicFile
 from qwen_vit.errors import ExportError
 from qwen_vit.feature_files import write as write_module
 from qwen_vit.feature_files.read import load_features
@@ -150,6 +151,11 @@ def test_a_disk_without_links_takes_a_new_file(
     path, features = tmp_path / "a.safetensors", [ImageFeatures("a", torch.ones(1, 4), (1, 2, 2))]
     write_features(path, features, METADATA, overwrite=False)
     assert load_features(path).ids == ["a"]
+    path.write_text("of another")  # a rename would replace it
+    growing = AtomicFile(path, overwrite=False)
+    with pytest.raises(ExportError, match=r"a.safetensors: exists\. Expected a new name"):
+        growing.commit()
+    assert path.read_text() == "of another"
 
 
 def test_a_link_keeps_its_place(tmp_path: Path) -> None:

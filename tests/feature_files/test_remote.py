@@ -251,7 +251,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(
     for name in ("03.png", "04.png"):
         check_same(remote[name], load_features(local)[name])
     assert [each.levelname for each in caplog.records] == ["WARNING"]
-    assert "stores no more bytes: Not a directory; check the disk" in caplog.text
+    assert "could not store bytes: Not a directory; check the disk" in caplog.text
 
 
 def test_damage_in_a_cache_is_found(server: S3Server, tmp_path: Path, local: Path) -> None:

@@ -139,7 +139,10 @@ def test_a_stream_of_no_declared_length_that_ends_in_a_group(
 @pytest.mark.parametrize(
     ("matrix", "notes"),
     [
-        ((46_341, 46_341, 0, -46_341, 46_341), ("a rotation by no quarter turn is not applied",)),
+        (
+            (46_341, 46_341, 0, -46_341, 46_341),
+            ("its rotation is not a multiple of 90 degrees, and is not applied",),
+        ),
         ((0, 0, 0, 0, 0), ()),
         ((131_072, 0, 0, 0, 65_536), ()),
     ],
