@@ -115,9 +115,9 @@ def view_features(
         window: the side of an attention window, in patches.
 
     Raises:
-        ArgumentError: There are no features, the layer or the frame does not exist, widths differ,
-            the point is outside an image or the image's size is unknown, or an image does not fit
-            the features.
+        ArgumentError: There are no features, the layer or the frame does not exist, or widths
+            differ. Also for a point outside its image or in an image of unknown size, and for an
+            image that does not fit its features.
         ImageError: qwen_vit cannot read an image.
     """
     features = list(features)
