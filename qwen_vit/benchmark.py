@@ -2,8 +2,8 @@
 
 The roofline is the time of all the tower's operations at the rate of a large GEMM, which the
 benchmark interleaves with the tower. Two GPUs of one model differ in speed. At the power limit, the
-clock falls within a second, and the GEMM becomes a sixth slower. An interleaved GEMM runs at the
-tower's clock, so ratios transfer between GPUs, although times in milliseconds do not.
+clock falls within two seconds, and the GEMM then takes a sixth longer. An interleaved GEMM runs at
+the tower's clock, so ratios transfer between GPUs, although times in milliseconds do not.
 """
 
 import statistics
@@ -70,8 +70,7 @@ def median_ms(run: Callable[[], Any], repeats: int = REPEATS, warm_ups: int = WA
 
 
 def large_gemm(device: torch.device) -> Callable[[], Any]:
-    """Return a call of an 8192^3 bfloat16 GEMM on random data, which takes GEMM_FLOPS
-    operations."""
+    """Return a function that runs an 8192^3 bfloat16 GEMM on random data: GEMM_FLOPS operations."""
     side = GEMM_SIDE
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     c = torch.empty_like(a)
@@ -204,7 +203,7 @@ class TimedTower:
         return plan_layout(grids, self.tower.config, self.device, self.dtype, n_rows)
 
     def eager(self, pixels: Tensor, grids: Sequence[Grid]) -> Callable[[], Tensor]:
-        """Return a call that launches the kernels one by one."""
+        """Return a function that launches the kernels one by one."""
         layout = self.layout(grids).to(self.device)
 
         def run() -> Tensor:
@@ -214,7 +213,7 @@ class TimedTower:
         return run
 
     def by_graph(self, pixels: Tensor, grids: Sequence[Grid]) -> Callable[[], Tensor]:
-        """Return a call that replays a CUDA graph, if one fits, as `encode` does."""
+        """Return a function that replays a CUDA graph, if one fits, as `encode` does."""
         layout = self.layout(grids, bucket_for(len(pixels)))
         eager = self.eager(pixels, grids)
 

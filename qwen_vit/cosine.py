@@ -40,17 +40,17 @@ def similarity(a: Rows, b: Rows | None = None) -> Tensor:
         has the cosine similarity 0 with every row.
 
     Raises:
-        ArgumentError: The input contains no image, or is neither features nor floating-point rows
-            (N, D). Also if rows contain NaN or infinity, if widths differ, or if one of several
-            images does not have exactly one row.
+        ArgumentError: An argument is neither features nor floating-point rows (N, D), contains no
+            image, or contains NaN or infinity. The error is also raised if widths differ, or if one
+            of several images does not have exactly one row.
         ExportError: One of the images failed.
     """
     left = _unit_rows("a", a)
     right = left if b is None else _unit_rows("b", b).to(left.device)
     if left.shape[1] != right.shape[1]:
         raise ArgumentError(
-            f"a has rows of {left.shape[1]} values and b of {right.shape[1]}",
-            expected="the same",
+            f"a has rows of {left.shape[1]} values, and b has rows of {right.shape[1]} values",
+            expected="the same width",
             remedy="compare features of one model and output",
         )
     with torch.autocast(left.device.type, enabled=False):

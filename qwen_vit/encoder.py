@@ -100,8 +100,8 @@ class VisionEncoder(LoadedTower):
                 interprets the same Triton attention kernels, correctly but slowly.
             dtype: "auto" selects bfloat16 on a GPU and float32 on a CPU. float32 on a GPU is IEEE,
                 never TF32.
-            quantization: "fp8" computes the MLP from 8-bit floats: faster, with about 5 times the
-                error. It is experimental, and needs a GPU of compute capability 8.9 or newer.
+            quantization: "fp8" (experimental) computes the MLP from 8-bit floats, with about 5
+                times the error. It needs a GPU of compute capability 8.9 or newer.
             token: the access token, as in huggingface_hub.
             cache_dir: the cache folder, as in huggingface_hub.
             local_files_only: True uses no network, as in huggingface_hub.
@@ -173,9 +173,7 @@ class VisionEncoder(LoadedTower):
             max_pixels: as in `from_pretrained`.
             cuda_graphs: as in `from_pretrained`.
 
-        Raises:
-            CheckpointError: The tensors or a config are damaged, unsupported, or of another model.
-            ArgumentError: An argument is invalid, or this machine does not support it.
+        Raises the errors of `from_pretrained`, except HubError.
         """
         return cls._load(
             lambda: (Checkpoint.from_tensors(tensors, config, image_config), Origin(name=name)),
@@ -247,7 +245,7 @@ class VisionEncoder(LoadedTower):
             normalize: True divides each mean by its Euclidean length. This option needs
                 output="mean".
             layers: numbers of blocks whose dense features `encode` also returns. The first block is
-                0. Layers do not change `embeds`. On a GPU, `encode` then uses no CUDA graphs.
+                0. Layers do not change `embeds`. With layers, `encode` uses no CUDA graphs.
             layout: "HWC" or "CHW", for arrays whose shape leaves the channel axis ambiguous.
             exif: "apply" rotates an image by its EXIF orientation. "ignore" does not, for images
                 that are already upright. After `Image.transpose`, a PIL image still has its tag.
@@ -257,8 +255,8 @@ class VisionEncoder(LoadedTower):
             frames: "first", or "all" for a list of all pages of a TIFF or frames of an animation.
                 Each page of an image with several pages has an id such as "scan.tif#page=2".
             decode_threads: the number of threads that read, decode and resize ahead of the encoder.
-                None selects one thread per two cores, from 2 to 16, and one thread on a single
-                core. The embeddings do not depend on this number.
+                None selects one thread per two cores, from 2 to 16, and 1 on a single core. The
+                embeddings do not depend on this number.
 
         Returns:
             The ImageFeatures of one image, or a list of ImageFeatures for several images, in order.
@@ -310,7 +308,7 @@ class VisionEncoder(LoadedTower):
 
         The method iterates over `images` in the caller's thread, ahead of the results. On a GPU, it
         reorders images to fill each batch, because an image has the same bits in any batch. Raises
-        ArgumentError at once for an invalid option, and the first bad image's ImageError in order.
+        ArgumentError at once for an invalid option, and the ImageError of a bad image in order.
         """
         return self._stream(
             images, is_lent=False, on_error=on_error, output=output, normalize=normalize,
@@ -378,8 +376,8 @@ class VisionEncoder(LoadedTower):
             end: the seconds from the first frame to the end of sampling.
             max_frames: the largest number of frames with `fps`. None means 768.
             min_pixels: the smallest height x width of a frame after resizing. None means 100,352.
-            max_pixels: the largest height x width of a frame after resizing. None means 602,112, or
-                less for a long video.
+            max_pixels: the largest height x width of a frame after resizing. None means 602,112.
+                With sampling="qwen", a long video may get smaller frames.
             sampling: "qwen" samples like qwen-vl-utils 0.0.14, and "transformers" samples like
                 transformers.
             on_error: as in `encode`.
@@ -391,7 +389,7 @@ class VisionEncoder(LoadedTower):
             2, w / 2, D). With output="mean" a video has one row.
 
         Raises:
-            ImageError: `encode_video` cannot read a video. Files need the extra `video`.
+            ImageError: `encode_video` cannot read a video. Video files need the extra `video`.
             ArgumentError: An option is invalid.
         """
         chosen = VideoOptions(

@@ -33,7 +33,7 @@ IMAGE_CODES = {
     "array-not-finite": "the array contains NaN or infinity",
     "array-range": "a floating-point array has a value outside [0, 1]",
     "array-shape": "the array is not one image, because it has neither 2 nor 3 axes",
-    "changed": "the object changed after the listing",
+    "changed": "the object in storage changed after the listing",
     "damaged": "the content contradicts its format, so the decoder fails or loses pixels",
     "directory": "the path is a directory",
     "empty-file": "the file has 0 bytes",
@@ -41,7 +41,7 @@ IMAGE_CODES = {
     "file-too-large": "the file exceeds max_file_bytes of ImageLimits or VideoLimits",
     "format": "the format is unsupported or not enabled, or its decoder is not installed",
     "grid": "no image can have this grid of patches, or grid_thw is not an integer tensor",
-    "memory": "the host has too little memory to decode or resize the image",
+    "memory": "the host has too little memory to decode or resize the image, or a decoder crashed",
     "missing": "the file does not exist, or disappeared",
     "mode": "the pixel type has no known white level, or Pillow cannot read it",
     "no-decoder": "this FFmpeg cannot decode the codec of the video",
@@ -313,7 +313,7 @@ def display_name(name: str) -> str:
 def one_line(text: str) -> str:
     r"""Escape unprintable characters, because text from outside may move a terminal's cursor.
 
-    All errors, log lines and lines of output pass through this function.
+    The package's errors, the lines of its log and the commands' output pass through this function.
 
     >>> print(one_line("a\tb\x1b[2J"))
     a\tb\x1b[2J

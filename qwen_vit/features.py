@@ -46,7 +46,7 @@ class ImageFeatures:
     torch.Size([1, 2, 3, 8])
 
     Attributes:
-        id: the image's path, or another name from the caller.
+        id: the image's path, or another name.
         embeds: (n_tokens, out_hidden_size), row-major over the merged cells, on the encoder's
             device and in its dtype. For output="patch" the shape is (n_patches, hidden_size),
             row-major over the patches. For output="mean" the shape is (1, out_hidden_size), in
@@ -165,11 +165,11 @@ class VideoFeatures(ImageFeatures):
     >>> clip.map.shape, clip.step_seconds
     (torch.Size([2, 2, 3, 8]), (0.0, 1.0))
 
-    Step i of the grid's t is a pair of frames, which attends only to itself. `map[i]` (h, w, D) are
-    the features of pair i.
+    Step i of the grid's t is a pair of frames, which attends only to itself. `map[i]`, (rows,
+    columns, D), contains the features of pair i.
 
     Attributes:
-        second_per_grid_t: seconds from one step to the next, from the sampling rate. A language
+        second_per_grid_t: seconds from one step to the next, from the sampling rate. The language
             model computes its positions from this value.
         frame_seconds: the time of each sampled frame, in seconds from the video's first frame.
     """

@@ -279,7 +279,8 @@ def _check_budget(n_patches: int, total: int, unit: int) -> None:
         )
     if total < n_patches or (total - n_patches) % unit:
         raise ImageError(
-            f"{n_patches} patches do not fit a budget of {total} rows in steps of {unit}",
+            f"n_rows is {total} for {n_patches} patches",
+            expected=f"at least {n_patches}, with a multiple of {unit} padding rows",
             code="too-many-patches",
         )
 

@@ -104,9 +104,9 @@ class LoadedTower:
         return self.tower.quantization
 
     def to(self, *_: object, **__: object) -> NoReturn:
-        """Raise ArgumentError, because an encoder cannot move to another device."""
+        """Raise ArgumentError, because an encoder keeps its device and dtype."""
         remedy = "pass device= and dtype= to VisionEncoder.from_pretrained"
-        raise ArgumentError("a VisionEncoder does not move", remedy=remedy)
+        raise ArgumentError("a VisionEncoder keeps its device and dtype", remedy=remedy)
 
     def encode_patches(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """Encode the output of Hugging Face's processor, like Hugging Face's vision encoder.

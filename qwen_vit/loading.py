@@ -146,10 +146,7 @@ def _is_picture(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LoadedImage:
-    """Hold an image's or video's patches, its decoded pixels for the GPU, or its error.
-
-    A long video has a stream of pieces instead.
-    """
+    """Hold an image's or video's patches, decoded pixels, stream of pieces, or error."""
 
     id: str
     size_px: tuple[int, int] = UNKNOWN_SIZE
@@ -363,7 +360,7 @@ class ImageLoader:
             raise ImageError(
                 f"patches of {values} values",
                 name=name,
-                expected=f"{expected}, or {self.config.patch_dim} of a video",
+                expected=f"{expected}, or {self.config.patch_dim} for a video",
                 remedy="build the patches with this encoder's image_config",
                 code="patches",
             )

@@ -103,7 +103,7 @@ def print_log(text: str) -> None:
 
 
 def print_error(text: str) -> None:
-    """Write an error to stderr with the prefix of every error."""
+    """Write an error to stderr, after "error: "."""
     _write_log(f"error: {text}")
 
 

@@ -143,7 +143,7 @@ OF_START = (
 @verbosity_options
 def export(
     *, inputs: tuple[str, ...], model: str | None, out: "AnyPath | None", resume: "AnyPath | None",
-    extend: bool, retry_failed: bool, accept_versions: bool, device: str, dry_run: bool, yes: bool,
+    extend: bool, retry_failed: bool, accept_versions: bool, dry_run: bool, yes: bool,
     as_json: bool, output: Any, normalize: bool, layers: tuple[int, ...], dtype: Any,
     shard_size: int, part: tuple[int, int], on_error: Any, max_failures: int,
     allow_failed: int, shard_seconds: float | None, decode_threads: int | None,
@@ -198,7 +198,7 @@ def export(
     if resume is not None:
         _refuse_start_options(click.get_current_context())
         start = read_start_options(resume)
-        model, out, device = start.model, resume, start.loading.pop("device")
+        model, out = start.model, resume
         loading |= start.loading
         options = replace(start.options, **of_this_run)
     elif not inputs or model is None or out is None:
@@ -212,17 +212,16 @@ def export(
             check_inputs(images, options.columns)
         check_folder(out, make=False)
         if dry_run:
-            _print_estimate(model, images, options, out, as_json=as_json, device=device, **loading)
+            _print_estimate(model, images, options, out, as_json=as_json, **loading)
             return
         with StopSignals() as stop, _hint_resume(out):
             if address is None:
-                encoder = load_encoder(model, options, device=device, **loading)
+                encoder = load_encoder(model, options, **loading)
                 done = export_features(encoder, images, out, options, stop=stop, **running)
             else:
                 done = export_on_ray(
-                    model, images, out, options, address=address or None, device=device, **running,
-                    **loading,
-                )  # fmt: skip
+                    model, images, out, options, address=address or None, **running, **loading
+                )
     _print_report(done, as_json=as_json, with_waits=profile or is_verbose())
     if sum(done.failed.values()) - done.failed_earlier > allow_failed:
         sys.exit(EXIT_SKIPPED)

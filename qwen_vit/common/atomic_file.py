@@ -100,6 +100,7 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
     ...     file.write(b"whole or absent")
 
     The block should only write, because every OSError in it is reported as an error of this file.
+    Raises ExportError as `AtomicFile` does.
     """
     growing = AtomicFile(path, overwrite=overwrite)
     try:

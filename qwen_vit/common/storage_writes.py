@@ -1,7 +1,8 @@
-"""Write objects completely or not at all, and detect that another process wrote them.
+"""Write objects completely or not at all.
 
-Conditional writes resolve conflicts between writers. S3 and Azure support `If-None-Match: *` for a
-new object, and `If-Match` for the next version of an object. GCS has `ifGenerationMatch` for both.
+Conditional writes detect that another process has written an object. S3 and Azure support
+`If-None-Match: *` for a new object, and `If-Match` for the next version of an object. GCS has
+`ifGenerationMatch` for both.
 """
 
 import errno

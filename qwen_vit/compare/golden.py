@@ -97,8 +97,8 @@ class Golden:
     def check_fits(
         self, encoder: VisionEncoder, *, processor: str, attention: str | None = None
     ) -> None:
-        """Raise ComparisonError if config, dtype, processor or `attention` differs, with the
-        difference."""
+        """Raise ComparisonError if config, dtype, processor or `attention` differs. The error names
+        the difference."""
         here: dict[str, Any] = {"dtype": dtype_name(encoder.dtype), "processor": processor}
         if attention is not None:
             here["attention"] = attention

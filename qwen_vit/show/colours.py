@@ -21,7 +21,7 @@ LIGHTNESS, GREEN_RED, BLUE_YELLOW = (0.35, 0.90), (-0.12, 0.12), (-0.18, 0.18)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrincipalColours:
-    """Hold three principal components of features, and convert cells to colours with them.
+    """Hold up to three principal components of features, and convert cells to colours with them.
 
     >>> maps = [torch.randn(4, 6, 192), torch.randn(2, 3, 192)]
     >>> colours = PrincipalColours.fit(maps)

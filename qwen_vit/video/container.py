@@ -97,7 +97,7 @@ def _no_video(head: bytes, name: str) -> ImageError:
         f"not a supported video: it starts with {head[:16]!r}",
         name=name,
         expected=EXPECTED,
-        remedy="convert the file, for example with ffmpeg -i",
+        remedy="convert the file, for example with ffmpeg -i IN -c:v libx264 OUT.mp4",
         code="not-an-image",
     )
 

@@ -280,7 +280,8 @@ def _from_frames(
             rows = FrameRows(len(frames), resized, config, name)
         if (rgb.height, rgb.width) != size:
             raise ImageError(
-                f"frame {at} is {rgb.width}x{rgb.height}, and the first {size[1]}x{size[0]}",
+                f"frame {at} is {rgb.width}x{rgb.height}, and the first frame is "
+                f"{size[1]}x{size[0]}",
                 name=name,
                 expected="frames of one size",
                 remedy="resize the frames, or pass the frames as images",

@@ -31,11 +31,11 @@ class PieceMemory:
 class PieceStream:
     """Decode the pieces of one video in a thread while another thread encodes earlier pieces.
 
-    The decoder is at most MAX_AHEAD_BYTES ahead, so memory does not depend on the video's length.
-    Videos that share a `memory` are together at most ALL_AHEAD_BYTES ahead. The video whose pieces
-    the encoder is taking does not wait for others, and every video may always have one decoded
-    piece. With `is_ahead=False`, no thread decodes ahead, and `pieces` decodes each piece on
-    request.
+    The thread pauses while MAX_AHEAD_BYTES of decoded pieces wait, so memory does not depend on the
+    video's length. It also pauses while the videos that share its `memory` together fill that
+    memory. The video whose pieces the encoder is taking does not wait for others, and every video
+    may always have one decoded piece. With `is_ahead=False`, no thread decodes ahead, and `pieces`
+    decodes each piece on request.
     """
 
     def __init__(

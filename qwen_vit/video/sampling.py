@@ -107,7 +107,8 @@ def _frame_range(timeline: Timeline, options: VideoOptions, name: str) -> tuple[
     if first >= last:
         raise ImageError(
             f"fewer than two of its {timeline.n_frames} frames ({duration:.6g} s) are between "
-            f"{options.start or 0} s and {'its end' if options.end is None else options.end}",
+            f"{options.start or 0} s and "
+            + ("its end" if options.end is None else f"{options.end} s"),
             name=name,
             expected="a part of at least two frames",
             remedy=with_options("pass another {} or {}", "start", "end"),

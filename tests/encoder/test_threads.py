@@ -185,11 +185,11 @@ def test_patches_that_are_not_this_encoders_fail_alone() -> None:
     whole = encoder()
     good = patchify(np.zeros((56, 56, 3), np.uint8), whole.image_config)
     bad = {
-        r"image 1: patches of 192 values\. Expected 588, or 1176 of a video\.": (
+        r"image 1: patches of 192 values\. Expected 588, or 1176 for a video\.": (
             192,
             Grid(1, 4, 4),
         ),
-        r"image 2: patches of 294 values\. Expected 588, or 1176 of a video\.": (
+        r"image 2: patches of 294 values\. Expected 588, or 1176 for a video\.": (
             294,
             Grid(1, 4, 4),
         ),

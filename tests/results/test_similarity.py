@@ -88,7 +88,12 @@ REFUSED: dict[str, tuple[Any, Any, type[Exception], str]] = {
     ),
     "dense b": (vectors(1), MANY, ArgumentError, r"b contains 2 images"),
     "none": ([], None, ArgumentError, r"a contains no image\. Pass at least one"),
-    "widths": (vectors(2), vectors(2, 5), ArgumentError, "a has rows of 6 values and b of 5"),
+    "widths": (
+        vectors(2),
+        vectors(2, 5),
+        ArgumentError,
+        "a has rows of 6 values, and b has rows of 5 values",
+    ),
     "widths in a": ([*vectors(1), *vectors(1, 5)], None, ArgumentError, r"shapes \(5,\), \(6,\)"),
     "failed": (
         [*vectors(1), FailedImage("x.jpg", ImageError("ends early", name="x.jpg"))],
@@ -98,7 +103,12 @@ REFUSED: dict[str, tuple[Any, Any, type[Exception], str]] = {
     ),
     "NaN": (NAN, None, ArgumentError, r"a contains NaN or infinity\. Expected finite"),
     "infinity": (NAN.nan_to_num(nan=float("inf")), None, ArgumentError, "NaN or infinity"),
-    "integers": (torch.ones(2, 2, dtype=torch.int64), None, ArgumentError, "a is torch.int64"),
+    "integers": (
+        torch.ones(2, 2, dtype=torch.int64),
+        None,
+        ArgumentError,
+        "a has the dtype torch.int64",
+    ),
     "a vector": (torch.ones(3), None, ArgumentError, r"shape \(3,\).* v as v\[None\]"),
     "a map": (torch.ones(1, 2, 2, 3), None, ArgumentError, r"shape \(1, 2, 2, 3\)"),
     "a path": ("a.jpg", None, ArgumentError, r"features contains a str"),
