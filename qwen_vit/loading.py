@@ -245,7 +245,7 @@ class ImageLoader:
                 elif isinstance(source, (bytearray, memoryview)):
                     source = bytes(source)
                 yield from split_pages(source, name, self.limits)
-            except ImageError as error:  # raise it in order
+            except ImageError as error:  # `load` raises it in order
                 yield error.without_frames(), name
 
     def load(
@@ -277,7 +277,7 @@ class ImageLoader:
     def _load_frames(self, video: Video, name: str) -> LoadedImage | ImageError:
         try:
             return self.load_video(video, name)
-        except ImageError as error:  # raise it in order
+        except ImageError as error:  # `load` raises it in order
             return error.without_frames()
 
     def _load_eagerly(self, image: Any, name: str) -> RgbImage | ImageError:
@@ -285,7 +285,7 @@ class ImageLoader:
             return load_image(
                 image, name=name, layout=self.layout, limits=self.limits, exif=self.exif
             )
-        except ImageError as error:  # raise it in order
+        except ImageError as error:  # `load` raises it in order
             return error.without_frames()
 
     def _load_and_patchify(

@@ -47,7 +47,7 @@ def compare_case(
     describes a video's frames.
     """
     rows = case.pixel_values.to(encoder.device)
-    # our own pixels only if they equal the input of Hugging Face's tower
+    # our own pixels only if they agree with the input of Hugging Face's tower
     are_equal = any(part.processor == processor and part.passed for part in pixels)
     tower_input = patches.pixels if patches is not None and are_equal else rows
     layout = layout_for([case.grid], encoder.config, encoder.device, encoder.dtype)

@@ -35,7 +35,7 @@ from qwen_vit.video.source import open_file
 __all__ = ["LoadedVideo", "VideoTiming", "load_pieces", "load_video"]
 
 RESIZES_AHEAD = 2  # frames for each thread
-# the largest decoded frames of a piece that a GPU resizes: a piece of 1080p has 22 frames, 182 MB
+# the most bytes of a piece's decoded frames that a GPU resizes: a piece of 1080p has 182 MB
 GPU_BYTES = 2**28
 SHARE = 8  # at most this fraction of the memory for decoding, on a small machine
 STACKED_AXES = 4
