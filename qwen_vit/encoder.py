@@ -109,8 +109,8 @@ class VisionEncoder(LoadedTower):
             max_pixels: the largest height x width after resizing. None: the checkpoint's value.
             cuda_graphs: False launches every kernel separately, which is slower for small batches
                 but gives the same bits. `output="patch"` and `layers` never use graphs.
-            torch_dtype: transformers' name for `dtype`, which raises ArgumentError.
-            device_map: transformers' name for `device`, which raises ArgumentError.
+            torch_dtype: transformers' name for `dtype`. Any value raises ArgumentError.
+            device_map: transformers' name for `device`. Any value raises ArgumentError.
 
         Raises:
             HubError: The Hub or its cache cannot provide the files.

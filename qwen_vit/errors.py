@@ -241,7 +241,8 @@ def _as_sentence(text: str) -> str:
 class ImageError(QwenVitError, ValueError):
     """Report that qwen_vit cannot encode an image, an array or a set of patches.
 
-    `code` is a stable, machine-readable reason such as `"truncated"`: a key of `IMAGE_CODES`.
+    `code` is a stable, machine-readable reason such as `"truncated"`. In the package's own errors,
+    it is a key of `IMAGE_CODES`.
 
     >>> raise ImageError("ratio of 333", name="a.png", expected="at most 200", code="ratio")
     Traceback (most recent call last):
@@ -267,7 +268,8 @@ class ImageError(QwenVitError, ValueError):
 
 
 class ArgumentError(QwenVitError, ValueError):
-    """Report that a device, a dtype or an option does not fit this machine or this call."""
+    """Report that an argument does not fit this machine or this call, or that a package is
+    missing."""
 
 
 class CheckpointError(QwenVitError, ValueError):
@@ -283,7 +285,7 @@ class HubError(QwenVitError):
 
 
 class ExportError(QwenVitError):
-    """Report that qwen_vit could not write, read or resume features."""
+    """Report that qwen_vit could not list inputs, or could not write, read or resume features."""
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

@@ -121,7 +121,7 @@ class ImageFeatures:
         point: tuple[float, float] | None = None,
         layer: int | None = None,
     ) -> Image.Image:
-        """Draw the image's attention windows, its feature map and similarities to one cell.
+        """Draw the image's attention windows, its feature map and, with a point, similarities.
 
         >>> from qwen_vit import VisionEncoder
         >>> encoder = VisionEncoder.from_pretrained("tiny")

@@ -67,7 +67,7 @@ class FrameChoice:
     """Hold the frames that a reference samples from a video.
 
     If `is_run`, the installed library chose the frames; otherwise the rule in `video.sampling` did.
-    `is_judged` is True for the reference that `sampling` follows.
+    `is_judged` is True for the reference that `sampling` follows, if it accepts the video.
     """
 
     reference: str  # the library and its version

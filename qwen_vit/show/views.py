@@ -107,8 +107,8 @@ def view_features(
 
     Args:
         features: features from one encoder with one output, "merged" or "patch".
-        pictures: the images by id. For any other image, the id is taken as a path. If it does not
-            name an image of the same size, the drawing shows no image.
+        pictures: the images by id. For any other image, the function reads the file that the id
+            names. If this file is missing or has another size, the drawing shows no image.
         point: (x, y) in pixels of the first image. The function compares this cell with every cell.
         layer: a block of `features.layers` to draw instead of the embeddings.
         frame: the index of a video's pair of frames.

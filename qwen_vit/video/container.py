@@ -37,7 +37,7 @@ PARENTS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
 
 
 def container_of(head: bytes | bytearray | memoryview) -> str | None:
-    """Return FFmpeg's container name for a file's first bytes, or None if the file is not a video.
+    """Return FFmpeg's container name for a file's first bytes, or None for an unsupported file.
 
     >>> container_of(b"\\x1a\\x45\\xdf\\xa3"), container_of(b"GIF89a")
     ('matroska', None)
