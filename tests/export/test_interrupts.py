@@ -1,6 +1,7 @@
 """Test that an interrupted export saves encoded images, and resumes to the same bytes."""
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from qwen_vit.export.segments import count_kept, find_segments
 from qwen_vit.export.shard_writer import ShardWriter
 from qwen_vit.export.shards import export_shards
 from qwen_vit.feature_files.read import load_features
+from tests.support import fake_encoder
 from tests.support.exports import files
 from tests.support.fake_encoder import BatchedEncoder, FakeEncoder
 from tests.support.interrupted_exports import Stop, segments
@@ -54,6 +56,31 @@ def test_a_stopped_export_encodes_no_image_twice(
     assert files() == files("whole")
     assert (done.exported, done.failed) == (whole.exported, whole.failed)
     assert done.resumed >= kept
+
+
+@pytest.mark.parametrize("after", [43, 55, 78])
+def test_an_interrupt_keeps_what_was_encoded_while_a_shard_was_saved(
+    hundred_images: Path, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = export("whole")
+    monkeypatch.setitem(shards_module.AHEAD_BYTES, "cpu", 2**20)
+    monkeypatch.setattr(fake_encoder, "BATCH", 1)
+    encoder, save, stop = FakeEncoder(), ShardWriter.save, Stop(after)
+
+    def slow_save(self: ShardWriter) -> None:
+        end = time.monotonic() + 30
+        while stop.left >= 0 and self.number == 0 and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        save(self)
+
+    monkeypatch.setattr(ShardWriter, "save", slow_save)
+    with pytest.raises(KeyboardInterrupt):
+        export(encoder=encoder, stop=stop)
+    assert encoder.encoded == count_kept(Path("out")) > 37
+    export(encoder=encoder)
+    assert encoder.encoded == whole.exported
+    assert files() == files("whole")
 
 
 def test_a_report_tells_what_failed_in_this_run(hundred_images: Path) -> None:

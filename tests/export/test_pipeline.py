@@ -73,12 +73,15 @@ def test_the_next_shards_images_are_loaded_while_one_is_encoded(
     assert stand_in_export(tmp_path, Waiting(), 3, decode_threads=2).exported == 12
 
 
-def test_only_the_first_batch_is_encoded_before_the_shard_before_it_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("ahead_bytes", "expected"), [(0, [5, 9, 12]), (600, [7, 11, 12]), (2**20, [8, 12, 12])]
+)
+def test_the_next_shard_is_encoded_up_to_a_limit_while_a_shard_is_saved(
+    ahead_bytes: int, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kill must lose at most the open shard and one batch. The GPU still has work while the
-    writer saves a shard."""
-    monkeypatch.setattr(fake_encoder, "BATCH", 2)
+    """A kill must lose little more than the open shard. The GPU has work during a save."""
+    monkeypatch.setitem(shards_module.AHEAD_BYTES, "cpu", ahead_bytes)  # an image has 256 bytes
+    monkeypatch.setattr(fake_encoder, "BATCH", 1)
     real, whole = FeatureWriter.save, FakeEncoder()
     loaded = threading.Event()
     encoded: list[int] = []
@@ -90,9 +93,8 @@ def test_only_the_first_batch_is_encoded_before_the_shard_before_it_is_whole(
 
     def save(self: FeatureWriter, facts: Any) -> None:
         assert loaded.wait(30)
-        ahead = 4 * len(encoded) + 5  # the first group of the next shard has one image
         end = time.monotonic() + 30
-        while whole.encoded < min(12, ahead) and time.monotonic() < end:
+        while whole.encoded < expected[len(encoded)] and time.monotonic() < end:
             time.sleep(0.01)
         time.sleep(0.05)  # in which no more may follow
         encoded.append(whole.encoded)
@@ -101,7 +103,7 @@ def test_only_the_first_batch_is_encoded_before_the_shard_before_it_is_whole(
     monkeypatch.setattr(FeatureWriter, "save", save)
     monkeypatch.setattr(loading, "load_image", watched_load)
     assert stand_in_export(tmp_path, whole, 3, decode_threads=2).exported == 12
-    assert encoded == [5, 9, 12]
+    assert encoded == expected
 
 
 def test_a_disk_that_fails_stops_the_encoder_soon(
