@@ -104,9 +104,11 @@ class FeatureWriter:
     def add(self, rows: Mapping[str, Tensor], items: Sequence[ItemFacts]) -> None:
         """Append images: the rows (n, width) of each tensor, in the order of the images."""
         stored = [self._check(tensor, rows[tensor.name], items) for tensor in self.tensors]
-        digests = [
-            {name: self._hashers.submit(rows_sha256, each) for name, each in parts.items()}
-            for parts in self._rows_of_each(stored, items)
+        parts = list(self._rows_of_each(stored, items))
+        # one job per thread, because each start and end of a job waits for the GIL
+        jobs = [
+            self._hashers.submit(_digests_of, parts[thread::HASH_THREADS])
+            for thread in range(min(HASH_THREADS, len(parts)))
         ]
         try:
             for growing, part in zip(self._growing, stored, strict=True):
@@ -114,8 +116,10 @@ class FeatureWriter:
         except OSError as error:
             raise cannot_write(self.path, error) from None
         finally:
-            for parts in digests:  # afterwards the caller may free its memory
-                self._digests.append({name: each.result() for name, each in parts.items()})
+            digests: list[dict[str, str]] = [{} for _ in parts]
+            for thread, job in enumerate(jobs):  # afterwards the caller may free its memory
+                digests[thread::HASH_THREADS] = job.result()
+            self._digests += digests
         self.items += items
 
     def last_digests(self) -> Mapping[str, str]:
@@ -215,6 +219,10 @@ class _GrowingRows:
 def _copy(source: BinaryIO, begin: int, target: BinaryIO) -> None:
     source.seek(begin)  # seeking writes the buffered bytes
     shutil.copyfileobj(source, target, COPY_BYTES)
+
+
+def _digests_of(parts: Sequence[Mapping[str, Tensor]]) -> list[dict[str, str]]:
+    return [{name: rows_sha256(rows) for name, rows in each.items()} for each in parts]
 
 
 def rows_sha256(rows: Tensor) -> str:
