@@ -65,9 +65,13 @@ FAMILIES: dict[str, Callable[[Mapping[str, Tensor], int], Mapping[str, Tensor]]]
 }
 
 
-def write_model(folder: Path, device: torch.device) -> None:
-    """Write random weights in the published format, as a folder for `from_pretrained`."""
-    config = VisionConfig.from_json(SHAPE)
+def write_model(folder: Path, device: torch.device, **settings: object) -> None:
+    """Write random weights in the published format, as a folder for `from_pretrained`.
+
+    `settings` replace values of the published config, such as `depth`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = VisionConfig.from_json({**SHAPE, **settings})
     document = {"model_type": "qwen2_5_vl", "vision_config": config.to_json()}
     (folder / "config.json").write_text(json.dumps(document))
     limits = {"min_pixels": 3136, "max_pixels": 12_845_056, "patch_size": 14, "merge_size": 2}

@@ -2,7 +2,8 @@
 
 Use it for a change that must not alter results. It hashes outputs over random layouts in both
 checkouts. On a GPU, it times both checkouts in interleaved runs. It times the other checkout twice
-(A/A), to show the noise. At the 7B shape, float32 is slow and gets a fifth of the layouts.
+(A/A), to show the noise. float32 is slow, so it gets a fifth of the layouts. Without --model, it
+also gets a tower of the same widths with 4 blocks, of which one has full attention.
 
     git worktree add ../before HEAD~1
     python -m tools.checks.against ../before
@@ -57,13 +58,16 @@ def kinds_of(layouts: int) -> dict[str, list[str]]:
     }
 
 
-def same_bits(other: Path, model: str, layouts: int) -> dict[str, bool]:
-    """Return whether both checkouts give the same bits, for each of `kinds_of`."""
+def same_bits(other: Path, models: dict[str, str], layouts: int) -> dict[str, bool]:
+    """Return whether both checkouts give the same bits, for each of `kinds_of`.
+
+    `models` has a folder for each dtype.
+    """
     kinds = kinds_of(layouts)
     with ThreadPoolExecutor(2 * len(kinds)) as pool:
         digests = {
             kind: [
-                pool.submit(run_child, checkout, "hash", model, *arguments)
+                pool.submit(run_child, checkout, "hash", models[arguments[0]], *arguments)
                 for checkout in (ROOT, other)
             ]
             for kind, arguments in kinds.items()
@@ -106,10 +110,11 @@ def main(
     git = ["git", "-C", str(other), "rev-parse", "--short", "HEAD"]
     named = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     with tempfile.TemporaryDirectory() as folder:
+        chosen, shallow = model or f"{folder}/7b", model or f"{folder}/shallow"
         if model is None:
-            write_model(Path(folder), default_device())
-        chosen = model or folder
-        same = same_bits(other, chosen, layouts)
+            write_model(Path(chosen), default_device())
+            write_model(Path(shallow), default_device(), depth=4, fullatt_block_indexes=[2])
+        same = same_bits(other, {"bfloat16": chosen, "float32": shallow}, layouts)
         times = medians(other, chosen, pairs) if pairs and torch.cuda.is_available() else {}
     for kind, equal in same.items():
         print(f"{kind:<24}{'the same bits' if equal else 'OTHER BITS'}")
