@@ -6,10 +6,10 @@
     python -m tools.benchmarks.engines chart docs/engines.png
 
 `towers` starts one engine for each setting. The settings are vLLM's default, encoder graphs with
-exactly fitting budgets, compilation with graphs, and our tower with the plugin. It first compares
-the answers of 128 requests with transformers in float64. Then it times the towers. `requests` sends
-requests to vLLM's API server, whose processor runs beside the engine. The weights are random. Both
-need vLLM in this environment. `chart` draws the ledger's rows.
+exactly fitting budgets, compilation with graphs, and our tower with the plugin, in bf16 and in fp8.
+It first compares the answers of 128 requests with transformers in float64, except in fp8. Then it
+times the towers. `requests` sends requests to vLLM's API server, whose processor runs beside the
+engine. The weights are random. Both need vLLM in this environment. `chart` draws the ledger's rows.
 """
 
 import json
@@ -29,7 +29,7 @@ from tools.benchmarks.engines.model import small_folder, write_large, write_smal
 from tools.benchmarks.engines.requests import as_table, measure
 from tools.common import ROOT, append_row, four_digits, ledger_options, ledger_row, require_gpu
 
-VARIANTS = ("default", "graphs", "compiled", "plugin")
+VARIANTS = ("default", "graphs", "compiled", "plugin", "plugin-fp8")
 WAYS = ("default", "plugin", "features")
 PACKAGES = ("vllm", "torch", "triton", "transformers")
 ENVIRONMENT = {
@@ -74,7 +74,7 @@ def towers(
     folder: Path, variant: tuple[str, ...], runner: str, weights: int, ledger: Path | None,
     commit: str, *, answers_only: bool,
 ) -> None:  # fmt: skip
-    """Check the answers of four engines, then time their towers."""
+    """Check the answers of the engines, then time their towers."""
     device = require_gpu()
     for seed in range(weights):
         write_missing_small(folder, device, seed)
@@ -102,7 +102,7 @@ def write_missing_small(folder: Path, device: torch.device, seed: int = 0) -> No
 def run_child(variant: str, folder: Path, runner: str, *options: str) -> dict[str, Any]:
     """Run one engine in a child process, and return the measurements."""
     started = time.perf_counter()
-    plugin = "qwen_vit" if variant == "plugin" else ""
+    plugin = "qwen_vit" if variant.startswith("plugin") else ""
     environment = {
         **os.environ, **ENVIRONMENT, "VLLM_PLUGINS": plugin,
         "VLLM_USE_V2_MODEL_RUNNER": str(int(runner) - 1), "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

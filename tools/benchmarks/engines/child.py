@@ -2,7 +2,7 @@
 
 python -m tools.benchmarks.engines.child VARIANT FOLDER    its figures, to FOLDER/VARIANT.json
 
-Except in the engine with the plugin, it interleaves runs of the engine's tower and of our tower
+Except for the plugin in bf16, it interleaves runs of the engine's tower and of our tower in bf16,
 with the same weights. Therefore a ratio compares times in one process on one GPU at one
 temperature.
 """
@@ -59,7 +59,11 @@ def start(folder: Path, variant: str) -> Any:
         compilation["encoder_cudagraph_max_vision_items_per_batch"] = 32
     if variant == "compiled":
         compilation |= {"compile_mm_encoder": True, "mode": 3, "cudagraph_mode": "PIECEWISE"}
-    return LLM(model=str(small_folder(folder, 0)), compilation_config=compilation, **ENGINE)
+    ours = {"qwen_vit": {"quantization": "fp8"}} if variant == "plugin-fp8" else {}
+    return LLM(
+        model=str(small_folder(folder, 0)), compilation_config=compilation,
+        additional_config=ours, **ENGINE,
+    )  # fmt: skip
 
 
 def in_worker(engine: Any, function: Callable[[Any], Any]) -> Any:
@@ -209,7 +213,7 @@ def first_requests(engine: Any) -> dict[str, Any]:
     return {"seconds": times, "first_to_tenth": times[0] / times[9]}
 
 
-def same_bits(engine: Any, folder: Path) -> dict[str, Any]:
+def same_bits(engine: Any, folder: Path, quantization: str | None) -> dict[str, Any]:
     """Return whether the engine's tower gave the bits of `encode_patches` on the same rows."""
     seen: list[tuple[Tensor, Any, Tensor]] = []
 
@@ -223,7 +227,9 @@ def same_bits(engine: Any, folder: Path) -> dict[str, Any]:
 
     in_worker(engine, hook)
     answers(engine)
-    encoder = VisionEncoder.from_pretrained(small_folder(folder, 0), device="cuda")
+    encoder = VisionEncoder.from_pretrained(
+        small_folder(folder, 0), device="cuda", quantization=quantization
+    )
     equal = [
         torch.equal(encoder.encode_patches(rows, torch.tensor(grids)), output)
         for rows, grids, output in seen
@@ -238,7 +244,9 @@ def memory(engine: Any) -> dict[str, float]:
 
 
 @click.command(help=__doc__)
-@click.argument("variant", type=click.Choice(["default", "graphs", "compiled", "plugin"]))
+@click.argument(
+    "variant", type=click.Choice(["default", "graphs", "compiled", "plugin", "plugin-fp8"])
+)
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--answers-only", is_flag=True, help="Check answers without timing a tower.")
 @click.option("--weights", default=1, help="Answer with this number of random models.")
@@ -258,8 +266,8 @@ def main(variant: str, folder: Path, weights: int, *, answers_only: bool) -> Non
         if weights > 1:
             take_weights(engine, small_folder(folder, 0))
     found["towers"] = {} if answers_only else time_towers(engine, folder, variant)
-    if variant == "plugin" and not answers_only:
-        found["bits"] = same_bits(engine, folder)
+    if variant.startswith("plugin") and not answers_only:
+        found["bits"] = same_bits(engine, folder, "fp8" if variant == "plugin-fp8" else None)
     found["at_the_end"] = memory(engine)
     (folder / f"{variant}.json").write_text(json.dumps(found))
 
