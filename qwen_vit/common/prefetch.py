@@ -17,9 +17,6 @@ MAX_THREADS = 16
 AHEAD_BYTES = 2**27  # about seven full batches of patches on a GPU
 AHEAD_JOBS = 1_024
 THREAD_NAME = "qwen-vit-load"
-# While enough results wait for the caller, fewer threads run, because they share its GIL.
-FEW_THREADS = 2
-ENOUGH_RESULTS = 2  # per thread
 
 
 class _Weighs(Protocol):
@@ -109,7 +106,7 @@ def work_ahead(
                     pending.append(prefetcher.submit(job))
             if not pending:
                 return
-            result = prefetcher.wait_for(pending.popleft())
+            result = pending.popleft().result()
             prefetcher.release(result)
             yield result
     finally:
@@ -127,8 +124,6 @@ class Prefetcher(Generic[Result]):
         self.delivered = 0  # results that the caller has taken
         self._threads, self._max_bytes = threads, max_bytes
         self._job_bytes = self._result_bytes = 0  # of unfinished jobs, and of undelivered results
-        self._n_results = 0  # undelivered
-        self._is_awaited = False
         self._queue: deque[tuple[Job[Result], Future[Result]]] = deque()
         self._workers = 0
         self._is_closed = False
@@ -149,22 +144,10 @@ class Prefetcher(Generic[Result]):
             self._start_workers()
         return future
 
-    def wait_for(self, future: Future[Result]) -> Result:
-        """Return a job's result. All threads may run while the caller waits for it."""
-        if not future.done():
-            with self._lock:
-                self._is_awaited = True
-                self._start_workers()
-        try:
-            return future.result()
-        finally:
-            self._is_awaited = False
-
     def release(self, result: Result) -> None:
         """Free the space of a result that the caller has taken."""
         with self._lock:
             self._result_bytes -= result.n_bytes
-            self._n_results -= 1
             self.delivered += 1
             self._start_workers()
 
@@ -180,20 +163,16 @@ class Prefetcher(Generic[Result]):
         # always True for the job that the caller waits for: all earlier results are delivered
         return bool(self._queue) and self._result_bytes < self._max_bytes
 
-    def _most_workers(self) -> int:
-        has_enough = self._n_results >= ENOUGH_RESULTS * self._threads
-        return FEW_THREADS if has_enough and not self._is_awaited else self._threads
-
     def _start_workers(self) -> None:
         if self._may_start():
-            for _ in range(min(self._most_workers() - self._workers, len(self._queue))):
+            for _ in range(min(self._threads - self._workers, len(self._queue))):
                 self._workers += 1
                 self._pool.submit(self._work)
 
     def _work(self) -> None:
         while True:
             with self._lock:
-                if not self._may_start() or self._workers > self._most_workers():
+                if not self._may_start():
                     self._workers -= 1
                     return
                 job, future = self._queue.popleft()
@@ -214,7 +193,6 @@ class Prefetcher(Generic[Result]):
         with self._lock:  # before the caller can release it
             self._job_bytes -= job.n_bytes
             self._result_bytes += n_bytes
-            self._n_results += 1
         deliver()
         del future, deliver  # the traceback of an exception keeps this frame
         if then is not None:

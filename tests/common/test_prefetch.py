@@ -117,38 +117,6 @@ def test_what_waits_is_bounded_in_bytes() -> None:
     assert most <= 50 + 3 * 10 + 10
 
 
-def test_few_threads_run_while_enough_results_wait() -> None:
-    """Loader threads share the caller's GIL. All of them run if the caller waits for a result."""
-    running = 0
-    seen: list[tuple[int, int]] = []  # the number of a job, and the jobs that run then
-    changing, may_end = threading.Lock(), threading.Event()
-
-    def job(number: int) -> Sized:
-        nonlocal running
-        with changing:
-            running += 1
-            seen.append((number, running))
-        if number == 40:
-            assert may_end.wait(30)
-        time.sleep(0.005)
-        with changing:
-            running -= 1
-        return Sized(number)
-
-    results = work_ahead((Job(partial(job, number)) for number in range(200)), threads=6)
-    taken = [next(results).value for _ in range(30)]
-    time.sleep(0.3)  # at least 12 results wait then
-    few = len(seen)
-    taken += [next(results).value for _ in range(10)]
-    time.sleep(0.1)
-    assert max(count for _, count in seen[few:]) <= 2
-    few = len(seen)
-    threading.Timer(0.3, may_end.set).start()
-    taken += [each.value for each in results]  # it waits for job 40
-    assert taken == list(range(200))
-    assert max(count for _, count in seen[few:]) > 2
-
-
 def test_what_jobs_hold_before_they_run_is_bounded_too() -> None:
     """A caller's encoded bytes have 10 bytes each. While the first job runs, 50 bytes may wait."""
     asked, may_end = 0, threading.Event()
