@@ -57,7 +57,7 @@ IMAGE_CODES = {
     "reference": "Hugging Face's processor, the reference of `compare`, rejects the image",
     "size-changes": "the frames of the video have several sizes",
     "slow": "too many scans, segments, pages, rows, bytes of ids, or seconds of work",
-    "source-type": "the input has an unsupported type, or a dict contains no single image",
+    "source-type": "the input's type is unsupported, or a dict does not contain exactly one image",
     "too-many-streams": "the video file has more than 100 streams of video, sound or subtitles",
     "too-many-frames": "the video has more frames than VideoLimits.max_frames",
     "too-many-patches": "one call has more patches than int32 can count or n_rows allows",
@@ -65,7 +65,7 @@ IMAGE_CODES = {
     "truncated": "the content ends early, and qwen_vit never fills the missing part",
     "unreadable": "the system, a server or pyarrow cannot read the file, or it is already closed",
     "url": "the input is an address (URL) that qwen_vit does not open",
-    "video-frames": "the video, or its chosen part, has fewer frames than the caller requests",
+    "video-frames": "the video, or its chosen part, has no frames or fewer than requested",
     "video-range": "the video has fewer than two frames between start and end",
     "zero-side": "a side has 0 pixels",
 }
