@@ -25,13 +25,13 @@ class InputChanges:
     """Compare the images of a new listing with the images of an export's listings.
 
     Attributes:
-        new: images that the export lacks, or that its listings contain only as an error.
-        moved: images whose place changed, each with the old place.
-        replaced: objects in a store whose version changed.
+        new: images that the export lacks, or that could not be listed then and can be now.
+        moved: images whose place changed, each with the old file.
+        replaced: images in objects of a store whose version changed.
         gone: images of the export that the new listing lacks.
         same: images whose place and version are unchanged.
-        is_reordered: whether the ids have another order than in the export's only listing. Its
-            shards depend on the order. False if the export has several listings.
+        is_reordered: whether the new ids differ from the first ids of the export's only listing,
+            on whose order the shards depend. False if the export has several listings.
     """
 
     new: list[Item] = field(default_factory=list)

@@ -26,11 +26,11 @@ class CircuitBreaker:
     """
 
     limit: int
-    unread: int = 0  # consecutive failures before the encoder
-    failed: int = 0  # consecutive failures after the encoder
+    unread: int = 0  # consecutive failures, counted before the encoder
+    failed: int = 0  # consecutive failures of any stage, counted after the encoder
 
     def count_read(self, error: ImageError | None) -> None:
-        """Count an image that was read, or that could not be read because of `error`."""
+        """Count an image that is ready for the encoder, or that failed because of `error`."""
         self.unread = 0 if error is None else self.unread + 1
         self._check(self.unread, error)
 

@@ -18,11 +18,11 @@ __all__ = ["MAX_UNWRITTEN_BYTES", "HostCopier", "HostCopy", "PinnedRing"]
 
 ALIGNED_BYTES = 512
 RING_BYTES = 2**29  # of pinned memory
-MAX_UNWRITTEN_BYTES = RING_BYTES // 4 * 3  # of copies, so that the ring has room for one more copy
+MAX_UNWRITTEN_BYTES = RING_BYTES // 4 * 3  # of copies: room remains for one more
 
 
 class HostCopy(NamedTuple):
-    """Hold the rows of several images, which the GPU may still be copying to the CPU. `event` marks
+    """Hold the rows of a group of images, which a GPU may still copy to the CPU. `event` marks
     the end of the copy, and is None if nothing is copied."""
 
     rows: dict[str, Tensor]  # by tensor, in the order of the images
@@ -37,7 +37,7 @@ class HostCopy(NamedTuple):
 
 
 class HostCopier:
-    """Copy embeddings to the CPU in the stored dtype, on a stream that the encoder does not use."""
+    """Convert rows to the stored dtype, and copy a GPU's rows to the CPU on a separate stream."""
 
     def __init__(self, device: torch.device, form: RowFormat) -> None:
         self._form = form
@@ -62,7 +62,7 @@ class HostCopier:
         embeds = stored[EMBEDS]
         if not features:
             return HostCopy(stored, torch.empty(0, dtype=torch.bool, device="cpu"), None, _nothing)
-        # test the extremes, because a mask of all values would take more memory than the values
+        # test the extremes, because a test of every value would take more memory
         is_finite = embeds.amin(1).isfinite() & embeds.amax(1).isfinite()
         if self._ring is None:
             return HostCopy(stored, is_finite, None, _nothing)
@@ -112,9 +112,8 @@ class PinnedRing:
     torch.Size([1000])
     >>> ring.release()
 
-    torch's allocator of pinned memory keeps a block of every requested size, so an export of images
-    with many sizes would need more and more memory. One thread allocates, and another thread may
-    release.
+    torch's allocator of pinned memory keeps its blocks, so an export of images with many sizes
+    would keep blocks of many sizes. One thread allocates, and another thread may release.
     """
 
     def __init__(self, memory: Tensor) -> None:

@@ -49,9 +49,9 @@ __all__ = ["Estimate", "estimate_export", "estimate_plan", "target_size"]
 SAMPLE = 1_000  # the number of images for a plan
 SAMPLE_OF_ROWS = 100  # for Parquet, where reading a row also reads earlier rows of its row group
 MAX_TIMED = 512  # the number of images
-TIMING_S = 6.0  # for all timings; on a CPU, an image that takes longer is timed alone
+TIMING_S = 6.0  # for all timings but the first; on a CPU, a longer first timing is the only one
 MAX_GROWTH = 8  # of the image count from one timing to the next
-HEAD_BYTES = 2**16  # the bytes to read of an image in a tar; most formats give the size there
+HEAD_BYTES = 2**16  # to read of an image in a tar or a store; most formats give the size there
 NAME_BYTES = 300  # an image's id, source and share of the settings in a shard's header
 
 
@@ -62,8 +62,8 @@ class Estimate:
 
     Attributes:
         images: the number of images, each counted once even if the export encoded it again.
-        unreadable: the number of unfinished images that the export would reject, for example
-            because of an unreadable header or too many pixels.
+        unreadable: the number of unfinished images that exist, but that the export would reject,
+            for example because of an unreadable header or too many pixels.
         rows: the number of rows.
         bytes: the number of bytes in the shards.
         seconds: the time that `encode` needs for the unfinished images, in seconds, or None if no
@@ -103,7 +103,7 @@ def estimate_export(
     """Count images, rows and bytes, and time a sample of the images, without writing to `folder`.
 
     The counts of unfinished images come from the images' headers, and those of other images from
-    the shards.
+    the shards and segments.
 
     >>> encoder = VisionEncoder.from_pretrained("tiny")
     >>> estimate_export(encoder, ["tests/photographs/rocket.jpg"]).rows
@@ -161,6 +161,7 @@ def estimate_plan(encoder: VisionEncoder, plan: ExportPlan) -> Estimate:
         round(found.bytes * scale),
         None,
         is_sample=scale > 1,
+        missing=round(found.missing * scale),
     )
 
 
@@ -290,15 +291,14 @@ def _patches(item: Item, config: ImageConfig, options: ExportOptions) -> int | N
 def _seconds(
     encoder: VisionEncoder, sample: Sequence[Item], work: _Work, options: ExportOptions
 ) -> float | None:
-    """Return the seconds for the work, as the sum of the start, a time per batch and a time per
-    patch.
+    """Return the seconds for the work: a time for the start, and a time for each batch and patch.
 
-    The first timing loads kernels. The start is the part of the first timing that the rates of the
-    other timings do not explain.
+    The first timing loads kernels. The time for the start is the part of the first timing that the
+    rates of the other timings do not explain.
 
-    On a CPU, a batch of one small image takes longer per patch than a full batch, and exports
-    contain both kinds. A timing has up to MAX_GROWTH times as many images as the one before. The
-    timings end after about TIMING_S.
+    A batch of one small image takes longer per patch than a full batch, and exports contain both
+    kinds. A timing has up to MAX_GROWTH times as many images as the one before. The timings after
+    the first take up to about TIMING_S together.
     """
     if not work.patches:
         return 0.0
@@ -361,8 +361,8 @@ def _rates(few: tuple[float, _Work], many: tuple[float, _Work]) -> tuple[float, 
 
 
 def _size_in_header(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
-    """Return height and width from the file's header, before any rotation, or None if they cannot
-    be read. A rotation does not change the number of tokens."""
+    """Return height and width from the file's header, before any rotation. A rotation does not
+    change the number of tokens. Return None for an unreadable header and for too many pixels."""
     # in a tar or a store: first read only the head
     if item.size is not None and item.size > HEAD_BYTES:
         size = _open_header(replace(item, size=HEAD_BYTES), limits)

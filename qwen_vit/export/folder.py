@@ -23,7 +23,7 @@ OTHER_FOLDER = Wording("pass another folder", shell="pass another --out")
 
 
 class ChangedError(ExportError):
-    """Report that another process wrote the file after this process had read it."""
+    """Report that another process wrote the file after this process last looked at it."""
 
 
 class ExportFolder(ABC):
@@ -95,10 +95,10 @@ class ExportFolder(ABC):
 
     @abstractmethod
     def check(self, settings: str, leftover: Pattern[str], *, make: bool) -> None:
-        """Raise ExportError if the folder contains anything except an export, or cannot be created
-        or written.
+        """Raise ExportError if the folder contains files but no export. On a disk, also raise it if
+        the folder cannot be created or written.
 
-        With `make`, also create the folder.
+        With `make`, create a folder on a disk, or the scratch folder of a store.
         """
 
     @abstractmethod

@@ -71,7 +71,8 @@ def short_lock(folder: Path) -> Iterator[None]:
     >>> with short_lock(Path("export")):  # doctest: +SKIP
     ...     write_manifest()
 
-    Raises ExportError if one owner keeps the lock for SHORT_LOCK_TIMEOUT_S.
+    Raises ExportError if one owner keeps the lock for SHORT_LOCK_TIMEOUT_S, and if the lock file
+    cannot be written.
     """
     with _hold(folder / "lock-moment", fcntl.LOCK_EX, SHORT_LOCK_TIMEOUT_S):
         yield

@@ -1,7 +1,6 @@
-"""Write an export's manifest: a row for every image, as Parquet or as JSON lines.
+"""Write an export's manifest as Parquet or as JSON lines, with a row for each image of its shards.
 
-The manifest is computed from the shards' headers and the listing, so it can be written again at any
-time.
+The manifest is computed from the shards and the listings, so it can be written again at any time.
 """
 
 import json
@@ -23,7 +22,7 @@ from qwen_vit.inputs.listing import Item
 __all__ = ["ManifestRow", "load_arrow", "shard_rows", "write_manifest"]
 
 PARQUET, JSON_LINES = "manifest.parquet", "manifest.jsonl"
-ROWS_IN_A_GROUP = 4_096  # of Parquet: about 15 MB while the writer has them
+ROWS_IN_A_GROUP = 4_096  # of Parquet, at least: the writer has one group in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +99,7 @@ def load_arrow() -> bool:
         import pyarrow.parquet  # type: ignore[import-untyped]
     except ImportError:
         return False
-    pyarrow.array([""])  # the first conversion imports pandas, which takes 30 MB
+    pyarrow.array([""])  # the first conversion imports pandas, if installed, which takes memory
     return True
 
 

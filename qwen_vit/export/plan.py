@@ -68,8 +68,8 @@ LEFTOVER = re.compile(
 class ExportPlan:
     """Hold all values of an export that a worker needs for a shard, except the encoder.
 
-    A plan can be pickled. `settings` are the settings of export.json, which every shard repeats in
-    its metadata.
+    A plan can be pickled. `settings` are the settings of export.json. A shard's metadata repeats
+    them, with the versions of its own run and the facts of its own listing.
     """
 
     folder: ExportFolder
@@ -77,7 +77,7 @@ class ExportPlan:
     listing: Listings
     options: ExportOptions
     made_by: Mapping[str, Any] = field(default_factory=dict)  # this run's versions and GPU
-    # versions of other shards, besides the settings' versions
+    # other versions that the export accepted after its start
     accepted: Sequence[Mapping[str, Any]] = ()
 
     @property
@@ -142,9 +142,9 @@ def open_export(
     >>> with open_export(encoder, ["photos"], Path("out"), ExportOptions()) as plan:
     ...     print(plan.n_images)  # doctest: +SKIP
 
-    Raises ExportError if another process writes to the folder, or if it contains anything except an
-    export with these inputs and settings. The error names the differences. With inputs of None, the
-    function resumes the existing export's listing, and logs how its inputs have changed.
+    Raises ExportError if no image is found, if another process writes to the folder, or if the
+    folder contains other files or a different export, whose differences the error names. With
+    inputs of None, the export continues with its own listing, and logs changes of the inputs.
     """
     paths, folder = None if inputs is None else _paths(inputs), as_folder(folder)
     if paths is None:
@@ -200,7 +200,7 @@ def _find(
     is_here = started_in == os.getcwd() or all(map(_is_absolute, recorded))
     reason = ""
     if not recorded or STDIN in recorded:
-        reason = "its inputs were a list on standard input"
+        reason = "its inputs were a list on standard input, or are not recorded"
     elif not is_here:
         reason = f"its inputs are relative to {display_name(str(started_in))}"
     else:
@@ -213,7 +213,7 @@ def _find(
             return None
     if options.extend:
         remedy = Wording("also pass the inputs", shell="also pass INPUTS")
-        remedy += "" if is_here else ", or run the command in that folder"
+        remedy += "" if is_here or STDIN in recorded else ", or run the command in that folder"
         raise ExportError(reason, name=str(folder), remedy=remedy)
     return None
 

@@ -1,7 +1,7 @@
 """Run an export on a Ray cluster. Workers write the shards, and this process counts them.
 
 Ray restarts dead workers, on another node if needed, and retries their tasks. A retry is safe,
-because a shard exists completely or not at all, and its bytes depend only on the plan.
+because a shard exists completely or not at all, and its bytes depend only on the plan and images.
 """
 
 import logging
@@ -70,8 +70,8 @@ def export_on_ray(
     >>> export_on_ray("tiny", ["tests/photographs"], "features").exported  # doctest: +SKIP
     3
 
-    Images, checkpoint and `folder` must have the same paths on every node. A failed image and an
-    interrupt raise as in `export_features`.
+    Images, checkpoint and `folder` must have the same paths on every node. An interrupt raises
+    KeyboardInterrupt. With on_error="raise", a failed image raises ImageError.
 
     Args:
         model: as in `VisionEncoder.from_pretrained`, which also receives `loading`.
@@ -80,7 +80,7 @@ def export_on_ray(
         options: as in `export_features`.
         confirm: as in `export_features`.
         show_progress: as in `export_features`.
-        decode_threads: as in `export_features`.
+        decode_threads: loader threads of each shard. [default: a share of its GPU's cores, or 1]
         ec_cache: as in `export_features`. This process writes the encoder cache.
         address: the cluster's address. None selects RAY_ADDRESS, or a running or new local cluster.
         device: "auto", "cuda" or "cpu". "auto" selects the GPUs if the cluster has any.

@@ -28,7 +28,7 @@ class ExportReport:
         resumed: the number of images that earlier runs exported or failed to export.
         rows: the number of rows of the exported images.
         bytes: the number of bytes in the part's shards.
-        seconds: the duration of this run, in seconds.
+        seconds: the duration of this run after it listed the inputs, in seconds.
         waits: the seconds that this run waited for each stage.
         shards: the number of shards of all parts, whether they exist or not.
         shards_missing: the number of missing shards of all parts. Other parts may still write

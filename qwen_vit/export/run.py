@@ -50,7 +50,7 @@ def export_features(
     ec_cache: str | os.PathLike[str] | None = None,
     stop: StopSignals | None = None,
 ) -> ExportReport:
-    """Export the images of files, folders, patterns, lists and tars into a folder of shards.
+    """Export images and videos into a folder of shards.
 
     >>> encoder = VisionEncoder.from_pretrained("tiny")  # doctest: +SKIP
     >>> export_features(encoder, ["tests/photographs"], "features").exported  # doctest: +SKIP
@@ -66,20 +66,21 @@ def export_features(
         folder: a new or empty folder, or an export to resume. The folder may be an address such as
             "s3://bucket/features".
         options: how to encode and store the images. None selects `ExportOptions()`.
-        confirm: a function that receives an estimate before a new export begins, and may raise an
-            error.
+        confirm: a function that receives an estimate before the first shard, and may raise an
+            error. It is not called if a shard of the part exists.
         show_progress: show a progress bar on a terminal, or a line per minute in a log.
-        decode_threads: threads that read, decode and resize. [default: one per two cores, 2 to 16]
+        decode_threads: threads that read and decode. [default: one per two cores, 2 to 16, but 1 on
+            a single core]
         ec_cache: a folder for vLLM's encoder cache, which the export writes after each shard. See
             `integrations.vllm.write_ec_cache`.
-        stop: signals that end the export after the batch in progress, as an interrupt does.
+        stop: signals that end the export as an interrupt does, but after the batch in progress.
 
     Raises:
         KeyboardInterrupt: An interrupt ended the export, which saved the encoded images for the
             next run.
         ExportError: The folder contains other files or another export, another process writes to
-            it, the inputs contain no image, too many consecutive images failed, or a file cannot
-            be written.
+            it, an input cannot be listed, no image is found, too many consecutive images failed, or
+            a file cannot be written.
         ImageError: An image failed, with on_error="raise".
         ArgumentError: An argument is invalid.
     """

@@ -1,9 +1,9 @@
 """Write the settings of a new export, and compare the settings of a resumed export.
 
 `export.json` contains all settings that determine a shard's bytes: the model, its hashes, the
-options and the listing's hash. Every shard repeats these settings, with the versions of its own run
-and the hash of its own listing. `export.json` also names later listings, later accepted versions
-and the inputs, which no shard repeats.
+options, the versions and the listing's hash. Every shard repeats these settings, with the versions
+of its own run and the hash of its own listing. `export.json` also names later listings, later
+accepted versions and the inputs, which no shard repeats.
 """
 
 import json
@@ -134,7 +134,7 @@ class StoredExport:
 
     @property
     def accepted(self) -> Sequence[Mapping[str, Any]]:
-        """Return the versions that users accepted after the export's start."""
+        """Return the versions that the export accepted after its start."""
         found: list[Mapping[str, Any]] = self.description.get("accepted", [])
         return found
 
@@ -164,11 +164,11 @@ class StoredExport:
     def check(
         self, settings: Mapping[str, Any], changes: InputChanges | None, options: ExportOptions
     ) -> None:
-        """Raise an ExportError that names each difference from the current settings and inputs.
+        """Raise ExportError if the current settings or inputs differ from those of the export.
 
-        With `options.accept_versions`, different versions are no error: the method adds them to the
-        accepted versions. The method also adds versions whose only difference is a decoder that was
-        missing before.
+        The error names each difference. With `options.accept_versions`, different versions are no
+        error: the method adds them to the accepted versions. The method also adds versions whose
+        only difference is a decoder that was missing before.
         """
         ours = makers_in(settings)
         known = [makers_in({**self.settings, **each}) for each in ({}, *self.accepted)]

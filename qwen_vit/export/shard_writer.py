@@ -84,7 +84,7 @@ class ShardWriter:
 
     @property
     def is_saving(self) -> bool:
-        """Return whether the writer thread has not finished `save`."""
+        """Return whether `save` is queued or running in the writer thread."""
         return self.saving is not None and not self.saving.done()
 
     @property

@@ -64,7 +64,7 @@ logger = logging.getLogger("qwen_vit")
 Value = TypeVar("Value")
 
 GROUP_BYTES, GROUP_IMAGES = 2**24, 64  # of a GPU's features, copied back together
-# The features of a shard that stay on the GPU while the writer thread saves the previous shard.
+# Of features that wait on the GPU while the writer thread saves the previous shard.
 AHEAD_BYTES = {"cuda": MAX_UNWRITTEN_BYTES, "cpu": 0}
 
 Group = tuple[list[ImageRecord], list[ImageFeatures]]
@@ -81,14 +81,14 @@ def export_shards(
     clock: StageTimer | None = None,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[DoneShard]:
-    """Write shards in order, and yield each one after it is on the disk.
+    """Write shards in order, and yield each one after it is saved.
 
     >>> for done in export_shards(encoder, plan, plan.shards):
     ...     print(done.shard, len(done.rows))  # doctest: +SKIP
 
     Loader threads prefetch images, including images of the next shard. A writer thread writes
     results. All images of a batch belong to one shard, so the bytes do not depend on the timing of
-    threads. The encoder encodes the first batches of a shard while the writer thread saves the
+    threads. The encoder begins to encode a shard while the writer thread still saves the
     previous shard. An interrupt saves the encoded images of the open shard: see `segments`.
 
     Args:
@@ -96,7 +96,7 @@ def export_shards(
             one with the plan's `max_failures`.
         on_image: a function that the writer thread calls for each image. The rows are valid until
             the function returns.
-        decode_threads: loader threads. [default: one per two cores, 2 to 16]
+        decode_threads: loader threads. [default: one per two cores, 2 to 16, but 1 on one core]
         clock: the timer for this thread's waits.
         is_stopped: a function that the export calls before each image. If it returns True, the
             export finishes the batch in progress, and then ends as after an interrupt.

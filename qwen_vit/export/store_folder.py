@@ -148,7 +148,7 @@ class StoreFolder(ExportFolder):
             if self.out.is_file():
                 raise ExportError("not a folder", name=str(self), remedy=OTHER_FOLDER)
             names = list_names(self.out.address)
-        # the listing omitted a new file
+        # the listing may omit a new file
         if names and settings not in names and not self.has(settings):
             refuse_strange(self, sorted(names), settings)
         if make:
@@ -223,8 +223,8 @@ def _scratch_of(address: str) -> Path:
 
 
 def _make_private(folder: Path) -> None:
-    """Make a folder and its parent, which no other user may read or write. Raises ExportError if
-    one of them belongs to another user."""
+    """Make a folder and its parent, which no other user may read or write. Raises ExportError
+    unless both are folders of this user."""
     for each in (folder.parent, folder):
         try:
             each.mkdir(mode=0o700, exist_ok=True)
@@ -233,7 +233,7 @@ def _make_private(folder: Path) -> None:
             raise cannot_write(each, error) from None
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
             raise ExportError(
-                "belongs to another user", name=str(each), remedy="set TMPDIR to another folder"
+                "not a folder of this user", name=str(each), remedy="set TMPDIR to another folder"
             )
 
 

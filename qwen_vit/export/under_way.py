@@ -42,7 +42,7 @@ class UnderWay:
         self._file: BinaryIO | None = None
         try:
             self._map = self._make_map()
-        except OSError:  # a full disk: continue the export without notes
+        except OSError:  # a full disk: continue the export without this record
             self._map = mmap.mmap(-1, SLOTS * SLOT.size)
 
     def _make_map(self) -> mmap.mmap:

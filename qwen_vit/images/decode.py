@@ -31,7 +31,7 @@ from qwen_vit.images.truncation import ends_early, misses_rows, promised_bytes
 
 __all__ = ["decode_bytes", "decode_pil"]
 
-# Peak memory, measured with RGBA images, which need a conversion: tests/images/test_memory.py.
+# Peak memory of decoding and converting, by format.
 BYTES_A_PIXEL = {"WEBP": 28, "AVIF": 20, "JPEG": 14}
 OTHER_BYTES_A_PIXEL = 12
 MAX_ICONS = 256  # images in one file
@@ -333,5 +333,5 @@ def _seconds_at_most(image: Image.Image, jpeg: JpegFile | None) -> float:
 
 
 def _peak_bytes(image: Image.Image) -> int:
-    """Return the peak memory of decoding and converting, in bytes."""
+    """Estimate the peak memory of decoding and converting, in bytes."""
     return image.width * image.height * BYTES_A_PIXEL.get(str(image.format), OTHER_BYTES_A_PIXEL)

@@ -164,7 +164,7 @@ class FrameRows:
         size = (self.width, self.height)
         if picture.size != size:
             picture = picture.resize(size, Image.Resampling.BICUBIC)
-        memory, owner = memory_of(picture)  # np.asarray copies under Python's lock
+        memory, owner = memory_of(picture)  # np.asarray would copy while it holds the GIL
         shape = (self.height, self.width, PIXEL_BYTES)
         self.put(at, np.frombuffer(memory, np.uint8).reshape(shape))
         del owner

@@ -34,7 +34,7 @@ __all__ = [
 ArrayLayout: TypeAlias = Literal["auto", "HWC", "CHW"]
 ExifPolicy: TypeAlias = Literal["apply", "ignore"]
 
-EXIF_IGNORED = "EXIF orientation ignored"  # every image with exif="ignore" gets this note
+EXIF_IGNORED = "EXIF orientation ignored"  # every encoded or PIL image with exif="ignore" gets it
 
 ADDRESS = re.compile(r"(?:https?|ftp|s3a?|gs|gcs|az|abfs|hf|file):/|data:", re.IGNORECASE)
 
@@ -118,7 +118,7 @@ class RgbImage:
     the source, unless the source was lent.
 
     `format` is the format of the content ("JPEG", ..., "PIL", "array", "tensor"). `name` identifies
-    the image in messages. `notes` lists the changes made, such as "EXIF orientation 6 applied".
+    the image in messages. `notes` lists remarks, such as "EXIF orientation 6 applied".
     """
 
     picture: Image.Image

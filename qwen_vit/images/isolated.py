@@ -27,7 +27,7 @@ def decode_in_child(
     """Decode a file in a child process, and kill the child after `limits.max_seconds`.
 
     Raises ImageError as `decode_bytes` does. The code is "slow" if decoding took too long, and
-    "memory" if the system killed the child process.
+    "memory" if the child process crashed or was killed.
     """
     late = ImageError(
         f"not decoded after {limits.max_seconds:g} s",

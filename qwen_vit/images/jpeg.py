@@ -77,8 +77,8 @@ class JpegFile:
 def read_jpeg(data: bytes, name: str) -> JpegFile:
     """Read the markers of a JPEG's first image, without decoding.
 
-    Raises ImageError with one of these codes. "slow" means more scans or segments than any encoder
-    writes. "format" means a kind of JPEG that Pillow cannot read. "damaged" means contradictory
+    Raises ImageError with one of these codes. "slow" means far more scans or segments than encoders
+    write. "format" means a kind of JPEG that Pillow cannot read. "damaged" means contradictory
     scans, several frame headers or an incomplete one.
     """
     jpeg = JpegFile(len(data), closes=data.endswith(b"\xff\xd9"))

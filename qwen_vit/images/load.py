@@ -1,4 +1,4 @@
-"""Load any kind of image as RGB uint8, with the same rules for every source.
+"""Load an image from any supported source as RGB uint8.
 
 The format depends only on the content. An encoded animation gives its first frame. By default, the
 loader applies EXIF orientation. It composites transparency on white, keeps the high byte of 16-bit

@@ -7,7 +7,8 @@ __all__ = ["Lookalike", "find_lookalike"]
 
 HEAD_BYTES = 1024
 TEXT_SHOWN = 40  # characters: enough for "404 Not Found" or a path
-# The first bytes in lower case, without leading white space for text; code; kind; remedy.
+# Each entry has a pattern for the first bytes in lower case, the kind, and the remedy. White space
+# may precede the patterns of TEXTS.
 TEXTS = (
     (rb"version https://git-lfs", "a git-lfs pointer", "run `git lfs pull`"),
     (rb"<svg|<\?xml.*<svg", "an SVG drawing", "render it to PNG first"),

@@ -14,7 +14,7 @@ from qwen_vit.errors import ArgumentError
 __all__ = ["DecodingMemory", "available_bytes", "decoding_memory", "set_decoding_memory"]
 
 SHARE = 2  # half of the available memory: resized images and the encoder need the rest
-TRIM_BYTES = 2**27  # bytes of an image whose decoding takes 0.1 s or more
+TRIM_BYTES = 2**27  # for decoding: a trim before each smaller image would take too much time
 UNKNOWN_BYTES = 2**32  # if the system does not report available memory
 CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -27,8 +27,8 @@ class DecodingMemory:
     ...     memory.held
     1000
 
-    The default total is half of the memory that is available before the first decoding, within the
-    limits of machine, control group and process.
+    The default total is half of the memory that is available when the total is first needed,
+    within the limits of machine, control group and process.
     """
 
     def __init__(self, total: int | None = None) -> None:
@@ -45,7 +45,7 @@ class DecodingMemory:
         return self._total
 
     def set_total(self, n_bytes: int | None) -> None:
-        """Set the budget. With None, the next decoding computes the budget."""
+        """Set the budget. With None, `total` computes the default again."""
         with self._changed:
             self._total = n_bytes
             self._changed.notify_all()

@@ -27,7 +27,7 @@ def patches_on_gpu(
 ) -> Patches:
     """Resize and cut pictures and frames on the GPU, and join all patches in order.
 
-    The call does not wait for the GPU, except for copies of uploads above 256 MiB. Raises
+    The call does not wait for the GPU, except in an upload of 256 MiB or more. Raises
     torch.cuda.OutOfMemoryError.
     """
     pictures = [part for part in parts if isinstance(part, Picture)]
@@ -169,8 +169,8 @@ def _resize_and_cut_frames(videos: Sequence[Frames], device: torch.device) -> to
 def _copy_staged(blocks: Iterable[memoryview], buffer: torch.Tensor) -> None:
     """Copy bytes to the start of a GPU buffer through pinned memory of one size.
 
-    torch reuses the pinned memory after the GPU has read it, but keeps memory of every size, so
-    this function always requests the same size. A memoryview copies small blocks and keeps the
+    torch reuses a block of pinned memory after the GPU has read it, but does not free it, so this
+    function always requests the same size. A memoryview copies small blocks and keeps the
     GIL, because waiting for the GIL again would take longer than the copy. NumPy copies large
     blocks and releases the GIL, so that other threads can decode. After STAGES copies, the function
     waits for the oldest one.

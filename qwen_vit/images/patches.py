@@ -27,8 +27,8 @@ __all__ = [
 
 Rgb: TypeAlias = NDArray[np.uint8] | Image.Image
 CHANNELS = 3
-LARGE_BYTES = 2**22  # to copy more keeps the GIL for over 1 ms, and stops the decoding threads
-PUBLISHED_PATCH_VALUES = CHANNELS * 14 * 14  # one frame's: an empty set's width
+LARGE_BYTES = 2**22  # larger copies release the GIL, so that other threads can decode
+PUBLISHED_PATCH_VALUES = CHANNELS * 14 * 14  # of one frame; the width of an empty result
 
 
 @dataclass(frozen=True, slots=True, eq=False)

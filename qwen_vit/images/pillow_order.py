@@ -38,7 +38,7 @@ KNOWN_PILLOWS: dict[str, Callable[[Size, Size], bool]] = {
     "12.3.0": _shrinks_a_strip,
     "13.0.0": _shrinks_height_more,
 }
-# Elsewhere compilers may fuse a product and a sum of the weights, which rounds differently.
+# For other machines, compilers may fuse a product with a sum, which rounds differently.
 MACHINES = ("x86_64", "AMD64")
 
 

@@ -86,8 +86,8 @@ def normalise(values: Tensor, config: ImageConfig) -> Tensor:
 def _constants(config: ImageConfig, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return 255 and the channels' mean and deviation, as float32 tensors on a device.
 
-    On a GPU, torch replaces a division by a Python number with a product with the reciprocal. 3 of
-    the 768 values of a published model's pixels would then have other bits in float16.
+    On a GPU, torch replaces a division by a Python number with a product with the reciprocal. In
+    float16, 3 of the 768 normalised values of a published model would then have other bits.
     """
     with torch.inference_mode(False):  # the tensors outlive the caller's mode
         numbers = 255.0, config.image_mean, config.image_std

@@ -139,7 +139,7 @@ def check_tags(image: TiffImagePlugin.TiffImageFile, name: str) -> None:
     photometric = tags.get(PHOTOMETRIC)
     wrong = (
         (SIGNED in formats and max(bits) <= 8, "signed samples"),
-        (tags.get(PLANES) == APART and max(bits) > 8, "planes apart, of more than 8 bits"),
+        (tags.get(PLANES) == APART and max(bits) > 8, "separate planes of more than 8 bits"),
         (photometric == CMYK and tags.get(INKS) == NOT_CMYK, "inks other than CMYK"),
         (
             photometric == YCBCR and tags.get(COMPRESSION, 1) == UNCOMPRESSED,

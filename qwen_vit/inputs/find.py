@@ -47,7 +47,7 @@ logger = logging.getLogger("qwen_vit")
 STDIN = "-"  # reads a list of paths from standard input
 MAX_SUFFIXES_LOGGED = 5
 NOT_IMAGES = {".csv", ".json", ".pdf", ".tsv", ".xml", ".yaml", ".yml", ".zip"}
-# a search of a folder returns files with these suffixes
+# a search of a folder may return files with these suffixes
 TAKEN_SUFFIXES = (*MEDIA_SUFFIXES, TAR_SUFFIX, *COMPRESSED_TARS, PARQUET_SUFFIX)
 DEEP = re.compile(r"(?:^|(?<=/))\*\*(?:/+|$)")  # in a pattern: any number of folders
 ALL_BELOW = re.compile(r"(?:^|/)\*\*(?:/+\*{1,2})*/*$")  # each match is an item
@@ -70,7 +70,7 @@ def find_items(
     files are read only if `columns` is given. A row's id is the file's name and the row, or the
     value in the id column.
 
-    A .txt list has one path per line. A .jsonl list has one object per line, with "path" or
+    A .txt or .lst list has one path per line. A .jsonl list has one object per line, with "path" or
     "source", and optionally "id". Paths in a list are relative to its folder. "-" reads a list from
     standard input, whose paths are relative to the current folder.
 
@@ -80,9 +80,10 @@ def find_items(
     parent folder.
 
     Raises ExportError for an input that does not exist, for an address outside object storage, for
-    a pattern without a match, and for a list that cannot be read. With `must_exist=False`, reading
-    the item reports the first two errors. A problem below an input, such as an unreadable folder,
-    becomes an item with `error`.
+    a pattern without a match, for a list or folder that cannot be read, and for a single input of
+    an unsupported kind, such as a .csv file. With `must_exist=False`, reading the item reports the
+    first two errors. A problem below an input, such as an unreadable folder, becomes an item with
+    `error`.
     """
     left_out = Counter() if left_out is None else left_out
     _check_alone(inputs, columns)
@@ -250,7 +251,7 @@ def _path_items(
         refused = _listing_error(path, name)
         if refused is None:
             yield from _folder_items(source, left_out, columns)
-        elif may_be_list:  # the list was named: an export must not begin without it
+        elif may_be_list:  # the folder was named: an export must not begin without it
             raise ExportError.of(refused)
         else:
             yield Item.failed(name, source, refused)
@@ -347,7 +348,7 @@ def _folder_items(
 
 def _entries(folder: str, below: str) -> Iterator[tuple[Item, bool]]:
     """Return a folder's entries, and whether each is a folder, or one item with an error. Only
-    links need a system call."""
+    links need another system call."""
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: os.fsencode(entry.name))

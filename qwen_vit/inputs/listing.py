@@ -203,8 +203,8 @@ def read_listing(path: Path) -> Iterator[Item]:
 
 
 class _Ids:
-    """Find an id that two items share. The check of the first items is immediate, and the check of
-    later items is at the end.
+    """Find an id that two items share. `add` finds another item with one of the first IDS_KEPT ids,
+    and `check` finds all others.
 
     After the first IDS_KEPT ids, the object stores only hashes. For two equal hashes, it compares
     the ids in the written listing.

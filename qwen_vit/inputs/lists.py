@@ -40,7 +40,8 @@ def stdin_items() -> Iterator[Item]:
 
 
 def json_list_items(path: str) -> Iterator[Item]:
-    """Yield the images of a list of JSON objects. Raises an ExportError that names the line."""
+    """Yield the images of a list of JSON objects. Raises ExportError if the list is unreadable. For
+    an invalid line, the error names the line."""
     for number, line in _lines(path):
         where = f"{path}, line {number}"
         try:

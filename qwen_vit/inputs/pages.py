@@ -17,7 +17,7 @@ __all__ = ["as_page", "page_items"]
 
 
 def page_items(items: Iterable[Item], limits: ImageLimits) -> Iterator[Item]:
-    """Read each image and yield its pages. Yield an image with a single page unchanged.
+    """Yield each page of an image as an item. Yield videos and images with a single page unchanged.
 
     An image with too many pages becomes an item with an error.
 

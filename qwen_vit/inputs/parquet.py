@@ -122,8 +122,8 @@ def _check_rows(metadata: Any, n_bytes: int, name: str) -> None:
 
 
 def needs_column(path: str) -> ExportError:
-    """Return the error for a Parquet file whose image column is not named. It lists the image
-    columns."""
+    """Return the error for a Parquet file whose image column is not named. The error lists the
+    columns of images, if the file can be read."""
     columns: list[str] = []
     try:
         with open_parquet_file(path, path) as file:

@@ -28,8 +28,8 @@ def decompressed(data: memoryview, n_bytes: int, codec: str) -> memoryview:
     import pyarrow as pa  # type: ignore[import-untyped]
 
     if codec == "LZ4":
-        # pyarrow has this name for raw blocks, and for Hadoop's, which begin with their size; as
-        # that size, the first bytes of a raw block would be 256 MB or more
+        # pyarrow uses this name for raw blocks and for Hadoop's blocks, which begin with their
+        # size. Read as a size, the first bytes of a raw block would give 256 MB or more.
         if int.from_bytes(data[:4], "big") <= n_bytes:
             raise ImageError(
                 "a Parquet file with delta encodings and Hadoop's LZ4",

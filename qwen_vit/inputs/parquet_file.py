@@ -20,7 +20,8 @@ def open_parquet_file(path: str, name: str, version: str | None = None) -> Binar
 
 
 def parquet_file(file: Any) -> Any:
-    """Open a file in pyarrow as a stream with checksums. Raises ExportError without pyarrow."""
+    """Open a file in pyarrow as a stream. pyarrow then verifies the checksums of pages that have
+    them. Raises ExportError without pyarrow."""
     try:
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
     except ImportError:

@@ -21,8 +21,8 @@ __all__ = ["CheckedPages", "PageHeader", "page_header"]
 
 MAX_HEADER_BYTES = 2**24  # as in pyarrow
 MAX_FIELDS, MAX_DEPTH = 1_000, 16  # of a header; a usual header has about 20 fields, 3 deep
-MAX_RATIO = 2**16  # of sizes; zstd, the best of the codecs but Brotli, stores 128 KiB in 4 bytes
-# that pyarrow allocates for each value of a dictionary, or of a page in a delta encoding
+MAX_RATIO = 2**16  # of sizes; zstd, the best codec except Brotli, stores 128 KiB in 4 bytes
+# bytes that pyarrow allocates for each value of a dictionary, or of a page in a delta encoding
 DICTIONARY_VALUE_BYTES, DELTA_VALUE_BYTES = 128, 8
 DATA, DICTIONARY, DATA_V2 = 0, 2, 3  # types of pages
 TRUE, FALSE, I32, STRUCT = 1, 2, 5, 12  # types in Thrift's compact protocol
@@ -108,7 +108,8 @@ class _Chunk:
         if at == self._start:  # pyarrow reads the column, or reads it again
             self._begin(at)
         end = at + len(data)
-        if self._start <= at < self._end < end:  # by pyarrow for files that were written in 2013
+        # pyarrow reads beyond the end of a column in files of 2013, whose sizes are too small
+        if self._start <= at < self._end < end:
             raise cannot_read("", ValueError("its column is longer than its declared size"))
         if at >= self._end:  # of a later column: pyarrow alternates between a struct's columns
             return

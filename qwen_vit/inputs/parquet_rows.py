@@ -215,8 +215,8 @@ class _Readers:
         self._readers: OrderedDict[_Reader, _Key] = OrderedDict()
 
     def value(self, key: _Key, row: int) -> Any:
-        """Return the value of a row. The reader has the row, or is the closest before it, or is
-        new."""
+        """Return the value of a row, from the reader that has the row or is the closest before it
+        in the same row group, or else from a new reader."""
         while True:
             reader = self._reader(key, row)
             with reader.lock:

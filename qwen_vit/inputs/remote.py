@@ -42,8 +42,8 @@ def listed_objects(address: str) -> Iterator[tuple[str, RemoteObject, bool]]:
     object's own.
 
     For a folder, the name is the object's path below the folder. For an object or a pattern, it is
-    the object's address. Raises ExportError if the address does not exist, cannot be listed or, as
-    a pattern, matches no object.
+    the object's address. Raises ExportError if the address does not exist or cannot be listed, and
+    for a pattern that matches no object.
     """
     address = SLASHES.sub("/", address)
     count = 0

@@ -16,8 +16,8 @@ __all__ = [
     "COMPRESSED_TARS", "IMAGE_SUFFIXES", "MEDIA_SUFFIXES", "TAR_SUFFIX", "tar_items",
 ]  # fmt: skip
 
-# The suffixes of images in a folder or a tar. By default, qwen_vit cannot decode the formats after
-# AVIF. The list has their suffixes so that qwen_vit reports such images and does not skip them.
+# The suffixes of images in a folder or a tar. qwen_vit decodes the formats after AVIF only with an
+# option or another package, or not at all. It reports such images and does not skip them.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
     *(".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".ico", ".pbm", ".pgm"),

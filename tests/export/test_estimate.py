@@ -59,6 +59,14 @@ def test_a_sample_stands_for_the_whole(export_dir: Path, monkeypatch: pytest.Mon
     assert estimate.seconds is None
 
 
+def test_the_estimate_of_a_plan_counts_missing_images(export_dir: Path) -> None:
+    """The estimate before an export once gave 0 missing images."""
+    with plan_of() as plan:
+        Path("p/x.png").unlink()
+        estimate = estimate_plan(FakeEncoder(), plan)
+    assert (estimate.missing, estimate.is_sample) == (1, False)
+
+
 def test_the_time_has_a_part_for_each_batch_and_one_for_each_patch(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
