@@ -142,9 +142,9 @@ def open_export(
     >>> with open_export(encoder, ["photos"], Path("out"), ExportOptions()) as plan:
     ...     print(plan.n_images)  # doctest: +SKIP
 
-    Raises ExportError if no image is found, if another process writes to the folder, or if the
-    folder contains other files or a different export, whose differences the error names. With
-    inputs of None, the export continues with its own listing, and logs changes of the inputs.
+    Raises ExportError if no image is found, if another process writes to the folder, or if it
+    contains other files or another export. For another export, the error names the differences.
+    With inputs of None, the export continues with its own listing, and logs changes of its inputs.
     """
     paths, folder = None if inputs is None else _paths(inputs), as_folder(folder)
     if paths is None:

@@ -79,8 +79,8 @@ def export_features(
         KeyboardInterrupt: An interrupt ended the export, which saved the encoded images for the
             next run.
         ExportError: The folder contains other files or another export, another process writes to
-            it, an input cannot be listed, no image is found, too many consecutive images failed, or
-            a file cannot be written.
+            it, or a file cannot be written. An input cannot be listed, no image is found, or too
+            many consecutive images failed.
         ImageError: An image failed, with on_error="raise".
         ArgumentError: An argument is invalid.
     """
