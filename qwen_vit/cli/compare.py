@@ -68,8 +68,8 @@ def compare(
     qwen-vit compare --model Qwen/Qwen2.5-VL-7B-Instruct --golden 7b.safetensors
 
     The exit code is 0 if pixels, sampled frames and stages agree. It is 1 if a stage exceeds its
-    tolerance, if pixels or frames differ, or if the command skipped an image. It is 2 if the
-    command skipped every image.
+    tolerance, if frames or the Pillow processor's pixels differ, or if the command skipped an
+    image. It is 2 if the command skipped every image.
 
     transformers computes the reference, which --save-golden writes to a golden file. With --golden,
     you may omit IMAGES. -v lists every stage.

@@ -25,9 +25,9 @@ def download(model: str, full: bool, as_json: bool, **finding: Any) -> None:
     qwen-vit download Qwen/Qwen2.5-VL-7B-Instruct
     qwen-vit download Qwen/Qwen2.5-VL-7B-Instruct --revision main --json
 
-    The command downloads only the bytes of the vision tensors, into the Hub's cache. If a server
-    rejects byte ranges, it downloads whole shards. In the output, saved_bytes counts the weights
-    that the command did not download.
+    Of the weights, the command downloads only the bytes of the vision tensors, into the Hub's cache.
+    With --full, or if a server rejects byte ranges, it downloads whole shards. In the output,
+    saved_bytes counts the weights that the command did not download.
     """
     with slow_imports():
         from qwen_vit.checkpoint.hub import download as fetch

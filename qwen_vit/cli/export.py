@@ -102,7 +102,7 @@ OF_START = (
 )  # fmt: skip
 @click.option(
     "--part", default="1/1", metavar="I/N", callback=lambda _, __, text: _part(text),
-    help="Export only shards I, I+N, I+2N and so on. N processes share one folder.",
+    help="Export only shards I, I+N, I+2N and so on, counted from 1. N processes share one folder.",
 )  # fmt: skip
 @click.option(
     "--shard-seconds", type=click.FloatRange(min=0, min_open=True), metavar="S",
@@ -116,8 +116,7 @@ OF_START = (
 )  # fmt: skip
 @click.option(
     "--decode-threads", type=click.IntRange(min=1),
-    help="Set the number of threads that read, decode and resize.  [default: half the cores, 2 to "
-    "16]",
+    help="Set the number of threads that read and decode.  [default: half the cores, 2 to 16]",
 )  # fmt: skip
 @click.option(
     "--ray", "address", is_flag=False, flag_value="", metavar="[ADDRESS]",
@@ -126,7 +125,7 @@ OF_START = (
 )  # fmt: skip
 @click.option(
     "--ec-cache", type=FILE, metavar="DIR",
-    help="Also write vLLM's encoder cache to DIR. The cache needs as many bytes as the export.",
+    help="Also write vLLM's encoder cache to DIR. The cache needs about as many bytes as the export.",
 )  # fmt: skip
 @click.option(
     "--profile",
@@ -166,8 +165,8 @@ def export(
     qwen-vit export 'data/*.parquet' --column image --model tiny --out features
 
     INPUTS are images, videos, folders, quoted patterns, tars and lists. The command searches
-    folders to every depth. A .txt list has one path per line. Each line of a .jsonl list has an
-    "id" and a "path". Paths in a list are relative to the list's folder. With --column, each
+    folders to every depth. A .txt list has one path per line. Each line of a .jsonl list has a
+    "path" and, optionally, an "id". Paths in a list are relative to the list's folder. With --column, each
     row of a Parquet file is an image.
 
     The input - reads a list from standard input, whose paths are relative to the current folder.

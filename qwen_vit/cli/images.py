@@ -91,7 +91,7 @@ def encode_one_by_one(
 
     Features are in CPU memory, because encoding needs the GPU's memory. The function prints failed
     images to stderr, and on a terminal also a progress bar. With on_error="raise", it raises the
-    first image's ImageError instead. `exif`, `limits` and `options` are arguments of
+    ImageError of the first failed image instead. `exif`, `limits` and `options` are arguments of
     `VisionEncoder.encode`. `video` contains the options for videos. With `as_video`, the function
     encodes an animation as a video.
     """

@@ -292,9 +292,9 @@ def source_options(command: Command) -> Command:
         click.option(
             "--cache-dir",
             type=FILE,
-            help="Set the cache folder.  [default: HF_HUB_CACHE, or $HF_HOME/hub]",
+            help="Set the Hub's cache folder.  [default: HF_HUB_CACHE, or $HF_HOME/hub]",
         ),
-        click.option("--local-files-only", is_flag=True, help="Never use the network."),
+        click.option("--local-files-only", is_flag=True, help="Do not contact the Hub."),
     )
     for option in reversed(options):
         command = option(command)

@@ -259,7 +259,7 @@ def _begin_or_resume(
         is_same = found is None or [found.sha256] == [each.sha256 for each in stored.listings.all]
         if found is not None and (options.extend or not is_same):
             changes = InputChanges.between(stored.listings, found)
-        stored.check(settings, None if paths is None else changes, options)
+        stored.check(settings, changes if paths is not None or options.extend else None, options)
         if paths is None and changes is not None and not options.extend and changes.describe():
             logger.warning(
                 "the export's inputs changed: %s; it continues with the images in its listing",

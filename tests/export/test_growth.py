@@ -144,6 +144,15 @@ def test_moved_images_are_an_error(growing_dir: Path) -> None:
         export(EXTEND, inputs=["q"])
 
 
+def test_moved_images_are_an_error_when_a_resume_extends(growing_dir: Path) -> None:
+    """An export without inputs once ignored them, and kept the features of the old files."""
+    Path("list.jsonl").write_text('{"id": "cat", "path": "p/0.png"}')
+    export(inputs=["list.jsonl"])
+    Path("list.jsonl").write_text('{"id": "cat", "path": "p/1.png"}')
+    with pytest.raises(ExportError, match="1 in another place, first cat"):
+        export(EXTEND, inputs=None)
+
+
 def test_a_tar_that_was_torn_is_listed_again(growing_dir: Path) -> None:
     """The new listing withdraws the listing failure, because a new export has no such failure."""
     write("p/t.tar", b"x" * 600)
