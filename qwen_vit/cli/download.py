@@ -25,7 +25,7 @@ def download(model: str, full: bool, as_json: bool, **finding: Any) -> None:
     qwen-vit download Qwen/Qwen2.5-VL-7B-Instruct
     qwen-vit download Qwen/Qwen2.5-VL-7B-Instruct --revision main --json
 
-    Of the weights, the command downloads only the bytes of the vision tensors, into the Hub's cache.
+    By default, the command downloads only the vision tensors of the weights to the Hub's cache.
     With --full, or if a server rejects byte ranges, it downloads whole shards. In the output,
     saved_bytes counts the weights that the command did not download.
     """

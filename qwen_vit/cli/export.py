@@ -125,7 +125,7 @@ OF_START = (
 )  # fmt: skip
 @click.option(
     "--ec-cache", type=FILE, metavar="DIR",
-    help="Also write vLLM's encoder cache to DIR. The cache needs about as many bytes as the export.",
+    help="Also write vLLM's encoder cache to DIR, which takes about as many bytes as the export.",
 )  # fmt: skip
 @click.option(
     "--profile",
@@ -166,8 +166,8 @@ def export(
 
     INPUTS are images, videos, folders, quoted patterns, tars and lists. The command searches
     folders to every depth. A .txt list has one path per line. Each line of a .jsonl list has a
-    "path" and, optionally, an "id". Paths in a list are relative to the list's folder. With --column, each
-    row of a Parquet file is an image.
+    "path" and, optionally, an "id". Paths in a list are relative to the list's folder. With
+    --column, each row of a Parquet file is an image.
 
     The input - reads a list from standard input, whose paths are relative to the current folder.
     Read the output folder with qwen_vit.load_features. Its manifest has a row for each image. The
