@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qwen_vit.common.safetensors_header import TensorInfo
 from qwen_vit.config import VisionConfig
-from qwen_vit.errors import CheckpointError
+from qwen_vit.errors import CheckpointError, plural
 
 __all__ = [
     "ANCHOR_KEY",
@@ -261,8 +261,8 @@ def _refuse_as_tools_save(shapes: Mapping[str, tuple[int, ...] | None], source: 
     empty = [name for name, shape in known.items() if 0 in shape]
     if empty:
         raise CheckpointError(
-            f"{len(empty)} vision tensors are empty ({_some(empty)}), because DeepSpeed ZeRO-3 "
-            "saved the state dict without gathering the tensors",
+            f"it has {plural(len(empty), 'empty vision tensor')} ({_some(empty)}), because "
+            "DeepSpeed ZeRO-3 saved the state dict without gathering the tensors",
             name=source,
             remedy="run DeepSpeed's zero_to_fp32.py, or save with "
             "stage3_gather_16bit_weights_on_model_save",
@@ -294,8 +294,8 @@ def _refuse_quantised(
     if quantised or other:
         first = min(other or quantised)
         raise CheckpointError(
-            f"{len(quantised | other)} vision tensors are quantised or have another type "
-            f"({_some(quantised | other)}; {locate(first)} is {infos[first].dtype})",
+            f"it has {plural(len(quantised | other), 'vision tensor')} of a quantised or other "
+            f"type ({_some(quantised | other)}; {locate(first)} is {infos[first].dtype})",
             name=source,
             expected=", ".join(STORED_DTYPES),
             remedy="use a checkpoint that leaves the vision tower unquantised",

@@ -345,12 +345,12 @@ def _cluster(address: str | None) -> Iterator[None]:
         yield
         return
     try:
-        check_reachable(address or os.environ.get("RAY_ADDRESS"))
+        check_reachable(named := address or os.environ.get("RAY_ADDRESS"))
         with _handlers_kept():
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, OverflowError, ValueError, RuntimeError) as error:  # the port may be invalid
         raise ExportError(
-            f"no Ray cluster answers at {address or 'RAY_ADDRESS'} ({error})",
+            f"no Ray cluster answers at {named or 'this machine'} ({error})",
             remedy="start one with `ray start --head`, and "
             + Wording("pass its address", shell="write --ray=ADDRESS, or write --ray after INPUTS"),
         ) from None

@@ -42,7 +42,8 @@ def read_item(item: Item, limits: ImageLimits) -> bytes:
             if error.code == "missing" and item.source != item.id and item.is_file:
                 fact = f"{display_name(item.source)} {error.fact}"
                 raise ImageError(fact, name=item.id, remedy=error.remedy, code=error.code) from None
-            if not isinstance(cause, OSError) or cause.errno not in TRANSIENT:
+            is_transient = isinstance(cause, OSError) and cause.errno in TRANSIENT
+            if not is_transient or error.code == "slow":  # it has had its time
                 raise
         time.sleep(pause_s)
     return _read(item, limits)

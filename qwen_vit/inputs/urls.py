@@ -30,6 +30,7 @@ MAX_SECONDS = 60.0  # for one image, including redirects
 TIMEOUT_S = 10.0  # for one step, such as connecting
 CHUNK_BYTES = 2**16
 REDIRECTS = (301, 302, 303, 307, 308)
+UNREACHABLE = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EHOSTDOWN)
 TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses that represent IPv4 addresses
 HEADERS = {"User-Agent": "qwen-vit", "Accept": "image/*", "Accept-Encoding": "identity"}
@@ -61,7 +62,7 @@ def read_url(url: str, name: str, limits: ImageLimits) -> bytes:
     end = time.monotonic() + MAX_SECONDS
     try:
         for _ in range(MAX_REDIRECTS + 1):
-            with _response(url, limits, end) as response:
+            with _faults_as_timeouts(), _response(url, limits, end) as response:
                 target = response.headers.get("Location")
                 if response.status not in REDIRECTS or target is None:
                     return _body(response, name, limits, end)
@@ -83,6 +84,22 @@ def read_url(url: str, name: str, limits: ImageLimits) -> bytes:
         raise ImageError(
             f"cannot be fetched ({reason})", name=name, remedy="try again later", code="unreadable"
         ) from error
+
+
+@contextmanager
+def _faults_as_timeouts() -> Iterator[None]:
+    """Give transient network errors a number that says so. Python gives several of them none."""
+    try:
+        yield
+    except OSError as error:
+        is_transient = (
+            isinstance(error, TimeoutError | ConnectionError | ssl.SSLEOFError)
+            or error.errno in UNREACHABLE
+            or (isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN)
+        )
+        if not is_transient:
+            raise
+        raise TimeoutError(errno.ETIMEDOUT, error.strerror or str(error)) from error
 
 
 @contextmanager

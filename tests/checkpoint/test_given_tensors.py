@@ -102,14 +102,14 @@ def test_a_checkpoint_of_given_tensors_is_copied_and_pickled() -> None:
         (
             {"visual__merger__ln_q__weight": torch.zeros(32, dtype=torch.float64)},
             "tensors",
-            "1 vision tensors are quantised or have another type (merger.ln_q.weight; "
+            "it has 1 vision tensor of a quantised or other type (merger.ln_q.weight; "
             "visual.merger.ln_q.weight is torch.float64)",
             "F32, BF16, F16",
         ),
         (
             {"visual__blocks__0__attn__qkv__qweight": torch.zeros(4, dtype=torch.int32)},
             "tensors",
-            "1 vision tensors are quantised or have another type (blocks.0.attn.qkv.qweight; "
+            "it has 1 vision tensor of a quantised or other type (blocks.0.attn.qkv.qweight; "
             "visual.blocks.0.attn.qkv.qweight is torch.int32)",
             "F32, BF16, F16",
         ),

@@ -113,7 +113,9 @@ def test_quantised_towers_are_refused_by_name(
         tmp_path, lambda tensors: tensors.update({f"visual.{name}": torch.zeros(96, 32).to(dtype)})
     )
     message = refusal(tmp_path)
-    assert message.startswith(f"{tmp_path} (model.safetensors): 1 vision tensors are quantised")
+    assert message.startswith(
+        f"{tmp_path} (model.safetensors): it has 1 vision tensor of a quantised"
+    )
     assert f"model.safetensors: visual.{name} is {shown})" in message
     assert "Expected F32, BF16, F16. Use a checkpoint that leaves the vision tower unq" in message
 

@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
@@ -226,10 +227,18 @@ def test_a_server_that_drips_is_cut_in_time(
     site: Site, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     monkeypatch.setattr(urls, "MAX_SECONDS", 0.3)
-    site.answers["/x"] = dripping(where)
+    answer, asked = dripping(where), 0
+
+    def counted(request: BaseHTTPRequestHandler) -> None:
+        nonlocal asked
+        asked += 1
+        answer(request)
+
+    site.answers["/x"] = counted
     begin = time.monotonic()
     assert site.failure("/x").code == "slow"
     assert time.monotonic() - begin < 3
+    assert asked == 1
 
 
 def test_a_passing_fault_is_tried_again(site: Site) -> None:
@@ -237,6 +246,61 @@ def test_a_passing_fault_is_tried_again(site: Site) -> None:
     site.answers["/x"] = lambda request: left.pop(0)(request)
     url = site.url("/x")
     assert read_item(Item(url, url), site.limits()) == tiny_png(3)
+
+
+def closed(request: BaseHTTPRequestHandler) -> None:
+    """End the connection without an answer."""
+    request.close_connection = True
+
+
+def reset(request: BaseHTTPRequestHandler) -> None:
+    """Reset the connection in the body."""
+    request.send_response(200)
+    request.send_header("Content-Length", "1000")
+    request.end_headers()
+    request.wfile.write(b"x")
+    linger = struct.pack("ii", 1, 0)
+    request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    request.connection.close()
+
+
+def silent(request: BaseHTTPRequestHandler) -> None:
+    """Answer too late."""
+    time.sleep(0.6)
+    request.close_connection = True
+
+
+@pytest.mark.parametrize("fault", [closed, reset, silent])
+def test_a_broken_connection_is_tried_again(
+    fault: Answer, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(urls, "TIMEOUT_S", 0.2)
+    left = [fault, body(tiny_png(3))]
+    site.answers["/x"] = lambda request: left.pop(0)(request)
+    url = site.url("/x")
+    assert read_item(Item(url, url), site.limits()) == tiny_png(3)
+    assert not left
+
+
+def test_a_refused_connection_and_a_busy_name_server_are_tried_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    faults = [socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), 111, None]
+
+    def resolve(host: str, port: int) -> list[str]:
+        asked.append(host)
+        fault = faults.pop(0)
+        if isinstance(fault, OSError):
+            raise fault
+        return ["127.0.0.2"] if fault else ["127.0.0.1"]  # nothing listens at 127.0.0.2
+
+    monkeypatch.setattr(urls, "_resolve", resolve)
+    url = site.url("/a.png")
+    assert read_item(Item(url, url), site.limits()) == tiny_png(1)
+    assert len(asked) == 3
+    faults += [socket.gaierror(socket.EAI_NONAME, "Name or service not known")]
+    assert "Name or service not known" in str(site.failure("/a.png"))
 
 
 @pytest.mark.parametrize(
