@@ -229,12 +229,12 @@ def test_a_server_that_drips_is_cut_in_time(
     monkeypatch.setattr(urls, "MAX_SECONDS", 0.3)
     answer, asked = dripping(where), 0
 
-    def counted(request: BaseHTTPRequestHandler) -> None:
+    def drip(request: BaseHTTPRequestHandler) -> None:
         nonlocal asked
         asked += 1
         answer(request)
 
-    site.answers["/x"] = counted
+    site.answers["/x"] = drip
     begin = time.monotonic()
     assert site.failure("/x").code == "slow"
     assert time.monotonic() - begin < 3
