@@ -1,9 +1,9 @@
 """Store a downloaded tower in a folder of its own, completely or not at all, with checksums.
 
 `models--ORG--NAME/qwen_vit/COMMIT/` in the Hub's cache contains the config files,
-vision.safetensors and manifest.json. The manifest records the size and sha256 of each file. A
-writer fills a folder under another name, and renames it when it is complete. Therefore no reader
-finds a partial folder, even after a crash.
+vision.safetensors and manifest.json. For a subfolder, the last part is COMMIT--SUBFOLDER. The
+manifest records the size and sha256 of each file. A writer fills a folder under another name, and
+renames it when it is complete. Therefore no reader finds a partial folder, even after a crash.
 """
 
 import errno
@@ -350,14 +350,14 @@ def _last_change(folder: Path) -> float:
 
 
 def _owner() -> str:
-    """Return `_process_space` and this process's id, which together identify a running process."""
+    """Return `_process_space` and this process's id, joined by a hyphen."""
     return f"{_process_space()}-{os.getpid()}"
 
 
 def _process_space() -> str:
     """Return an id of the machine's boot and of the container, or "unknown" without /proc.
 
-    Process ids are unique within one boot and one container.
+    Running processes of one boot and one container have different process ids.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

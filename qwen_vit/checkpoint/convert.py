@@ -1,4 +1,4 @@
-"""Convert published tensors to the model's parameters: rename, permute, interleave, pad, fold.
+"""Convert published tensors to the model's parameters: rename, permute, interleave, pad and fold.
 
 The weights of a block's two norms are folded into the linear layers that follow them. The patch
 embedding is stored twice: the published weights for float rows, and folded weights for uint8
@@ -78,9 +78,10 @@ def convert(
     quantization: Quantization | None = None,
     locate: Callable[[str], str] = str,
 ) -> dict[str, Tensor]:
-    """Return the state of model.VisionTower, in bfloat16 or float32, from published tensors.
+    """Return the state of model.VisionTower from published tensors.
 
-    With `quantization`, the MLP's weights are e4m3 with scales.
+    `dtype` is bfloat16 or float32. For bfloat16, the patch embedding's weights are float16. With
+    `quantization`, the MLP's weights are e4m3 with scales.
 
     The function reads each tensor on demand and converts it on `device`. Only the patch embedding,
     a small tensor, is converted on the CPU, in float64. The bits do not depend on the device.
@@ -221,7 +222,9 @@ def _patch_embedding(
         # w * (pixel / 255 - mean) / std, split at pixel = 128; both frames are the same image
         folded = (w / (255 * std)).sum(2).flatten(1) * 2.0**exponent
         bias = (w * ((PIXEL_ZERO / 255 - mean) / std)).flatten(1).sum(1)
-        row_weight = (w * 2.0**exponent).flatten(1)  # bfloat16 fits float16 exactly
+        row_weight = (w * 2.0**exponent).flatten(
+            1
+        )  # bfloat16 values stay exact in float16's normal range
         return row_weight.to(stored), _pad(folded, 1, K).to(stored), bias.float()
 
     # few rows at a time: float64 takes four times the bytes, for several intermediate results

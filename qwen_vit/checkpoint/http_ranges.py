@@ -29,8 +29,7 @@ def open_http_range(
 ) -> Iterator[RangeResponse]:
     """Request bytes `start` to `end` of a file, as `ranges.Opener` defines.
 
-    With the `version` of an earlier response, a server sends no range of another version
-    (If-Range).
+    With the `version` of an earlier response, the function rejects a response of another version.
 
     Raises RangesRefusedError or TransferError. Raises HubError if the server has another version,
     and the client's own error for a response that a retry would not change.

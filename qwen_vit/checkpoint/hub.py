@@ -42,7 +42,7 @@ SETTINGS = ("preprocessor_config.json", "processor_config.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """Name a checkpoint. `commit` is None unless the checkpoint is a repository."""
+    """Name a checkpoint. `commit` is None unless a repository contains the checkpoint."""
 
     name: str
     commit: str | None = None

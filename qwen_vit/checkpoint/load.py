@@ -55,7 +55,8 @@ class Checkpoint:
     and infinity. `files` are all files that the checkpoint reads. `prefix` is the text before the
     names of the vision tensors. `dtypes` are the stored types, such as "BF16".
 
-    A checkpoint can be copied and pickled. A copy reads the tensors of files from the same paths.
+    A checkpoint can be copied and pickled. If it is in files, a copy shares the open files, and an
+    unpickled checkpoint opens the same paths.
     """
 
     config: VisionConfig
@@ -127,7 +128,8 @@ class Checkpoint:
         return self.tensors.sha256()
 
     def locate(self, name: str) -> str:
-        """Return a tensor's file, the file's size and the tensor's name in it, for messages."""
+        """Return a tensor's place for messages: file, size and name, or the name alone without a
+        file."""
         return self.tensors.locate(name)
 
 
@@ -140,8 +142,8 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
 config.json and safetensors weights.
 
     The function checks the headers immediately: names, shapes and types. Conversion checks the
-    values. Raises CheckpointError with the file if a part is missing, damaged or belongs to another
-    model.
+    values. Raises CheckpointError, which names the place, if a part is missing or damaged, or
+    belongs to another model.
     """
     tower = find_tower(Path(folder))
     stored = tower.stored()
@@ -159,7 +161,7 @@ def find_tower(folder: Path, remote: RemoteFiles | None = None) -> Tower:
     """Find the vision tower in a folder, and check its config, names, shapes and types.
 
     `remote` are weight files on the Hub, of which the function reads only the headers. Raises
-    CheckpointError as load_checkpoint does.
+    CheckpointError as load_checkpoint does, and the errors of `remote.header_of`.
     """
     prefix = ""
 

@@ -60,7 +60,8 @@ class Shards:
         )
 
     def header_of(self, name: str) -> dict[str, TensorInfo]:
-        """Return a shard's header, read once. Raises CheckpointError for a damaged shard."""
+        """Return a shard's header, read once. Raises CheckpointError for a damaged header, and the
+        errors of `open_range`."""
         if name not in self._headers:
             start, file_bytes = ranges.read(self.open_range, name, 0, START_BYTES)
             source = str(self.local.get(name, f"{self._label}: {name}"))

@@ -42,7 +42,7 @@ def published_checkpoints() -> dict[str, dict[str, Any]]:
 
 
 def closest_names(name: str) -> list[str]:
-    """Return the published checkpoints that a name may mean, the likeliest first.
+    """Return the published and packaged checkpoints that a name may mean.
 
     >>> closest_names("7B"), closest_names("Qwen2.5-VL-7b-Instuct"), closest_names("tinny")
     (['Qwen/Qwen2.5-VL-7B-Instruct', 'Qwen/Qwen2.5-Omni-7B'], ['Qwen/Qwen2.5-VL-7B-Instruct'], \

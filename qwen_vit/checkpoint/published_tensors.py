@@ -64,7 +64,7 @@ class PublishedTensors(Mapping[str, Tensor], Generic[Part]):
             yield from zip(parts, self[name].chunk(len(parts)), strict=True)
 
     def on_host(self) -> "PublishedTensors[Any]":
-        """Return the same tensors in host memory, because only converted weights go to the GPU."""
+        """Return the same tensors in host memory, so that the GPU keeps only converted weights."""
         return self
 
     @abstractmethod
@@ -90,9 +90,9 @@ class PublishedTensors(Mapping[str, Tensor], Generic[Part]):
 class LazyTensors(PublishedTensors[StoredTensor]):
     """Read tensors of files at each look-up.
 
-    Files are mapped into memory, so their content remains readable after another process deletes or
-    replaces the path. A pickle contains paths and no open files, so an unpickled object opens the
-    files again.
+    An open file is mapped into memory, so its content remains readable after another process
+    deletes or replaces the path. A pickle contains paths and no open files, so an unpickled object
+    opens the files again.
     """
 
     def __init__(self, sources: Mapping[str, tuple[StoredTensor, ...]]) -> None:

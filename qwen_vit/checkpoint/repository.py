@@ -127,7 +127,7 @@ class Repository:
         )  # fmt: skip
 
     def not_cached(self) -> NotCachedError:
-        """Return the error for weights that are not in the cache while the network is disabled."""
+        """Return the error for weights that are not in the cache while there is no network."""
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         return NotCachedError.of(self.explain(LocalEntryNotFoundError("")))
@@ -213,7 +213,7 @@ class Repository:
         cache.remember_check(folder, path, digest)
 
     def names(self) -> list[str] | None:
-        """Return the files beside config.json, or None if the Hub or its mirror lists none."""
+        """Return the files beside config.json, or None if no list is available."""
         siblings = (self._info() or {}).get("siblings")
         if not isinstance(siblings, list):
             return None
@@ -223,7 +223,7 @@ class Repository:
         return [name for name in names if "/" not in name]  # folders contain other models or parts
 
     def licence(self) -> str | None:
-        """Return the licence in the model card, or None if the card is missing or names none."""
+        """Return the licence in the model card, or None if it is unknown."""
         card = (self._info() or {}).get("cardData")
         card = card if isinstance(card, dict) else {}
         licence = card.get("license_name") or card.get("license")

@@ -85,9 +85,9 @@ class WeightUpdates:
                 may reuse all memory afterwards.
 
         Raises:
-            CheckpointError: A tensor has a name, shape or type that this tower lacks, or contains
-                NaN or infinity. The parameters written before the error keep their new values, so
-                load all weights again.
+            CheckpointError: A tensor has a name, shape or type that this tower lacks, contains NaN
+                or infinity, or overflows the tower's type. The parameters written before the error
+                keep their new values, so load all weights again.
         """
         # leave a caller's inference mode: parameters made in it could not be written again
         with torch.inference_mode(False), torch.no_grad():

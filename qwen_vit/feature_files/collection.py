@@ -58,8 +58,7 @@ class Features(ABC):
 
     @abstractmethod
     def content(self) -> Any:
-        """Return the files' paths and sizes, with their times or versions. The value changes
-        whenever a file changes."""
+        """Return the files' paths and sizes, with their times or versions, to detect changes."""
 
     @abstractmethod
     def read_at(self, place: Any) -> ImageFeatures:
@@ -166,8 +165,8 @@ class Features(ABC):
 
         Arrays become lists, or lists of lists. If an id is not Unicode, the method escapes its
         invalid bytes, and the column id_bytes contains the original id. Raises ArgumentError if
-        pyarrow is not installed. Raises ExportError if there is no image or `path` cannot be
-        written.
+        pyarrow is not installed. Raises ExportError if there is no image, if `path` exists with
+        `overwrite=False`, or if `path` cannot be written.
         """
         return tables.write_parquet(self, path, overwrite=overwrite)
 

@@ -48,6 +48,7 @@ def describe_features(path: str | Path) -> dict[str, Any]:
     Raises ExportError if the path contains no features or a damaged file.
     """
     features = load_features(path)
+    n_images = len(features)  # also reports a damaged shard as an ExportError
     metadata = features.metadata
     files = feature_files_of(features)
     segments = features.segments if isinstance(features, FeatureFolder) else {}
@@ -56,7 +57,7 @@ def describe_features(path: str | Path) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "kind": "feature file",
         "path": str(path),
-        "images_done": len(features),
+        "images_done": n_images,
     }
     if isinstance(features, FeatureFolder):
         failed = Counter(each.code for each in features.errors)
@@ -71,7 +72,7 @@ def describe_features(path: str | Path) -> dict[str, Any]:
         facts |= {
             "kind": "export folder",
             "images_saved": saved,
-            "images_to_do": len(features.listing) - len(features) - saved - failed.total(),
+            "images_to_do": len(features.listing) - n_images - saved - failed.total(),
             "images_failed": dict(failed.most_common()),
             "shards": len(files),
             "shards_missing": n_shards_of(features) - len(files),
@@ -81,7 +82,7 @@ def describe_features(path: str | Path) -> dict[str, Any]:
         "rows": _count_rows(features),
         **_row_facts(tensors),
         "bytes": sum(file.stat().st_size for file in stored),
-        "output": features[0].output if len(features) else metadata.get("output"),
+        "output": features[0].output if n_images else metadata.get("output"),
         "layers": metadata.get("layers") or [],
         "quantization": metadata.get("quantization"),
         "model": metadata.get("model"),
@@ -105,8 +106,8 @@ def n_shards_of(features: FeatureFolder) -> int:
 
 
 def _count_rows(features: FeatureFile | FeatureFolder) -> int:
-    """Return the number of rows. In a folder, the number omits the older rows of images that a
-    later shard replaced."""
+    """Return the number of rows. In a folder, omit images that a later listing replaced or
+    withdrew."""
     if isinstance(features, FeatureFile):
         return sum(features.row_counts)
     files = ({shard: [features.open_shard(shard)]} for shard in features.shards)
@@ -118,8 +119,8 @@ def _count_rows(features: FeatureFile | FeatureFolder) -> int:
 def _current_row_counts(
     folder: FeatureFolder, files: Mapping[int, Sequence[FeatureFile]]
 ) -> list[int]:
-    """Return the row count of each image in the shards' files. Omit images that a later shard
-    replaced."""
+    """Return the row count of each image in the shards' files. Omit images that a later listing
+    replaced or withdrew."""
     return [
         count
         for shard, parts in files.items()

@@ -102,7 +102,7 @@ def _is_entry(entry: Any) -> bool:
 
 class ListedImages:
     """Find the images of an export's listings. An image belongs to the last listing that contains
-    it."""
+    it, unless a later listing withdraws it."""
 
     def __init__(self, folder: AnyPath, description: Mapping[str, Any]) -> None:
         self._description = description

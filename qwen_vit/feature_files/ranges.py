@@ -22,7 +22,7 @@ DTYPES = {
 class RangedTensors:
     """Offer some methods of `safetensors.safe_open` for an object, through range requests.
 
-    Opening reads the header with two requests. A slice of rows needs one request.
+    Opening reads the header with two range requests. A slice of rows needs at most one.
     """
 
     def __init__(self, path: StorePath) -> None:

@@ -231,8 +231,8 @@ def load_features(
 ) -> FeatureFile | FeatureFolder:
     """Open a feature file, or a folder that `qwen-vit export` wrote.
 
-    From an address such as "s3://bucket/features", the function reads ranges: first the headers,
-    then the rows of each requested image.
+    `path` may be an address such as "s3://bucket/features". The returned object then reads ranges:
+    a file's header, and the rows of each requested image.
 
     >>> load_features("no-such-file.safetensors")
     Traceback (most recent call last):
@@ -259,7 +259,7 @@ file of `qwen-vit encode` or a folder of `qwen-vit export`. Check the path.
 
 
 def open_features(path: AnyPath, *, verify: bool = False) -> FeatureFile | FeatureFolder:
-    """Open a feature file or an export folder as `load_features` does, but without its cache."""
+    """Open a feature file or an export folder. Only a `StorePath` with a cache uses a cache."""
     try:
         if path.is_dir():
             return FeatureFolder(path, verify=verify)

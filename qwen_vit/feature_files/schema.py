@@ -14,7 +14,7 @@ An export folder contains `export.json`, `listing.jsonl` (one id per line) and f
 shards. Each shard covers `shard_size` lines of a listing, and the last shard covers the rest. A
 shard also names failed images, with the reasons. Extensions of an export add listings in
 `listing-0001.jsonl` and so on. The shards of a listing follow those of the previous listing. An
-image belongs to the last listing that contains it.
+image belongs to the last listing that contains it, unless a later listing withdraws it.
 
 Schema 1 had no layers. Only shards described images, with `size_px`, `notes`, `sha256` and
 `source`. qwen_vit still reads schema 1.
@@ -323,7 +323,7 @@ def read_description(path: AnyPath) -> dict[str, Any]:
 
 
 def read_listing(path: AnyPath, n_images: int) -> list[str]:
-    """Return the ids of all images of an export, in order, from its `listing.jsonl`.
+    """Return the ids of all images of one of an export's listings, in order.
 
     Raises ExportError if the file cannot be read, or does not have `n_images` different ids.
     """

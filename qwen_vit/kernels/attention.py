@@ -15,8 +15,8 @@ published head dim.
 
 The prefixes are `b_` for blocks, `p_` for pointers, `m_` for masks and `o_` for offsets. A comment
 gives each block's shape. These tuples group related values: rope = (cos, sin, axis_index),
-angles = (b_cos, b_sin), q = (main, tail), v = (main, tail), state = (m, l, acc0, acc1). If the head
-dim is a power of two, `q` and `v` have no tail.
+angles = (b_cos, b_sin), q = (main, tail), v = (main, tail), state = (m, l, acc0, acc1). On a CPU,
+and for a head dim that is a power of two, `q` and `v` have no tail.
 """
 
 from dataclasses import dataclass

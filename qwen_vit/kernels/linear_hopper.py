@@ -451,7 +451,8 @@ def gemm(
 
 
 def _tile(epilogue: str, K: int, M: int, *, is_quantizing: bool = False) -> HopperGemmTile:
-    is_deep = K > 2048 and not is_quantizing  # a scale needs 128 columns, as the others have
-    # no K was measured for towers of unpublished width
+    # with scales, a tile needs 128 columns: every tile of a residual with a small K has them
+    is_deep = K > 2048 and not is_quantizing
+    # a tower of an unpublished width may have a K that was not measured
     rows = TILES.get((epilogue, is_deep)) or TILES[epilogue, not is_deep]
     return next(tile for least_rows, tile in reversed(rows) if least_rows <= M)

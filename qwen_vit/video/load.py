@@ -114,10 +114,10 @@ def load_pieces(
     one piece.
 
     The function reads `file` in place of `video.source`. `threads` threads decode, and as many
-    resize. `keep` collects the resized frames, (height, width, 3), by index among the sampled
-    frames. With
-    `on_gpu`, pieces of moderate size are decoded frames, which a GPU resizes and cuts. Raises
-    ImageError with a `code` of errors.IMAGE_CODES, and ArgumentError for options that do not fit.
+    resize. `keep` collects the frames of a file that the CPU resizes, (height, width, 3), by index
+    among the sampled frames. With `on_gpu`, pieces of moderate size are decoded frames, which a GPU
+    resizes and cuts. Raises ImageError with a `code` of errors.IMAGE_CODES, and ArgumentError for
+    options that do not fit.
     """
     limits = VideoLimits() if limits is None else limits
     name = "the video" if video.name is None else video.name
@@ -172,7 +172,7 @@ def _head(source: Any, name: str) -> bytes | None:
 
 
 def _whole(source: Any, name: str, limits: VideoLimits) -> bytes:
-    """Return an animation's bytes. The limit on file bytes bounds their size."""
+    """Return an animation's bytes. Raises ImageError for a file of more bytes than the limit."""
     if isinstance(source, bytes):
         return source
     with ExitStack() as stack:

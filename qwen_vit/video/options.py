@@ -157,7 +157,7 @@ class VideoLimits:
         max_decode_s: the maximum time for reading and decoding, in seconds.
 
     Raises:
-        ArgumentError: A limit is not a number above 0.
+        ArgumentError: A limit is not a whole number above 0. `max_decode_s` may be a fraction.
     """
 
     max_pixels: int = 8_192 * 8_192
@@ -168,9 +168,11 @@ class VideoLimits:
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            is_right = is_integer(value) or (each.name == "max_decode_s" and is_number(value))
+            may_be_fraction = each.name == "max_decode_s"
+            is_right = is_integer(value) or (may_be_fraction and is_number(value))
             if not is_right or value <= 0:
-                raise ArgumentError(f"{each.name} is {value!r}", expected="a number above 0")
+                kind = "number" if may_be_fraction else "whole number"
+                raise ArgumentError(f"{each.name} is {value!r}", expected=f"a {kind} above 0")
 
 
 def _wrong(name: str, value: object, expected: str, flag: str = "") -> ArgumentError:

@@ -9,7 +9,7 @@ from qwen_vit.images.memory import decoding_memory
 
 __all__ = ["PieceMemory", "PieceStream"]
 
-MAX_AHEAD_BYTES = 2**29  # decoded bytes of one video, about the authors' total pixel limit
+MAX_AHEAD_BYTES = 2**29  # decoded bytes of one video, about those of 115,200 tokens
 ALL_AHEAD_BYTES = 2**31  # decoded bytes of all videos: ten clips of 720p and 60 s
 SHARE = 2  # of the memory for decoding, at most half
 POLL_S = 0.1  # seconds between checks whether the caller has cancelled
@@ -24,7 +24,7 @@ class PieceMemory:
         self.changed = threading.Condition()
 
     def has_room(self) -> bool:
-        """Return whether another piece fits."""
+        """Return whether the waiting pieces are below the limit, so that one more may follow."""
         return self.n_bytes < min(ALL_AHEAD_BYTES, decoding_memory.total // SHARE)
 
 

@@ -351,8 +351,10 @@ def open_video(
 
 
 def read_header(source: str | BinaryIO, name: str, limits: VideoLimits) -> VideoHeader:
-    """Read the frame count and size from the header, without packets. Raises ImageError like
-    `open_video`."""
+    """Read the header alone. If it has no number of frames, estimate the number from the duration.
+
+    Raises ImageError like `open_video`.
+    """
     with Opener(source, name, limits).open() as container:
         stream = video_stream(container, name)
         codec = stream.codec_context
@@ -367,7 +369,7 @@ def read_header(source: str | BinaryIO, name: str, limits: VideoLimits) -> Video
 
 
 def _turn_of(frame: Any) -> tuple[Image.Transpose | None, bool]:
-    """Return the operation of a frame's display matrix, and whether that is an unsupported one.
+    """Return the operation of a frame's display matrix, and whether the matrix is unsupported.
 
     The function reads the matrix from a small copy of the frame. PyAV's side data and frame refer
     to each other, so only Python's garbage collector would free the pair.

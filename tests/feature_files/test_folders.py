@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen_vit.errors import ExportError, ImageError
 from qwen_vit.feature_files import file as feature_files
+from qwen_vit.feature_files.describe import describe_features
 from qwen_vit.feature_files.read import SHARDS_OPEN, FeatureFolder, load_features
 from qwen_vit.feature_files.schema import METADATA_KEY
 from qwen_vit.features import FailedImage
@@ -40,6 +41,16 @@ def test_a_folder_holds_the_good_images_in_the_listings_order(folder: Folder) ->
     shard = load_features(folder.shard(0))
     for some, expected in ((features, "abg"), (features[:2], "ab"), (shard, "ab")):
         assert [name for name in [*folder.names, "z", 0] if name in some] == list(expected)
+
+
+def test_the_description_of_a_folder_reports_a_damaged_shard(folder: Folder) -> None:
+    """The error once named a checkpoint, with the remedy to download a model."""
+    path = folder.shard(0)
+    whole = path.read_bytes()
+    for damaged in (whole[:5], whole[:-1]):
+        path.write_bytes(damaged)
+        with pytest.raises(ExportError, match=r"00000.*truncated.*qwen-vit export"):
+            describe_features(folder.path)
 
 
 def test_failed_images_are_listed_with_their_reasons(folder: Folder) -> None:

@@ -206,6 +206,12 @@ def test_limits_on_bytes_frames_and_time(tmp_path: Path) -> None:
     assert refused(path, VideoLimits(max_file_bytes=size - 1)).code == "file-too-large"
     assert refused(path, VideoLimits(max_frames=59)).code == "too-many-frames"
     assert refused(path, VideoLimits(max_decode_s=1e-9)).code == "slow"
+    with pytest.raises(
+        ArgumentError, match=r"max_frames is 1\.5\. Expected a whole number above 0"
+    ):
+        VideoLimits(max_frames=1.5)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"max_decode_s is 0\. Expected a number above 0"):
+        VideoLimits(max_decode_s=0)
 
 
 def test_the_extra_is_named_where_it_is_missing(

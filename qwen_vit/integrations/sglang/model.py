@@ -2,7 +2,7 @@
 
 If SGLANG_EXTERNAL_MODEL_PACKAGE names the parent package, SGLang imports this module in each of its
 processes. SGLang then builds `EntryClass` for Qwen2.5-VL checkpoints. SGLang provides all other
-parts: processor, scheduler, caches, language model, data parallelism.
+parts: processor, scheduler, caches, language model and data parallelism.
 """
 
 import logging

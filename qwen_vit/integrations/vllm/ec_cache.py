@@ -79,7 +79,7 @@ def write_ec_cache(
 
     Args:
         features: features of images. The function checks all features before it writes.
-        folder: a new or empty folder, or a folder that this function wrote for the same model.
+        folder: a new or empty folder, or a folder that this function wrote with the same settings.
         metadata: `encoder.metadata()`, or the `metadata` of `load_features(...)`.
         videos: as in `to_vllm`.
         second_per_grid_ts: as in `to_vllm`.
@@ -90,7 +90,7 @@ def write_ec_cache(
 
     Raises:
         ExportError: The features are not finite merged tokens of one width and dtype, an image
-            failed, the folder's entries have other settings, or the disk rejects the files.
+            failed, the folder has other files or settings, or a file cannot be written.
         ArgumentError: There are no features, `metadata` lacks a digest, a video is among the
             images, or a video has no seconds.
     """

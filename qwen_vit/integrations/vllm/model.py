@@ -1,7 +1,7 @@
 """Run Qwen2.5-VL in vLLM with this package's vision tower in place of vLLM's tower.
 
 After `plugin.register` registers this module, vLLM imports it to build a Qwen2.5-VL. vLLM provides
-all other parts: processor, scheduler, caches, language model.
+all other parts: processor, scheduler, caches and language model.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by 
             self._hold(kept, visual.device)
 
     def _profile_tower(self, *_: Any) -> None:
-        """Call the tower with the maximum number of rows, if vLLM has not done so.
+        """Call the tower with the largest square image, if vLLM has not called the tower.
 
         The second model runner of vLLM 0.25, which is the default, measures only the language
         model. Without this call, the first request would have to wait until the kernels compile.

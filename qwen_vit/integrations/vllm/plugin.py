@@ -23,7 +23,7 @@ def register() -> None:
     """If VLLM_PLUGINS names the plugin, make vLLM build Qwen2.5-VL with this package's tower.
 
     vLLM calls this function in each process, in some processes more than once. Only a process that
-    builds a Qwen2.5-VL imports `model`.
+    inspects or builds a Qwen2.5-VL imports `model`.
     """
     asked = [name.strip() for name in os.environ.get("VLLM_PLUGINS", "").split(",")]
     # vLLM 0.32 loads plugins before it configures logging, so Python prints only warnings
