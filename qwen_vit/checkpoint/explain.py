@@ -1,4 +1,4 @@
-"""Convert errors of huggingface_hub to HubError, with the cause and the remedy."""
+"""Convert errors of huggingface_hub and the system to HubError, with cause and remedy."""
 
 import errno
 from pathlib import Path
@@ -15,7 +15,7 @@ NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 def explain(
     error: Exception, *, name: str, label: str, cache_dir: Path, local_files_only: bool
 ) -> HubError:
-    """Convert an error of huggingface_hub to HubError, with the cause and the remedy.
+    """Convert an error of huggingface_hub or the system to HubError, with cause and remedy.
 
     `name` is the repository's name. `label` is the name with the subfolder and the revision.
     """

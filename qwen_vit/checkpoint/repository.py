@@ -120,7 +120,7 @@ class Repository:
         return self._fetch_if_there(name, self.commit or self._revision)
 
     def explain(self, error: Exception) -> HubError:
-        """Convert an error of huggingface_hub to HubError, with the cause and the remedy."""
+        """Convert an error of huggingface_hub or the system to HubError, with cause and remedy."""
         return explain(
             error, name=self.name, label=self.label, cache_dir=self.cache(),
             local_files_only=self.local_files_only,

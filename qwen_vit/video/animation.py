@@ -39,7 +39,7 @@ def is_animation_format(head: bytes) -> bool:
 
 
 def is_animated(data: bytes, limits: ImageLimits) -> bool:
-    """Return whether the bytes are a GIF, WebP or PNG of several frames. Damaged bytes are not."""
+    """Return whether the bytes are a GIF, WebP or PNG of several frames, and not damaged."""
     kind = _format_of(data[:12])
     if kind is None:
         return False

@@ -90,7 +90,7 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by 
             self._hold(kept, visual.device)
 
     def _profile_tower(self, *_: Any) -> None:
-        """Call the tower with the largest square image, if vLLM has not called the tower.
+        """If vLLM has not called the tower, call it with the largest square image of vLLM's budget.
 
         The second model runner of vLLM 0.25, which is the default, measures only the language
         model. Without this call, the first request would have to wait until the kernels compile.
