@@ -1,4 +1,4 @@
-"""Load a checkpoint folder's config and tensors under their published names, with all checks."""
+"""Load a checkpoint's configs and tensors, and check names, shapes and types."""
 
 import hashlib
 import json

@@ -196,7 +196,7 @@ Expected [1280] from config.json. Use the config.json that belongs to the weight
 
 
 def tensor_info(tensor: Tensor) -> TensorInfo:
-    """Return a tensor's entry in a file's header."""
+    """Describe a tensor in memory like an entry of a file's header."""
     dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
     return TensorInfo(dtype, tuple(tensor.shape), 0, tensor.nbytes)
 

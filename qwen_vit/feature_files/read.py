@@ -123,7 +123,7 @@ class FeatureFolder(Features):
 
     @cached_property
     def ids(self) -> Sequence[str]:
-        """Return the ids of the images of all shards, in order. The property reads every shard's
+        """Return the ids of the images with features, in order. The property reads every shard's
         header."""
         return [self._shard(i).ids[place] for i in self._present for place in self._places(i)]
 
@@ -259,7 +259,7 @@ file of `qwen-vit encode` or a folder of `qwen-vit export`. Check the path.
 
 
 def open_features(path: AnyPath, *, verify: bool = False) -> FeatureFile | FeatureFolder:
-    """Open a feature file or an export folder. Only a `StorePath` with a cache uses a cache."""
+    """Open a feature file or an export folder. A `StorePath` names its own cache, if any."""
     try:
         if path.is_dir():
             return FeatureFolder(path, verify=verify)

@@ -323,7 +323,7 @@ def read_description(path: AnyPath) -> dict[str, Any]:
 
 
 def read_listing(path: AnyPath, n_images: int) -> list[str]:
-    """Return the ids of all images of one of an export's listings, in order.
+    """Return the ids of the images in one listing of an export, in order.
 
     Raises ExportError if the file cannot be read, or does not have `n_images` different ids.
     """

@@ -100,7 +100,7 @@ def check_modalities(
 ) -> tuple[Rows | None, Rows | None]:
     """Return the rows and grids of images and of videos, or None for an empty kind.
 
-    Raises the errors of `to_vllm`, because such input stops an engine for all users.
+    Raises the errors of `to_vllm`, because invalid input would stop an engine for all users.
     """
     pictures, clips = check_features(features), check_features(videos)
     seconds = list(second_per_grid_ts)
@@ -180,7 +180,7 @@ def whole_numbers(grid: Iterable[int]) -> tuple[int, ...]:
     except TypeError:
         raise ArgumentError(
             f"a grid is {grid!r}",
-            expected="whole numbers of frames, height and width in patches",
+            expected="whole numbers: time steps, and height and width in patches",
             remedy=AS_FEATURES,
         ) from None
 
@@ -197,8 +197,8 @@ def count_tokens(grid: tuple[int, ...], merge_size: int) -> int:
     if not is_whole:
         raise ArgumentError(
             f"a grid is {grid}",
-            expected="frames, height and width in patches, the latter two multiples of "
-            f"{merge_size}",
+            expected="time steps, height and width in patches, all above 0, and the latter two "
+            f"multiples of {merge_size}",
             remedy=AS_FEATURES,
         )
     return math.prod(grid) // merge_size**2

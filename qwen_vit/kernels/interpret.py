@@ -55,8 +55,8 @@ def _function(kernel: JITFunction, language: "_Language") -> types.FunctionType:
 class _Integers:
     """Represent integers `start + steps[0] * i + steps[1] * j` at (i, j), with a start per lane.
 
-    Program ids, ranges and offsets have this form, and a load at such offsets is a strided view
-    instead of a gather. Operations whose result does not have this form return a block.
+    Program ids, ranges and offsets have this form, and a load at such offsets can be a strided
+    view instead of a gather. Operations whose result does not have this form return a block.
     """
 
     def __init__(

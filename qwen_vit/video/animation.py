@@ -1,4 +1,4 @@
-"""Read an animated GIF, WebP or PNG as a video with Pillow, and compute times from durations."""
+"""Read an animated GIF, WebP or PNG as a video with Pillow, and compute the frames' times."""
 
 import io
 import time

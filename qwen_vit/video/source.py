@@ -136,7 +136,7 @@ class Opener:
 
 @contextmanager
 def plain_errors(name: str) -> Iterator[None]:
-    """Convert the errors of FFmpeg, of the system and of a full memory to ImageError."""
+    """Convert errors of FFmpeg and of the system, and MemoryError, to ImageError."""
     av = require_av()
     try:
         yield

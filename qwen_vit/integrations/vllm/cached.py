@@ -20,7 +20,7 @@ class CachedFeatures:
     Attributes:
         id: the id of the image or video, as in `ImageFeatures.id`.
         uuid: the entry's name, for `multi_modal_uuids`.
-        grid_thw: (frames, height, width) in patches.
+        grid_thw: the grid: time steps, and the height and width in patches.
         second_per_grid_t: seconds per time step of a video's grid, or None for an image.
     """
 

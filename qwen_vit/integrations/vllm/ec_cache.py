@@ -279,7 +279,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _make_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Create the folder, or check that it is a cache of the same model."""
+    """Create the folder, or check that it is a cache with the same settings."""
     if SETTINGS not in _names(folder):
         with atomic_file(folder / SETTINGS) as file:
             file.write(json.dumps(settings, sort_keys=True, indent=1).encode() + b"\n")
