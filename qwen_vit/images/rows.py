@@ -36,7 +36,8 @@ def as_grids(grid_thw: Tensor) -> tuple[Grid, ...]:
         )
         raise ImageError(
             f"grid_thw is {what}",
-            expected="an integer tensor of shape (images, 3): time steps, height and width in patches",
+            expected="an integer tensor of shape (images, 3): time steps, and height and width in "
+            "patches",
             remedy="pass the processor's image_grid_thw",
             code="grid",
         )

@@ -145,7 +145,7 @@ class Video(VideoOptions):
 
 @dataclass(frozen=True, slots=True)
 class VideoLimits:
-    """Set limits on one video's header, packets and decoding time.
+    """Set limits on one video's file, frames and decoding time.
 
     >>> VideoLimits(max_decode_s=60).max_frames
     10000000
