@@ -54,7 +54,7 @@ def sample_frames(timeline: Timeline, options: VideoOptions, name: str) -> tuple
 
     A video of one frame gives one index, and the loader uses this frame twice. qwen-vl-utils and
     transformers reject such a video. Raises ImageError with code "video-range" for a part with
-    fewer than two frames, and with code "video-frames" if `n_frames`, rounded to an even number,
+    fewer than two frames. The code is "video-frames" if `n_frames`, rounded to an even number,
     exceeds the number of frames in the part.
     """
     first, last = _frame_range(timeline, options, name)
