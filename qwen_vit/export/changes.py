@@ -25,7 +25,7 @@ class InputChanges:
     """Compare the images of a new listing with the images of an export's listings.
 
     Attributes:
-        new: images that the export lacks, or that could not be listed then and can be now.
+        new: images that the export lacks, or whose earlier listing error is gone.
         moved: images whose place changed, each with the old file.
         replaced: images in objects of a store whose version changed.
         gone: images of the export that the new listing lacks.

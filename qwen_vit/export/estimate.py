@@ -255,7 +255,7 @@ class _Counts:
         )  # fmt: skip
 
     def _take_for_sample(self, item: Item) -> None:
-        """Keep MAX_TIMED images with equal probability (Vitter's algorithm R)."""
+        """Keep up to MAX_TIMED images, each with equal probability (Vitter's algorithm R)."""
         self._seen += 1
         if len(self.sample) < MAX_TIMED:
             self.sample.append(item)

@@ -45,8 +45,8 @@ class ExportFolder(ABC):
 
     @abstractmethod
     def names(self) -> set[str]:
-        """Return the names of the files. A disk also lists temporary files, and a store may omit
-        the newest files."""
+        """Return the names of the files. On a disk, these include temporary files. In a store, the
+        newest files may be missing."""
 
     @abstractmethod
     def has(self, name: str) -> bool:
@@ -95,8 +95,8 @@ class ExportFolder(ABC):
 
     @abstractmethod
     def check(self, settings: str, leftover: Pattern[str], *, make: bool) -> None:
-        """Raise ExportError if the folder contains files but no export. On a disk, also raise it if
-        the folder cannot be created or written.
+        """Raise ExportError if the folder contains files but no export, or if a folder on a disk
+        cannot be created or written.
 
         With `make`, create a folder on a disk, or the scratch folder of a store.
         """

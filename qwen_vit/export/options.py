@@ -42,8 +42,8 @@ class ExportOptions:
         limits: the limits on an image.
         exif: "apply" rotates an image by its EXIF orientation, and "ignore" does not rotate images,
             as in `encode`.
-        shard_seconds: seconds between saves of an unfinished shard. A killed export loses the
-            work of about this time. None saves only at an interrupt.
+        shard_seconds: seconds between saves of an unfinished shard. A killed export loses about
+            this much work. None saves only at an interrupt.
         extend: whether to add new and changed images of the inputs to an existing export.
         retry_failed: whether to try the failed images of an existing export again.
         accept_versions: whether to resume an export with other package versions, or on another kind

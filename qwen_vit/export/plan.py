@@ -209,7 +209,7 @@ def _find(
         except ExportError as error:
             if options.extend:
                 raise
-            logger.warning("the export continues with the images in its listing: %s", error)
+            logger.warning("the export uses its listing, as its inputs cannot be listed: %s", error)
             return None
     if options.extend:
         remedy = Wording("also pass the inputs", shell="also pass INPUTS")
@@ -379,7 +379,7 @@ def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listin
 
 
 def remove_leftovers(plan: ExportPlan) -> None:
-    """Remove temporary files of killed runs, except those of other parts, and unneeded segments."""
+    """Remove unneeded segments, and temporary files of killed runs except those of other parts."""
     shards, part, folder = plan.shards, plan.options.part, plan.folder
     with short_lock(folder.scratch):
         for name in os.listdir(folder.scratch):

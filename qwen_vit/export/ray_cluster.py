@@ -80,13 +80,13 @@ def export_on_ray(
         options: as in `export_features`.
         confirm: as in `export_features`.
         show_progress: as in `export_features`.
-        decode_threads: loader threads of each shard. [default: a share of its GPU's cores, or 1]
+        decode_threads: loader threads of a shard. [default: by CPU cores per GPU; 1 without GPUs]
         ec_cache: as in `export_features`. This process writes the encoder cache.
         address: the cluster's address. None selects RAY_ADDRESS, or a running or new local cluster.
         device: "auto", "cuda" or "cpu". "auto" selects the GPUs if the cluster has any.
 
     Raises:
-        ExportError: Ray is not installed, the cluster does not answer, or as in `export_features`.
+        ExportError: Ray is not installed, the cluster does not answer, or see `export_features`.
         ArgumentError: An argument is invalid, or the cluster has no GPU for "cuda".
     """
     if device not in ("auto", "cpu", "cuda"):

@@ -27,8 +27,8 @@ def may_work_now(plan: ExportPlan, shard: int, rows: Sequence[ManifestRow]) -> b
     error.
 
     The function reads the images that were missing, unreadable or too large for the memory of the
-    host or the GPU. A child process also decodes the images that were too large for the host. If an
-    image works now, the export writes its shard again.
+    host or the GPU. A child process also decodes the images that were too large for the host. If
+    one of them succeeds, the export writes its shard again.
     """
     current = plan.listing.current  # a later listing may have retried an image
     failed = [

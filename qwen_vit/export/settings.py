@@ -129,7 +129,7 @@ class StoredExport:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return the settings of the export's start, which the first listing's shards repeat."""
+        """Return the settings of the export's start."""
         return {n: value for n, value in self.description.items() if n not in OF_EXPORT}
 
     @property

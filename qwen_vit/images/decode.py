@@ -280,8 +280,8 @@ def _load(
 def _prepare_tiff(image: TiffImagePlugin.TiffImageFile, name: str, limits: ImageLimits) -> None:
     """Check that the strips or tiles cover the image, and allocate the image.
 
-    Pillow would leave the area of a missing strip black. When it allocates an image above its own
-    pixel limit, it warns.
+    Pillow would leave the area of a missing strip black. Pillow also warns when it allocates an
+    image above its own pixel limit.
     """
     width, height = image._tile_size
     check_pixels(width, height, name, limits)

@@ -44,7 +44,7 @@ class Patches:
     frames of a still image are equal. For videos, `pixels` has shape (N, 1176): channel, frame of
     the pair, row, column. In grid order, merge units are in raster order, and a unit's 4 patches
     are adjacent. `name` identifies the image in messages and ids, and is None for several images.
-    Raises ImageError with code "patches" if pixels and grids disagree.
+    Raises ImageError with code "patches" if the pixels have another type or do not fit the grids.
     """
 
     pixels: torch.Tensor

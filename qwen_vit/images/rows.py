@@ -87,8 +87,8 @@ def normalise(values: Tensor, config: ImageConfig) -> Tensor:
 def _constants(config: ImageConfig, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return 255 and the channels' mean and deviation, as float32 tensors on a device.
 
-    On a GPU, torch replaces a division by a Python number with a product with the reciprocal. In
-    float16, 3 of the 768 normalised values of a published model would then have other bits.
+    On a GPU, torch replaces a division by a Python number with a multiplication by the reciprocal.
+    In float16, 3 of the 768 normalised values of a published model would then have other bits.
     """
     with torch.inference_mode(False):  # the tensors outlive the caller's mode
         numbers = 255.0, config.image_mean, config.image_std

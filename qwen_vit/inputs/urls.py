@@ -148,7 +148,7 @@ def _checked(url: str, limits: ImageLimits) -> tuple[SplitResult, str, int]:
             "url",
         )
     if parts.username is not None or parts.password is not None:
-        raise _RefusedError("contains a user's name or password", "download the image first", "url")
+        raise _RefusedError("contains a user name or password", "download the image first", "url")
     if not is_allowed_host(host, port, limits.allow_urls):
         where = host if port == HTTPS_PORT else f"{host}:{port}"
         raise _RefusedError(

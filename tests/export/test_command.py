@@ -81,7 +81,7 @@ def test_quiet_leaves_results_and_errors(export_dir: Path, run: Any) -> None:
 
 
 def test_a_list_on_standard_input_is_exported_and_resumed(
-    export_dir: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+    export_dir: Path, run: Any, qwen_vit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def given(*names: str) -> None:
         data = io.BytesIO("".join(f"{name}\n" for name in names).encode())
@@ -94,6 +94,10 @@ def test_a_list_on_standard_input_is_exported_and_resumed(
     assert run("-", "--out", "out")[1].startswith("2 done, 0 to do: ")
     given("p/0.png")
     assert "its images: 1 missing, first p/1.png" in run("-", "--out", "out")[2]
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    error = qwen_vit("export", "--resume", "../out", "--extend")[2]
+    assert "standard input" in error and "in that folder" not in error, error
 
 
 def test_a_part_says_what_of_the_folder_is_there(export_dir: Path, run: Any) -> None:
