@@ -97,7 +97,8 @@ def test_a_list_on_standard_input_is_exported_and_resumed(
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     error = qwen_vit("export", "--resume", "../out", "--extend")[2]
-    assert "standard input" in error and "in that folder" not in error, error
+    assert "standard input" in error
+    assert "in that folder" not in error
 
 
 def test_a_part_says_what_of_the_folder_is_there(export_dir: Path, run: Any) -> None:
