@@ -298,7 +298,7 @@ def _hint_resume(out: "AnyPath") -> Iterator[None]:
 
         kept = count_kept(out) if isinstance(out, Path) and out.is_dir() else 0
         if not isinstance(out, Path):
-            print_log("the export saved the encoded images; run the same command again to resume")
+            print_log("run the same command again to resume")
         elif kept:
             print_log(
                 f"the export saved {plural(kept, 'image')}; run the same command again to resume"

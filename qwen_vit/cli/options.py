@@ -292,7 +292,7 @@ def source_options(command: Command) -> Command:
         click.option(
             "--cache-dir",
             type=FILE,
-            help="Set the Hub's cache folder.  [default: HF_HUB_CACHE, or $HF_HOME/hub]",
+            help="Set the Hub's cache folder.  [default: that of huggingface_hub]",
         ),
         click.option("--local-files-only", is_flag=True, help="Do not contact the Hub."),
     )
