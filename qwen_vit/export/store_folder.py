@@ -48,8 +48,8 @@ class StoreFolder(ExportFolder):
 
     Conditional writes, if the store supports them, resolve conflicts between machines. A new shard
     then never replaces another process's shard. Settings and a manifest replace only the version
-    that this process has read. Locks separate the processes of one machine. If an upload fails, the
-    file remains in `scratch` for the next run.
+    that this process has read. Locks separate the processes of one user on a machine. If an upload
+    fails, the file remains in `scratch` for the next run.
     """
 
     def __init__(self, out: StorePath, scratch: Path | None = None) -> None:

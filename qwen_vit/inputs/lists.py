@@ -1,4 +1,4 @@
-"""Read the images of a list: .txt with one path per line, or .jsonl with one object per line."""
+"""Read lists of images: .txt or .lst with one path per line, or .jsonl with one object per line."""
 
 import codecs
 import os
