@@ -40,7 +40,7 @@ TOKEN_BUDGET = {"cuda": MAX_BUCKET, "cpu": 4_096}
 # same images must give the same results. A CPU therefore packs one batch, in the order of the
 # images.
 WINDOW = {"cuda": 4, "cpu": 1}
-BATCHES_AHEAD = 2  # that the host queues for the GPU: their patches wait in pinned memory
+BATCHES_AHEAD = 2  # the host may queue this many batches ahead of the GPU
 WINDOW_BYTES = 2**28  # of decoded pictures and patches
 IMAGES_IN_A_WINDOW = 1_024  # so that a long run of failed images is also reported
 

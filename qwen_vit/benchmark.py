@@ -1,9 +1,10 @@
 """Time the tower on this GPU, and compare the time with the GPU's roofline.
 
-The roofline is the time of all the tower's operations at the rate of a large GEMM, which the
-benchmark interleaves with the tower. Two GPUs of one model differ in speed. At the power limit, the
-clock falls within two seconds, and the GEMM then takes a sixth longer. An interleaved GEMM runs at
-the tower's clock, so ratios transfer between GPUs, although times in milliseconds do not.
+The roofline is the time that the tower's GEMMs and attention would take at the rate of a large
+GEMM, which the benchmark interleaves with the tower. Two GPUs of one model differ in speed. At the
+power limit, the clock falls within two seconds, and the GEMM then takes a sixth longer. An
+interleaved GEMM runs at the tower's clock, so ratios transfer between GPUs of one model, although
+times in milliseconds do not.
 """
 
 import statistics
@@ -53,9 +54,10 @@ GEMM_FLOPS = 2 * GEMM_SIDE**3  # 2 per multiply-add
 
 
 def median_ms(run: Callable[[], Any], repeats: int = REPEATS, warm_ups: int = WARM_UPS) -> float:
-    """Return the median GPU time of `run`. Queue each call before the previous one ends.
+    """Return the median GPU time of `run` in milliseconds.
 
-    The host's launch time then counts only while the GPU waits for the host.
+    The function queues each call before the previous one ends. The host's launch time then counts
+    only while the GPU waits for the host.
     """
     for _ in range(warm_ups):
         run()
@@ -82,7 +84,7 @@ def interleaved_with_gemm(
 ) -> tuple[float, float]:
     """Return the median GPU time of `run` in milliseconds, and the FLOP/s of an interleaved GEMM.
 
-    In each round, `run` and the GEMMs take about the same time. A round has at least one GEMM.
+    In each round, `run` and the GEMMs take about the same time, but at least one GEMM runs.
     """
     gemm = large_gemm(device)
     run_once, gemm_once = (median_ms(each, 1, 1) for each in (run, gemm))
@@ -103,7 +105,7 @@ def interleaved_with_gemm(
 
 
 def tower_flops(config: VisionConfig, grids: Sequence[Grid]) -> int:
-    """Count the multiplications and additions of the published tower, 2 per multiply-add.
+    """Count the operations of the tower's GEMMs and attention without padding, 2 per multiply-add.
 
     >>> config = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
     >>> tower_flops(config, [Grid(1, 32, 32)])
@@ -146,7 +148,7 @@ def stage_work(config: VisionConfig, grids: Sequence[Grid]) -> dict[str, StageWo
         return StageWork(2 * N * n_in * n_out * count, 2 * moved * count, count)
 
     return {
-        # pixels of one byte; gathered; then the GEMM: rows written and read again for their sums
+        # read uint8 pixels; write and read gathered rows; write the GEMM's rows, read by the norm
         "patches": StageWork(
             2 * N * config.patch_dim * C,
             N * pixels + 2 * (2 * N * pixels + pixels * C + 2 * N * C),
@@ -213,7 +215,7 @@ class TimedTower:
         return run
 
     def by_graph(self, pixels: Tensor, grids: Sequence[Grid]) -> Callable[[], Tensor]:
-        """Return a function that replays a CUDA graph, if one fits, as `encode` does."""
+        """Return a function that replays a CUDA graph, if one fits."""
         layout = self.layout(grids, bucket_for(len(pixels)))
         eager = self.eager(pixels, grids)
 
@@ -272,8 +274,8 @@ GPU.
     With `plain`, a Hopper GPU runs the plain Triton kernels, like other GPUs.
 
     Before it measures a workload, the function checks that CUDA graphs and separate launches give
-    the same finite values, bit for bit. Raises CheckpointError if they do not, and ArgumentError
-    without a GPU or for an unknown workload.
+    equal and finite values. Raises CheckpointError if they do not, and ArgumentError without a GPU
+    or for an unknown workload.
     """
     check_device(encoder.device.type)
     kernels = plain_kernels() if plain else nullcontext()

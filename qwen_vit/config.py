@@ -7,7 +7,7 @@ The dimension key of the package's comments and docstrings:
     S  segments             R  rotary pairs, D / 2        O  output size
     P  values per patch: channels x frames x patch_px x patch_px
 
-Names give the units. `window_px` is in pixels, and `Grid.h` and `Grid.w` are in patches.
+Names such as `window_px` give the unit. `Grid.h` and `Grid.w` are in patches.
 """
 
 from collections.abc import Mapping
@@ -114,7 +114,7 @@ class VisionConfig:
             (
                 self.out_hidden_size % 8 == 0,
                 f"out_hidden_size is {self.out_hidden_size}",
-                "a multiple of 8: the GPU moves rows of 16 bytes",
+                "a multiple of 8: the GPU moves rows in pieces of 16 bytes",
             ),
             (self.window_px >= self.factor_px, f"{window} is smaller than {unit}", ""),
             (self.window_px % self.factor_px == 0, f"{window} is not a multiple of {unit}", ""),
@@ -180,8 +180,9 @@ class VisionConfig:
     ) -> Self:
         """Read a whole model's config.json, or its vision part, as parsed JSON or a path.
 
-        Missing keys get the published Qwen2.5-VL values, except out_hidden_size, which differs
-        between the models. Raises CheckpointError with the file and the rule.
+        Missing keys get the values of the published 3B and 7B models. out_hidden_size must be
+        present, because it differs between these models. Raises CheckpointError with the file and
+        the rule.
         """
         config, source = _open(config, source)
         vision, where = find_vision_part(config, source)
@@ -210,8 +211,9 @@ class ImageConfig:
     >>> ImageConfig.from_json({"size": {"shortest_edge": 3136, "longest_edge": 50176}}).max_pixels
     50176
 
-    `min_pixels` and `max_pixels` limit height x width after resizing. Mean and standard deviation
-    are per RGB channel, for values from 0 to 1. Key names follow transformers'
+    `min_pixels` and `max_pixels` limit height x width after resizing. A thin image may exceed
+    `max_pixels`, because no side is shorter than a merge unit. Mean and standard deviation are per
+    RGB channel, for values from 0 to 1. Key names follow transformers'
     models/qwen2_vl/image_processing_qwen2_vl.py.
     """
 
@@ -304,8 +306,8 @@ class ImageConfig:
 def check_consistent(
     vision: VisionConfig, image: ImageConfig, *, source: str = "preprocessor_config.json"
 ) -> None:
-    """Raise CheckpointError if the image settings and the tower have different patch, frame or
-    merge sizes."""
+    """Raise CheckpointError if the image settings and the tower have different patch sizes,
+    temporal patch sizes or merge sizes."""
     for name, images_have, tower_has in (
         ("patch_size", image.patch_px, vision.patch_px),
         ("temporal_patch_size", image.temporal_patch_size, vision.temporal_patch_size),

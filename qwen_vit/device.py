@@ -134,7 +134,7 @@ def choose_quantization(
         )
     if dtype != torch.bfloat16:
         raise ArgumentError(
-            f"quantization is 'fp8' with dtype {dtype}, which is for exact results",
+            f"quantization is 'fp8' with dtype {dtype}",
             expected="bfloat16",
             remedy=with_options("use {}, or leave {} out", ("dtype", "bfloat16"), "quantization"),
         )

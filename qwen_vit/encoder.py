@@ -97,16 +97,17 @@ class VisionEncoder(LoadedTower):
             revision: a branch, tag or commit of the repository.
             subfolder: the checkpoint's subfolder of `model`, such as "text_encoder".
             device: "auto" selects a GPU if the machine has one, and the CPU otherwise. A CPU
-                interprets the same Triton attention kernels, correctly but slowly.
+                interprets the Triton attention kernels, correctly but slowly.
             dtype: "auto" selects bfloat16 on a GPU and float32 on a CPU. float32 on a GPU is IEEE,
                 never TF32.
-            quantization: "fp8" (experimental) computes the MLP from 8-bit floats, with about 5
-                times the error. It needs a GPU of compute capability 8.9 or newer.
+            quantization: "fp8" (experimental) computes the MLP from 8-bit floats, less accurately.
+                It needs a GPU of compute capability 8.9 or newer.
             token: the access token, as in huggingface_hub.
             cache_dir: the cache folder, as in huggingface_hub.
             local_files_only: True uses no network, as in huggingface_hub.
             min_pixels: the smallest height x width after resizing. None: the checkpoint's value.
-            max_pixels: the largest height x width after resizing. None: the checkpoint's value.
+            max_pixels: the largest height x width after resizing, which a thin image may exceed.
+                None: the checkpoint's value.
             cuda_graphs: False launches every kernel separately, which is slower for small batches
                 but gives the same bits. `output="patch"` and `layers` never use graphs.
             torch_dtype: transformers' name for `dtype`. Any value raises ArgumentError.
@@ -249,9 +250,9 @@ class VisionEncoder(LoadedTower):
             layout: "HWC" or "CHW", for arrays whose shape leaves the channel axis ambiguous.
             exif: "apply" rotates an image by its EXIF orientation. "ignore" does not, for images
                 that are already upright. After `Image.transpose`, a PIL image still has its tag.
-            limits: the limits on decoded images. None selects ImageLimits().
+            limits: the limits on an image. None selects ImageLimits().
             video_limits: the limits on a video. None selects VideoLimits().
-            formats: further formats to decode: "PPM", "ICO", "TGA", "JPEG2000".
+            formats: further formats to decode: "PPM", "ICO", "TGA" and "JPEG2000".
             frames: "first", or "all" for a list of all pages of a TIFF or frames of an animation.
                 Each page of an image with several pages has an id such as "scan.tif#page=2".
             decode_threads: the number of threads that read, decode and resize ahead of the encoder.
@@ -307,7 +308,7 @@ class VisionEncoder(LoadedTower):
         (1, 22, 32)
 
         The method iterates over `images` in the caller's thread, ahead of the results. On a GPU, it
-        reorders images to fill each batch, because an image has the same bits in any batch. Raises
+        encodes images out of order to fill each batch, which does not change their bits. Raises
         ArgumentError at once for an invalid option, and the ImageError of a bad image in order.
         """
         return self._stream(

@@ -1,7 +1,7 @@
 """Define the package's errors. Each error has a fact, and usually an expected value or a remedy.
 
 Each part is an attribute: `name`, `fact`, `expected`, `remedy`. A missing part is an empty text.
-Only this module builds the message, and no code parses messages.
+Only this module builds the message, and no code parses it.
 """
 
 import logging
@@ -61,8 +61,8 @@ IMAGE_CODES = {
     "too-many-streams": "the video file has more than 100 streams of video, sound or subtitles",
     "too-many-frames": "the video has more frames than VideoLimits.max_frames",
     "too-many-patches": "one call has more patches than int32 can count or n_rows allows",
-    "too-many-pixels": "the image or frame exceeds max_pixels of ImageLimits or VideoLimits",
-    "truncated": "the content ends early, and qwen_vit never fills the missing part",
+    "too-many-pixels": "the image exceeds max_pixels of ImageLimits or VideoLimits, or Pillow's limit",
+    "truncated": "the content ends early, or a tar is damaged; qwen_vit never fills missing parts",
     "unreadable": "the system, a server or pyarrow cannot read the file, or it is already closed",
     "url": "the input is an address (URL) that qwen_vit does not open",
     "video-frames": "the video, or its chosen part, has no frames or fewer than requested",
@@ -167,7 +167,7 @@ class QwenVitError(Exception):
 
     Args:
         fact: the fault, without a full stop.
-        name: the file, image or argument of the fact. The error escapes unprintable characters.
+        name: the file, image or argument of the fact. The message escapes unprintable characters.
         expected: the expected value, or an empty text if the fact or the remedy implies the value.
         remedy: an instruction for the user, or an empty text. The attribute is a sentence.
 

@@ -52,14 +52,14 @@ class ImageFeatures:
             row-major over the patches. For output="mean" the shape is (1, out_hidden_size), in
             float32.
         grid_thw: (frames, height, width) in patches. A video counts pairs of frames.
-        size_px: the original (height, width) in pixels, or (0, 0) if the caller passed only
+        size_px: the original (height, width) in pixels, or (0, 0) if the size is unknown, as for
             patches.
         notes: the changes that the image policy made, such as "EXIF orientation 6 applied".
         layers: maps a block to the residual stream after that block, before any norm. The rows
             (n_patches, hidden_size) are row-major over the patches. `layers[7].view(*grid_thw, -1)`
             is the map of block 7.
         output: the kind of rows in `embeds`.
-        normalized: whether each row has unit length.
+        normalized: whether each row was scaled to unit length.
     """
 
     id: str

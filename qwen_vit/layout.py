@@ -31,7 +31,7 @@ __all__ = ["PADDING_ROWS", "Layout", "SegmentTiling", "Segments", "check_grids",
 
 Integers = npt.NDArray[np.int32]
 
-PADDING_ROWS = 64  # padding rows attend to each other in groups of this size
+PADDING_ROWS = 64  # padding rows attend to each other in groups of at most this size
 ALIGNED_INTEGERS = 4  # 16 bytes of int32
 MAX_ROWS = 2**31 - 1  # rows are indexed in int32; kernels widen to int64 before multiplying
 
@@ -125,7 +125,7 @@ class Segments:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Hold every data-dependent index of one forward pass, in one integer tensor per purpose.
+    """Hold every data-dependent index of one forward pass.
 
     >>> config = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})
     >>> layout = Layout.from_grids([Grid(1, 6, 10)], config)
@@ -214,7 +214,7 @@ class Layout:
 
     @property
     def n_positions(self) -> int:
-        """Return the largest row or column plus one, which is the height of the rotary tables."""
+        """Return the largest row or column plus one: the number of positions that need angles."""
         return max((max(grid.h, grid.w) for grid in self.grids), default=1)
 
     def to(self, device: torch.device) -> "Layout":
@@ -298,7 +298,7 @@ def _aligned(length: int) -> int:
 
 
 def _concatenate(arrays: list[Integers]) -> Integers:
-    # do not use NumPy: after each call it releases the GIL to threads that decode images
+    # np.concatenate would release the GIL to threads that decode images
     memories: list[Any] = list(arrays)
     return np.frombuffer(b"".join(memories), dtype=np.int32)
 

@@ -169,7 +169,7 @@ class LoadedTower:
         return rows
 
     def metadata(self) -> dict[str, Any]:
-        """Return the origin that a feature file records: model, hashes, versions, image policy."""
+        """Return the origin that a feature file records, such as model, hashes and versions."""
         return origin_metadata(
             self.source, self.checkpoint, self.image_config, self.dtype, self.device,
             self.quantization,

@@ -120,8 +120,8 @@ def as_videos(videos: Any, options: VideoOptions) -> Video | Iterable[Video]:
     >>> [each.name for each in as_videos(["a.mp4", "b.mp4"], VideoOptions())]
     ['a.mp4', 'b.mp4']
 
-    A list or tuple that begins with an image is a list of frames. Raises ArgumentError for other
-    values.
+    A list or tuple that begins with a PIL image, or with an array or tensor of one image, is a list
+    of frames. Raises ArgumentError for a value that is not iterable.
     """
     if isinstance(videos, Video):
         return videos

@@ -1,4 +1,4 @@
-"""Collect the origin that a feature file records: model, hashes, versions, image policy."""
+"""Collect the origin that a feature file records, such as model, hashes and versions."""
 
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any

@@ -5,7 +5,8 @@
 The two kinds of block differ only in which patches a patch attends to. In a window block, a patch
 attends to its window of 8 x 8 patches. In the blocks of `fullatt_block_indexes`, it attends to its
 whole frame. Every index that depends on the data comes from the layout, so the forward pass
-contains no loop over images, no branch on values and no synchronisation with the host.
+contains no loop over images and no branch on values. Once the rotary tables exist, it does not
+wait for the GPU.
 
 Sources: "Qwen2.5-VL Technical Report" (arXiv:2502.13923), section 2.1; transformers'
 models/qwen2_5_vl/modeling_qwen2_5_vl.py.
@@ -116,7 +117,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         C, P = config.hidden_size, config.patch_dim
         self.out_dtype = dtype
-        # float16 has 3 more bits than bfloat16; the power of two keeps weights in float16's range
+        # float16 has 3 more mantissa bits; the power of two keeps weights in range
         operand_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
         self.scale = 2.0 ** -pixel_weight_exponent(dtype)
         self.weight = _parameter(C, P, dtype=operand_dtype)
@@ -329,7 +330,7 @@ class VisionTower(nn.Module):
         """Return one axis's cosines and sines by position and frequency: (positions, R / 2).
 
         The tables are computed in float64 and rounded once to float32, whatever the tower's dtype.
-        In bf16, a cosine at position 256 would be wrong by 0.47.
+        With angles in bf16, a cosine at position 256 would be wrong by 0.47.
         """
         angles = self.angles
         if angles is None or len(angles[0]) < n_positions:

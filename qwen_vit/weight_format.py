@@ -20,7 +20,7 @@ Quantization = Literal["fp8"]
 
 MLP_MULTIPLE = 128  # one GEMM tile; 3420 alone is not aligned to 16 bytes and costs 3.5x
 PIXEL_MULTIPLE = 64
-PIXEL_ZERO = 128  # uint8 pixels enter as pixel - 128, so that fp16 represents each exactly
+PIXEL_ZERO = 128  # uint8 pixels enter as pixel - 128, which reduces the GEMM's rounding errors
 
 FP8 = torch.float8_e4m3fn
 SCALE_COLUMNS = 128  # of a row that share a scale, and of one step of a GEMM over K
@@ -39,12 +39,14 @@ def pixel_weight_exponent(dtype: torch.dtype) -> int:
     >>> pixel_weight_exponent(torch.bfloat16)
     10
 
-    Raises ArgumentError for float16, which the published weights overflow, and for other types.
+    Raises ArgumentError for any other type. In float16, activations of the published 3B model
+    overflow.
     """
     exponents = {torch.bfloat16: 10, torch.float32: 0}
     if dtype == torch.float16:
         raise ArgumentError(
-            "dtype is float16, and the published weights overflow float16 in the last block",
+            "dtype is float16, and activations of the published 3B model overflow float16 in the "
+            "last block",
             remedy="use bfloat16 or float32",
         )
     if dtype not in exponents:

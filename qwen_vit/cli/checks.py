@@ -110,7 +110,7 @@ def check_paths(inputs: Sequence[str], *, must_exist: bool = False) -> None:
 
 
 def check_model_or_features(path: str, subfolder: str | None = None) -> None:
-    """Raise ArgumentError for a folder with neither a checkpoint nor an export.
+    """Raise ArgumentError for a folder that cannot contain a checkpoint or an export.
 
     >>> check_model_or_features("tests/photographs")
     Traceback (most recent call last):

@@ -53,7 +53,7 @@ def list_images(
     check_paths(inputs)
     left_out: Counter[str] = Counter()
     columns = ParquetColumns.of(column, id_column)
-    # one mistyped path is an error before a model is loaded; among others it is a skipped image
+    # if no path exists, fail before loading a model; otherwise skip the missing ones
     must_exist = all(map(is_missing, inputs))
     found = find_items(inputs, left_out, must_exist=must_exist, columns=columns)
     items = list(found if pages == "first" else page_items(found, limits or ImageLimits()))

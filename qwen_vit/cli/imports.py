@@ -23,7 +23,7 @@ def slow_imports() -> Iterator[None]:
 
     Raises ArgumentError if a package is missing or cannot be imported.
     """
-    # only the main thread may set a handler; a different handler means that Ctrl-C must be ignored
+    # only the main thread may set a handler, and a background job must still ignore Ctrl-C
     is_default = (
         threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -81,7 +81,7 @@ class Dtype(click.Choice[str]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return torch's name. Fail for float16, with the reason."""
         if value in self.REFUSED:
-            fact = "The published weights overflow float16."
+            fact = "Activations of the published 3B model overflow float16."
             self.fail(f"{fact} Use float32 on a CPU, or bfloat16 on a GPU.", param, ctx)
         return super().convert(self.SHORT.get(value, value), param, ctx)
 

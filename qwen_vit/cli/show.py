@@ -125,7 +125,8 @@ def show(
         print_log(f"showing the first {shown:,} of {plural(given.total, 'image')}: see --limit")
     if not given.features:
         raise ArgumentError(
-            "no image to show, because all images failed", remedy="fix the causes named above"
+            "no image to show, because all images failed",
+            remedy="fix the causes, which the command prints without -q",
         )
     views = view_features(
         given.features, given.pictures, point=point, layer=layer, window=given.window

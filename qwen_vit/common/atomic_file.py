@@ -21,7 +21,8 @@ __all__ = [
 ]
 
 TEMPORARY_SUFFIX = ".tmp"
-NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # such as FAT
+# the errors of os.link on file systems without hard links, such as FAT
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 NAME_CHARACTERS = 40  # of the file's own name: the hidden name must fit into 255 bytes
 
 
@@ -32,9 +33,9 @@ class AtomicFile:
     >>> growing.file.write(b"whole or absent")  # doctest: +SKIP
     >>> growing.commit()  # doctest: +SKIP
 
-    The hidden name starts with a dot and the file's own name, and ends in TEMPORARY_SUFFIX. Only a
+    The hidden name starts with a dot and the file's own name, and ends in TEMPORARY_SUFFIX. A
     killed process leaves such a file behind. Raises ExportError if the file cannot be written, or
-    if it exists and `overwrite` is False.
+    if `path` exists and `overwrite` is False.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = True) -> None:

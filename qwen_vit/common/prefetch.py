@@ -116,8 +116,9 @@ def work_ahead(
 class Prefetcher(Generic[Result]):
     """Start jobs in order in threads while their results fit.
 
-    A worker thread exits when the buffer is full, and the prefetcher starts one again when space
-    frees up. A waiting thread would keep the process alive after the caller stops taking results.
+    A worker ends when the buffer is full, and the prefetcher starts workers again when the caller
+    takes results. A waiting worker would keep the process alive after the caller stops taking
+    results.
     """
 
     def __init__(self, threads: int, max_bytes: int) -> None:

@@ -1,8 +1,8 @@
 """Access object storage through fsspec: addresses, listings and byte ranges.
 
 `s3://`, `gs://` and `az://` need the extras `s3`, `gs` and `az`. `hf://` needs huggingface_hub.
-Tests run against an S3 server with injected faults and, where these are installed, against
-emulators of GCS and Azure.
+Tests run against an S3 server with injected faults, and against emulators of GCS and Azure where
+these are installed.
 """
 
 import errno
@@ -205,7 +205,7 @@ def storage_errors(error: OSError, doing: str = "read") -> tuple[str, str, str]:
         return f"access is denied{reason}", remedy, "unreadable"
     reason = error.strerror or str(error) or type(error).__name__
     if error.errno == errno.EINVAL:
-        return f"is no valid address ({reason.rstrip('.')})", "check the address", "missing"
+        return f"is not a valid address ({reason.rstrip('.')})", "check the address", "missing"
     return f"cannot be {doing} ({reason})", "try again later", "unreadable"
 
 

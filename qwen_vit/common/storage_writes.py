@@ -28,7 +28,7 @@ from qwen_vit.common.storage import (
 __all__ = ["PART_BYTES", "has_conditions", "put_bytes", "put_file", "remove_object", "written_s"]
 
 PART_BYTES = 2**24  # of a multipart upload; several parts are in memory
-# S3 rejects a conditional write while another writer's upload is open
+# S3 rejects a conditional write that conflicts with another request in progress
 RIVAL_PAUSES_S = (0.2, 1.0, 3.0)
 
 AZURE = ("az://", "abfs://")

@@ -1,4 +1,4 @@
-"""Define the named choices of a comparison, without imports, so that `--help` is fast."""
+"""Define the named choices of a comparison, without slow imports, so that `--help` is fast."""
 
 from typing import Literal
 

@@ -141,7 +141,7 @@ def write_golden(
     cases: Sequence[Case],
     reference: Mapping[str, Any],
 ) -> None:
-    """Write a golden file completely or not at all, with the same bytes for the same cases.
+    """Write a golden file completely or not at all, with the same bytes for the same arguments.
 
     `reference` records how Hugging Face's tower ran: attention implementation, processor, versions
     and device. Raises ComparisonError for a case whose error is not finite, and ExportError if the
@@ -151,8 +151,8 @@ def write_golden(
         for stage, error in (case.errors or {}).items():
             if not math.isfinite(error):
                 raise ComparisonError(
-                    f"not saved: Hugging Face's {stage} of {display_name(case.id)} contains NaN or "
-                    "Inf",
+                    f"not saved: the error of Hugging Face's {stage} of {display_name(case.id)} is "
+                    "not finite",
                     name=str(path),
                     remedy=with_options("compare without {}", "save_golden"),
                 )

@@ -1,6 +1,6 @@
 """Run Hugging Face's processors and tower, stage by stage, as the reference of a comparison.
 
-The module imports transformers only when it runs.
+Its functions import transformers only when they run.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -52,7 +52,7 @@ def compare_case(
     tower_input = patches.pixels if patches is not None and are_equal else rows
     layout = layout_for([case.grid], encoder.config, encoder.device, encoder.dtype)
     if tower_input.dtype == torch.uint8 and tower_input.shape[1] == encoder.config.patch_dim:
-        moved = tower_input.to(encoder.device)  # a video: the rows have both frames, normalised
+        moved = tower_input.to(encoder.device)  # a video's rows have two frames
         tower_input = pixels_for_tower(moved, encoder.config, encoder.image_config, still=False)
     ours = trace_tower(encoder.tower, tower_input, layout)
     theirs = {name: values.to(encoder.device) for name, values in case.trace.items()}

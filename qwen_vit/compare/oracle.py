@@ -3,8 +3,7 @@
 Read this file for the plain mathematics. The oracle uses neither the package's network nor
 transformers, so it shares no code with either. In float64 (the default) every step is in float64,
 including RMSNorm statistics, rotary angles and softmax. The oracle converts one weight at a time
-and computes one stage at a time, so even a large tower needs little more memory than its
-activations.
+and computes one stage at a time, so it never holds the whole tower in float64.
 
 C channels, H heads, D head dim, N patches.
 """
@@ -23,7 +22,7 @@ __all__ = ["Oracle", "PatchOrder", "Trace"]
 Trace = dict[str, Tensor]  # stage -> its values
 
 RMS_NORM_EPS = 1e-6
-SCORES_AT_ONCE = 2**27  # softmax weights in memory at once: at most 1 GB in float64
+SCORES_AT_ONCE = 2**27  # softmax weights that are computed at once: 1 GiB in float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,5 +188,8 @@ class Oracle:
         return gelu(x)
 
     def row_major(self, x: Tensor, order: Tensor) -> Tensor:
-        """Reorder merged tokens from window to row-major order. `order` gives first patches."""
+        """Reorder merged tokens from window to row-major order.
+
+        `order` has the grid-order index of each token's first patch.
+        """
         return x[order.argsort()]

@@ -74,7 +74,7 @@ class FrameChoice:
     is_run: bool
     is_judged: bool
     indices: tuple[int, ...] | None  # None if the reference samples no frames of this video
-    differ: int  # number of our frames that differ from the reference's frame at the same position
+    differ: int  # number of positions where the frames differ, or only one side has a frame
 
     @property
     def passed(self) -> bool:

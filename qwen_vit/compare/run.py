@@ -2,8 +2,8 @@
 
 For every image, this module compares the processors' pixels, then the towers stage by stage: our
 stages with Hugging Face's, and both with a float64 oracle. Hugging Face's results come from a run
-on this machine or from a golden file. For one image at a time, memory holds all stages of each
-tower in the tower's dtype, and one stage of the oracle.
+on this machine or from a golden file. Memory holds the stages of one image at a time, unless they
+go into a golden file or a report.
 """
 
 import os
@@ -69,10 +69,10 @@ def compare_checkpoint(
 ) -> Comparison:
     """Load a checkpoint and compare it with a golden file or Hugging Face, for `qwen-vit compare`.
 
-    `loading` takes further arguments for `VisionEncoder.from_pretrained`. The function checks the
-    arguments and the golden file before it reads the weights. Raises ArgumentError if both `golden`
-    and `save_golden` are given, or neither images nor `golden`. Also raises the errors of
-    `from_pretrained`, `load_golden`, `compare` and `compare_with_golden`.
+    `loading` takes further arguments for `VisionEncoder.from_pretrained`. Before it loads the
+    checkpoint, the function reads the golden file, or checks that transformers is installed. Raises
+    ArgumentError if both `golden` and `save_golden` are given, or neither images nor `golden`. Also
+    raises the errors of `from_pretrained`, `load_golden`, `compare` and `compare_with_golden`.
     """
     if golden is not None and save_golden is not None:
         raise ArgumentError(
@@ -125,12 +125,11 @@ def compare(
     `processor` computes the pixels for Hugging Face's tower. Our tower takes our own pixels if they
     agree, and the processor's pixels otherwise. The result also reports other installed processors.
     `save_golden` writes Hugging Face's results to a file. `keep_maps` keeps the data for a report.
-    The function skips and reports unreadable images. Paths may also name videos: `video` sets their
-    sampling, and the processor receives the resized frames.
+    The function skips and reports images that it cannot compare. Paths may also name videos:
+    `video` sets their sampling, and the processor receives the resized frames.
 
-    Raises ArgumentError if transformers or the processor's package is missing, or if transformers
-    rejects the attention implementation. Raises the errors of `write_golden`, and ComparisonError
-    if no image is left to save.
+    Raises ArgumentError as `hf_tower` and `process` do. Raises the errors of `write_golden`, and
+    ComparisonError if no image is left to save.
     """
     check_transformers()
     config = encoder.config
@@ -235,7 +234,7 @@ def compare_with_golden(
     golden file must contain each image, by SHA-256. `video` sets the sampling of videos. Without
     `images`, the function compares every image of the golden file, from the stored pixel values. If
     weights differ from those of the golden file, the function still compares, and names these
-    weights. It skips and reports unreadable images.
+    weights. It skips and reports images that are unreadable or too large for the GPU's memory.
 
     Raises ComparisonError if the configuration, dtype, processor or requested attention
     implementation differs from the golden file's, and for an image that the file does not contain.
@@ -358,7 +357,7 @@ def _read(name: str) -> tuple[RgbImage, str]:
 
 def _out_of_memory(name: str, encoder: VisionEncoder) -> ImageError:
     return ImageError(
-        f"two towers and a float64 oracle do not fit into the memory of {encoder.device}",
+        f"the comparison does not fit into the memory of {encoder.device}",
         name=name,
         remedy=with_options("lower {}, or free memory on this device", "max_pixels"),
         code="out-of-memory",

@@ -73,9 +73,10 @@ def reference_line(facts: dict[str, Any]) -> str:
 
 
 def closer_line(comparison: Comparison) -> str:
-    """Return which tower is closer to float64, or an empty line if an error is not finite.
+    """Return which tower is closer to float64, by its errors at all stages.
 
-    The line is also empty if the weights differ from those of the golden file.
+    The text is empty without images, if an error ratio of merged tokens is not finite, or if the
+    weights differ from those of the golden file.
     """
     if not comparison.has_same_weights:
         return ""

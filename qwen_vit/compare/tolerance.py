@@ -1,6 +1,6 @@
 """Measure how much two results differ, and compare the difference with a tolerance.
 
-Each tolerance depends on the error of Hugging Face's own result against a float64 oracle. The
+A stage's tolerance depends on the error of Hugging Face's own result against a float64 oracle. The
 command prints the tolerance beside the measured value.
 """
 
@@ -22,7 +22,7 @@ __all__ = [
     "relative_error",
 ]
 
-RELATIVE_TOLERANCE = 1e-5  # 100 float32 roundings; correct float32 towers differ by about 1e-6
+RELATIVE_TOLERANCE = 1e-5  # about 100 float32 roundings; two correct towers differ by about 1e-6
 MAX_FP32_ERROR = 1e-4  # twice the measured error of 32 blocks of peaked attention
 MAX_BF16_RATIO = 1.01
 MAX_FP8_RATIO = 1.5  # of an MLP from 8-bit floats, against Hugging Face's bfloat16
@@ -104,7 +104,7 @@ class Verdict:
 
 
 def fp32_budget(reference_error: float) -> float:
-    """Return the allowed float32 error against Hugging Face: 1e-5, or twice Hugging Face's error.
+    """Return the allowed float32 error: the larger of 1e-5 and twice Hugging Face's error.
 
     >>> fp32_budget(1e-6), fp32_budget(2e-5)
     (1e-05, 4e-05)

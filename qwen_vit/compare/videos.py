@@ -14,6 +14,7 @@ from qwen_vit.compare.result import FrameChoice, SampledFrames
 from qwen_vit.config import ImageConfig
 from qwen_vit.errors import ArgumentError, ImageError
 from qwen_vit.images.patches import Patches
+from qwen_vit.images.regular_file import open_regular, unreadable
 from qwen_vit.video.load import load_video
 from qwen_vit.video.options import Sampling, Video, VideoLimits, VideoOptions
 from qwen_vit.video.reader import open_video
@@ -34,7 +35,7 @@ class VideoRows(NamedTuple):
 def load_rows(name: str, options: VideoOptions, config: ImageConfig) -> VideoRows:
     """Load a video, and let Hugging Face's Pillow processor cut its resized frames.
 
-    Raises ImageError for an unreadable video.
+    Raises ImageError for an unreadable video, and the errors of `process`.
     """
     resized: dict[int, NDArray[np.uint8]] = {}
     loaded = load_video(Video.of(name, options, name), config, keep=resized)
@@ -48,9 +49,12 @@ def load_rows(name: str, options: VideoOptions, config: ImageConfig) -> VideoRow
 
 
 def digest_of(name: str) -> str:
-    """Return the SHA-256 of a video's file."""
-    with open(name, "rb") as file:
-        return file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of a video's file. Raises ImageError for an unreadable file."""
+    try:
+        with open_regular(name, name, expected="a video", remedy="pass a video file") as file:
+            return file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(error, name) from None
 
 
 def compare_frames(

@@ -185,7 +185,7 @@ class HFTower(_Frozen):
         shown, encoder = self.shown, self.encoder
         if dtype == torch.float16:
             raise ArgumentError(
-                "the published weights overflow float16 in the tower's last block",
+                "activations of the published 3B model overflow float16 in the last block",
                 expected="bfloat16 or float32",
                 remedy="convert the language model before you replace the tower, or convert only "
                 "the language model",

@@ -50,7 +50,7 @@ class PrincipalColours:
         """Fit the components to maps (..., D) together, so that colours are comparable across maps.
 
         The same features give the same colours, because the algorithm's random numbers have a fixed
-        seed. The sign of each axis makes its weight of largest size positive, as in scikit-learn.
+        seed. Each axis's weight of largest magnitude is positive, as in scikit-learn.
         """
         rows = _rows(maps)
         mean = rows.mean(0)

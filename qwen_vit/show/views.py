@@ -83,9 +83,9 @@ class FeatureViews:
 
     Attributes:
         window: the side of an attention window, in patches.
-        explained: the share of the variance in each of the three components.
+        explained: the share of the variance that each component explains.
         span: the similarities at the two ends of the colour scale, or None. The lower end is the
-            lowest 1 % quantile of an image, and the upper end is 1.
+            lowest of the images' 1 % quantiles, and the upper end is 1.
     """
 
     views: tuple[FeatureView, ...]
@@ -108,7 +108,8 @@ def view_features(
     Args:
         features: features from one encoder with one output, "merged" or "patch".
         pictures: the images by id. For any other image, the function reads the file that the id
-            names. If this file is missing or has another size, the drawing shows no image.
+            names. If this file is missing, unreadable or of another size, the drawing shows no
+            image.
         point: (x, y) in pixels of the first image. The function compares this cell with every cell.
         layer: a block of `features.layers` to draw instead of the embeddings.
         frame: the index of a video's pair of frames.
@@ -204,7 +205,8 @@ def _fits(picture: RgbImage, features: DenseFeatures) -> bool:
     if features.size_px != UNKNOWN_SIZE:
         return (picture.height, picture.width) == features.size_px
     _, h, w = features.grid_thw
-    off = picture.height / picture.width * w / h  # the processor rounds sides to two patches
+    # the processor rounds sides to multiples of two patches
+    off = picture.height / picture.width * w / h
     return 1 / (1 + 2 / min(h, w)) <= off <= 1 + 2 / min(h, w)
 
 

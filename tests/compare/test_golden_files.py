@@ -95,6 +95,15 @@ def test_an_image_that_cannot_be_read_is_skipped_beside_a_golden_too(
     assert [each["code"] for each in document["skipped"]] == ["truncated"]
 
 
+def test_a_video_that_cannot_be_read_is_skipped_beside_a_golden_too(
+    golden: Golden, tmp_path: Path
+) -> None:
+    """The hash of a missing file once raised FileNotFoundError."""
+    done = compare_with_golden(encoder(), golden, [tmp_path / "gone.mp4", CHELSEA])
+    assert [image.id for image in done.images] == [str(CHELSEA)]
+    assert [error.code for _, error in done.skipped] == ["missing"]
+
+
 def test_a_golden_that_the_system_refuses_is_named(tmp_path: Path) -> None:
     with pytest.raises(ComparisonError, match=r"cannot be read \(File name too long\)"):
         load_golden(tmp_path / ("g" * 300))

@@ -94,8 +94,8 @@ def test_other_ways_to_build_or_move_one_name_the_right_way() -> None:
 
 
 REFUSED_ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "float16": ({"dtype": "float16"}, ("overflow float16", "overflow", "bfloat16 or float32")),
-    "torch.float16": ({"dtype": torch.float16}, ("overflow float16", "overflow")),
+    "float16": ({"dtype": "float16"}, ("activations", "overflow", "bfloat16 or float32")),
+    "torch.float16": ({"dtype": torch.float16}, ("activations", "overflow float16")),
     "bfloat16 on cpu": ({"dtype": "bfloat16"}, ("bfloat16", "CPU", "float32", "a GPU")),
     "float64": ({"dtype": torch.float64}, ("torch.float64", "Expected")),
     "unknown dtype": ({"dtype": "bf-16"}, ("'bf-16'", "'auto', 'bfloat16' or 'float32'")),

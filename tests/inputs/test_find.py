@@ -198,7 +198,7 @@ def test_a_folder_that_a_pattern_cannot_look_into_is_an_item(
         ("", "'': does not exist. Check the path."),
         ("gone/*.jpg", "no file matches"),
         ("https://example.org/a.jpg", "an address"),
-        ("hf://datasets/a.jpg", "is no valid address"),
+        ("hf://datasets/a.jpg", "is not a valid address"),
     ],
 )
 def test_an_input_that_is_not_there_is_refused(here: Path, given: str, words: str) -> None:

@@ -26,7 +26,7 @@ LINES_OF_VARIANTS = {  # how often the log has them
     "._process_image_input. vLLM's own vision tower runs": 1,
 }
 REFUSALS = {  # what an engine is started with, and what its error says
-    "float16": "dtype is float16, and the published weights overflow",
+    "float16": "dtype is float16, and activations of the published 3B model overflow",
     "cudagraph_mm_encoder": "qwen_vit does not run with cudagraph_mm_encoder",
     "compile_mm_encoder": "qwen_vit does not run with compile_mm_encoder",
     "enable_tower_connector_lora": "qwen_vit does not run with enable_tower_connector_lora",
