@@ -227,7 +227,7 @@ class TimedTower:
 
 
 def random_pixels(grids: Sequence[Grid], config: VisionConfig, device: torch.device) -> Tensor:
-    """Return uint8 pixels of stills as `patchify` returns them: (N, P / 2), on the device."""
+    """Return random uint8 pixels of stills on the device, in the form of `patchify`: (N, P / 2)."""
     width = config.patch_dim // config.temporal_patch_size
     n_patches = sum(grid.n_patches for grid in grids)
     return torch.randint(0, 256, (n_patches, width), dtype=torch.uint8).to(device)

@@ -147,7 +147,7 @@ def _read_rope(vision: Mapping[str, Any]) -> Any:
     if kind not in ("axial", "default"):
         raise CheckpointError(
             f"rope_parameters has the type {short_repr(kind)}",
-            expected="'axial' (2D rotary embedding)",
+            expected="'axial' or 'default'",
         )
     unknown = sorted(set(rope) - {"rope_type", "type", "rope_theta"})
     if unknown:

@@ -104,7 +104,7 @@ def _rows(name: str, given: Rows) -> Tensor:
     if len(shapes) > 1:
         raise ArgumentError(
             f"{name} contains rows of the shapes {', '.join(map(str, sorted(shapes)))}",
-            expected="one",
+            expected="one shape",
             remedy="compare features of one model and output",
         )
     device = images[0].device

@@ -152,7 +152,7 @@ class VisionEncoder(LoadedTower):
         max_pixels: int | None = None,
         cuda_graphs: bool = True,
     ) -> Self:
-        """Build an encoder from loaded tensors, after the same checks as for files.
+        """Build an encoder from loaded tensors, after checks of their names, shapes and values.
 
         >>> tiny = VisionEncoder.from_pretrained("tiny").checkpoint
         >>> given = {f"model.visual.{name}": tensor for name, tensor in tiny.tensors.items()}

@@ -61,7 +61,7 @@ IMAGE_CODES = {
     "too-many-streams": "the video file has more than 100 streams of video, sound or subtitles",
     "too-many-frames": "the video has more frames than VideoLimits.max_frames",
     "too-many-patches": "one call has more patches than int32 can count or n_rows allows",
-    "too-many-pixels": "the image exceeds max_pixels of ImageLimits or VideoLimits, or Pillow's limit",
+    "too-many-pixels": "the image has more pixels than ImageLimits, VideoLimits or Pillow allow",
     "truncated": "the content ends early, or a tar is damaged; qwen_vit never fills missing parts",
     "unreadable": "the system, a server or pyarrow cannot read the file, or it is already closed",
     "url": "the input is an address (URL) that qwen_vit does not open",

@@ -1,6 +1,6 @@
 """Compute the layout of a batch: token orders, attention segments, positions and kernel tiles.
 
-The host computes a layout from the grids' integers alone, never from pixels or weights. A layout
+The host computes a layout from the grids and the config, never from pixels or weights. A layout
 contains every index that depends on the data, and the model only applies the layout. One code path
 therefore handles a single image, any mix of images, several frames, and a fixed token budget.
 

@@ -34,7 +34,7 @@ def pixel_weight_exponent(dtype: torch.dtype) -> int:
     """Return the exponent e of pixel_weight's scale 2**e: 10 for bfloat16, 0 for float32.
 
     With bfloat16, the folded weights are float16, which has 3 more mantissa bits but a smaller
-    range. The factor keeps weights of about 1e-4 out of float16's subnormal range.
+    range. The factor keeps small weights out of float16's subnormal range.
 
     >>> pixel_weight_exponent(torch.bfloat16)
     10

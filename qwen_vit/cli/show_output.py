@@ -20,7 +20,7 @@ PAGE, PICTURE, FOLDER_PAGE = ".html", ".png", "index.html"
 
 
 def check_target(out: Path, overwrite: bool) -> None:
-    """Raise ExportError if a page, picture or folder cannot be written."""
+    """Raise ExportError if the output cannot be written, or exists and `overwrite` is False."""
     suffix = out.suffix.lower()
     if out.is_dir():
         # check that the folder is writable

@@ -276,7 +276,10 @@ def _only_version(file: Any, path: str, size: int, version: str | None) -> None:
 
 
 def _info(files: Any, path: str) -> Any:
-    """Return a store's information about an object. S3 gives reasons for errors only to a GET."""
+    """Return a store's information about an object.
+
+    S3 explains an error only in the response to a GET.
+    """
     try:
         return files.info(path)
     except FileNotFoundError:

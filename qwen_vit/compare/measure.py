@@ -1,4 +1,4 @@
-"""Compare our pixels and stages of one image with Hugging Face's results, and both with float64."""
+"""Compare our pixels and stages of one image with Hugging Face's, and both towers with float64."""
 
 from collections.abc import Sequence
 

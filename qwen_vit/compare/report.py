@@ -110,11 +110,12 @@ def check_report(folder: Path, *, overwrite: bool) -> None:
 def write_report(
     folder: Path, comparison: Comparison, *, command: str = "", today: date | None = None
 ) -> Path:
-    """Write the page and the pictures into a folder, replace an older report, and return the page.
+    """Write the page and the pictures into a folder, and return the page's path.
 
-    The page contains all pictures, so that you can send it alone, and shows `command`, so that
-    readers can regenerate it. The default of `today` is the current day. Raises ArgumentError for a
-    comparison without `keep_maps`, and ExportError if the folder cannot be written.
+    The report replaces an older report. The page contains all pictures, so that you can send it
+    alone, and shows `command`, so that readers can regenerate it. The default of `today` is the
+    current day. Raises ArgumentError for a comparison without `keep_maps`, and ExportError if the
+    folder cannot be written.
     """
     sections = []
     for number, image in enumerate(comparison.images, start=1):
