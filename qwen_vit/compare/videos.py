@@ -1,7 +1,8 @@
 """Compare a video's frames with the references' frames, and prepare our rows and Hugging Face's."""
 
 from dataclasses import dataclass
-from hashlib import file_digest
+from functools import partial
+from hashlib import sha256
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from qwen_vit.video.reader import open_video
 from qwen_vit.video.sampling import Timeline, sample_frames
 
 __all__ = ["VideoRows", "compare_frames", "digest_of", "load_rows"]
+
+BLOCK_BYTES = 2**20
 
 
 class VideoRows(NamedTuple):
@@ -52,7 +55,10 @@ def digest_of(name: str) -> str:
     """Return the SHA-256 of a video's file. Raises ImageError for an unreadable file."""
     try:
         with open_regular(name, name, expected="a video", remedy="pass a video file") as file:
-            return file_digest(file, "sha256").hexdigest()
+            digest = sha256()
+            for block in iter(partial(file.read, BLOCK_BYTES), b""):
+                digest.update(block)
+            return digest.hexdigest()
     except OSError as error:
         raise unreadable(error, name) from None
 
