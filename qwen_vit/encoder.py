@@ -323,8 +323,7 @@ class VisionEncoder(LoadedTower):
         limits: ImageLimits | None, video_limits: VideoLimits | None, formats: Iterable[str],
         frames: Pages, decode_threads: int | None,
     ) -> Iterator[ImageFeatures | FailedImage]:  # fmt: skip
-        """Encode like `encode_iter`. `is_lent` promises that no PIL image changes before the
-        end."""
+        """Encode like `encode_iter`. With `is_lent`, no PIL image changes before the end."""
         outputs = OutputOptions.checked(output, normalize, layers, self.config.depth)
         limits = ImageLimits() if limits is None else limits
         if formats:

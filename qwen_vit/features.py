@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 TRY_FLOAT32 = with_options(
-    "check the checkpoint with `qwen-vit info`, and try {}", ("dtype", "float32")
+    "check the checkpoint with `qwen-vit verify`, and try {}", ("dtype", "float32")
 )
 UNKNOWN_SIZE = (0, 0)
 FeatureOutput = Literal["merged", "patch", "mean"]
