@@ -16,8 +16,9 @@ from qwen_vit.errors import ArgumentError, ExportError, ImageError
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.read import load_features
-from qwen_vit.feature_files.schema import FILE_FACTS, METADATA_KEY
+from qwen_vit.feature_files.schema import FILE_FACTS, METADATA_KEY, ItemFacts
 from qwen_vit.feature_files.write import write_features
+from qwen_vit.feature_files.writer import FeatureWriter, RowTensor
 from qwen_vit.features import FailedImage, ImageFeatures
 from tests.support.feature_file_cases import set_fact
 from tests.support.features import METADATA, features_of
@@ -116,6 +117,23 @@ def test_each_image_has_the_digest_of_its_rows_as_they_are_stored(
             "image_embeds": sha256(image.embeds),
             **{f"layer_{block}": sha256(rows) for block, rows in image.layers.items()},
         }
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 9])
+def test_digests_of_images_added_together_are_in_order(count: int, path: Path) -> None:
+    """A GPU's export adds a group of images. Several threads hash the images of a group."""
+    tensors = [RowTensor("image_embeds", 4, torch.float32), RowTensor("layer_1", 8, torch.float32)]
+    items = [ItemFacts(f"{at}", (1, 2, 4 + 2 * at), n_rows=2 + at) for at in range(count)]
+    rows, expected = dict[str, torch.Tensor](), [dict[str, str]() for _ in items]
+    for tensor in tensors:
+        parts = [torch.rand(item.rows_of(tensor.name), tensor.width) for item in items]
+        rows[tensor.name] = torch.cat(parts)
+        for digests, part in zip(expected, parts, strict=True):
+            digests[tensor.name] = sha256(part)
+    with FeatureWriter(path, tensors, 0) as writer:
+        for _ in range(2):
+            writer.add(rows, items)
+        assert writer._digests == expected * 2
 
 
 def test_digests_of_other_rows_differ_and_of_the_same_rows_repeat(path: Path) -> None:
