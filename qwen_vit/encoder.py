@@ -255,7 +255,7 @@ class VisionEncoder(LoadedTower):
             formats: further formats to decode: "PPM", "ICO", "TGA" and "JPEG2000".
             frames: "first", or "all" for a list of all pages of a TIFF or frames of an animation.
                 Each page of an image with several pages has an id such as "scan.tif#page=2".
-            decode_threads: the number of threads that read, decode and resize ahead of the encoder.
+            decode_threads: the number of threads that read and decode ahead of the encoder.
                 None selects one thread per two cores, from 2 to 16, and 1 on a single core. The
                 embeddings do not depend on this number.
 
