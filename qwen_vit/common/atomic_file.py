@@ -34,8 +34,8 @@ class AtomicFile:
     >>> growing.commit()  # doctest: +SKIP
 
     The hidden name starts with a dot and the file's own name, and ends in TEMPORARY_SUFFIX. A
-    killed process leaves such a file behind. Raises ExportError if the file cannot be written, or
-    if `path` exists and `overwrite` is False.
+    killed process may leave such a file behind. Raises ExportError if the file cannot be written,
+    or if `path` exists and `overwrite` is False.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = True) -> None:

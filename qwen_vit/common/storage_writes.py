@@ -42,7 +42,7 @@ def put_file(address: str, path: Path, *, is_new: bool) -> None:
     """Upload a file. The object appears complete or not at all.
 
     With `is_new`, the function raises FileExistsError if the object exists, and does not replace
-    it. Raises OSError for other errors.
+    it. A store without conditional writes may replace it. Raises OSError for other errors.
     """
     files, place = files_of(address)
     options: dict[str, Any] = {"mode": "create" if is_new else "overwrite"}  # for s3fs and gcsfs
