@@ -115,7 +115,7 @@ OF_START = (
     help="Stop after this many consecutive failures. 0 never stops.",
 )  # fmt: skip
 @click.option(
-    "--decode-threads", type=click.IntRange(min=1),
+    "--decode-threads", type=click.IntRange(1, 1_000),
     help="Set the number of threads that read and decode.  [default: half the cores, 2 to 16]",
 )  # fmt: skip
 @click.option(

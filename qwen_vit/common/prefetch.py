@@ -13,7 +13,8 @@ from qwen_vit.errors import ArgumentError, with_options
 
 __all__ = ["Job", "Prefetcher", "core_count", "thread_count", "work_ahead"]
 
-MAX_THREADS = 16
+MAX_THREADS = 16  # by default
+MOST_THREADS = 1_000  # which a caller may want
 AHEAD_BYTES = 2**27  # about seven full batches of patches on a GPU
 AHEAD_JOBS = 1_024
 THREAD_NAME = "qwen-vit-load"
@@ -40,15 +41,15 @@ def thread_count(wanted: int | None, cores: int | None = None) -> int:
 
     `cores` defaults to the cores of this process. A single core gets one thread. All threads share
     the GIL, so more threads would slow the thread that submits GPU work. Raises ArgumentError
-    unless `wanted` is a whole number above 0.
+    unless `wanted` is a whole number from 1 to 1,000.
     """
     if wanted is None:
         cores = core_count() if cores is None else cores
         return min(MAX_THREADS, max(2, cores // 2), cores)
-    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= MOST_THREADS:
         raise ArgumentError(
             with_options("{} is {wanted!r}", "decode_threads", wanted=wanted),
-            expected="a whole number above 0",
+            expected=f"a whole number from 1 to {MOST_THREADS:,}",
         )
     return wanted
 

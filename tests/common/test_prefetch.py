@@ -175,7 +175,7 @@ def test_the_source_is_asked_in_the_callers_thread_and_not_without_end() -> None
     results.close()
 
 
-@pytest.mark.parametrize("wrong", [0, -1, 1.5, True])
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, True, 1_001])
 def test_a_number_of_threads_that_makes_no_sense_is_refused(wrong: Any) -> None:
     with pytest.raises(ArgumentError, match="decode_threads is"):
         thread_count(wrong)
