@@ -14,7 +14,7 @@ from qwen_vit.errors import ArgumentError, with_options
 __all__ = ["Job", "Prefetcher", "core_count", "thread_count", "work_ahead"]
 
 MAX_THREADS = 16  # by default
-MOST_THREADS = 1_000  # which a caller may want
+MAX_WANTED_THREADS = 1_000  # which a caller may want
 AHEAD_BYTES = 2**27  # about seven full batches of patches on a GPU
 AHEAD_JOBS = 1_024
 THREAD_NAME = "qwen-vit-load"
@@ -46,10 +46,14 @@ def thread_count(wanted: int | None, cores: int | None = None) -> int:
     if wanted is None:
         cores = core_count() if cores is None else cores
         return min(MAX_THREADS, max(2, cores // 2), cores)
-    if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= MOST_THREADS:
+    if (
+        isinstance(wanted, bool)
+        or not isinstance(wanted, int)
+        or not 1 <= wanted <= MAX_WANTED_THREADS
+    ):
         raise ArgumentError(
             with_options("{} is {wanted!r}", "decode_threads", wanted=wanted),
-            expected=f"a whole number from 1 to {MOST_THREADS:,}",
+            expected=f"a whole number from 1 to {MAX_WANTED_THREADS:,}",
         )
     return wanted
 
