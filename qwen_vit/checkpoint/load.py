@@ -73,7 +73,7 @@ class Checkpoint:
         config: VisionConfig | Mapping[str, Any],
         image_config: ImageConfig | Mapping[str, Any] | None = None,
     ) -> "Checkpoint":
-        """Return a checkpoint of loaded tensors on any device, after checking their names and shapes.
+        """Return a checkpoint of loaded tensors on any device, after checking names and shapes.
 
         >>> from qwen_vit.checkpoint.published import packaged_weights
         >>> loaded = load_checkpoint(packaged_weights() / "tiny")

@@ -57,7 +57,8 @@ def read_url(url: str, name: str, limits: ImageLimits) -> bytes:
     """Return the bytes at an address. `limits.allow_urls` must name its host and the hosts of
     redirects.
 
-    Raises ImageError with `name`. If a retry may help, the error's context is an OSError.
+    Raises ImageError with `name`. After a transient network error, the error's context is a
+    TimeoutError with the number ETIMEDOUT.
     """
     end = time.monotonic() + MAX_SECONDS
     try:
@@ -91,6 +92,8 @@ def _faults_as_timeouts() -> Iterator[None]:
     """Give transient network errors a number that says so. Python gives several of them none."""
     try:
         yield
+    except http.client.IncompleteRead as error:
+        raise TimeoutError(errno.ETIMEDOUT, "the connection ended early") from error
     except OSError as error:
         is_transient = (
             isinstance(error, TimeoutError | ConnectionError | ssl.SSLEOFError)

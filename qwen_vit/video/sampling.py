@@ -158,8 +158,8 @@ def pixel_limits(n_frames: int, options: VideoOptions, factor: int) -> tuple[int
 
     `n_frames` is the number of sampled frames. `factor` is a merged token's side in pixels.
     qwen-vl-utils bounds a whole video by 115,200 tokens, unless the maximum per frame would then be
-    less than 1.05 times the minimum. transformers has no such bound. Raises ArgumentError for
-    limits that exclude each other.
+    less than 1.05 times the minimum. transformers has no such bound. Raises ArgumentError if
+    the maximum is below the minimum, or below one token.
     """
     token = factor * factor
     least = MIN_TOKENS * token if options.min_pixels is None else options.min_pixels

@@ -264,13 +264,22 @@ def reset(request: BaseHTTPRequestHandler) -> None:
     request.connection.close()
 
 
+def cut_chunk(request: BaseHTTPRequestHandler) -> None:
+    """End the connection inside a chunk."""
+    request.send_response(200)
+    request.send_header("Transfer-Encoding", "chunked")
+    request.end_headers()
+    request.wfile.write(b"100\r\nshort")
+    request.close_connection = True
+
+
 def silent(request: BaseHTTPRequestHandler) -> None:
     """Answer too late."""
     time.sleep(0.6)
     request.close_connection = True
 
 
-@pytest.mark.parametrize("fault", [closed, reset, silent])
+@pytest.mark.parametrize("fault", [closed, reset, cut_chunk, silent])
 def test_a_broken_connection_is_tried_again(
     fault: Answer, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
