@@ -150,7 +150,8 @@ def _loader(
 
 
 def _load(item: "Item", loader: "ImageLoader") -> "LoadedImage":
-    """Return the patches of an image or video, or its error and, if known, its size."""
+    """Return an image or video as patches or, for a GPU, as decoded pixels. If an image
+    cannot be decoded, return its error and, if known, its size."""
     from qwen_vit.inputs.pages import as_page
     from qwen_vit.inputs.read import read_item
     from qwen_vit.video.items import open_video_item, video_of_item

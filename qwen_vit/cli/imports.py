@@ -16,7 +16,8 @@ __all__ = ["slow_imports"]
 
 @contextmanager
 def slow_imports() -> Iterator[None]:
-    """Import a command's packages. Ctrl-C in this block ends the process with exit code 130.
+    """Handle Ctrl-C and missing packages while the block imports packages. Ctrl-C ends the process
+    with exit code 130.
 
     >>> with slow_imports():
     ...     import torch

@@ -43,7 +43,7 @@ class BackgroundWriter:
             self._pool.shutdown()
 
     def submit(self, job: Callable[[], Value], n_bytes: int = 0) -> Future[Value]:
-        """Queue a job that keeps `n_bytes` in memory until it has run."""
+        """Wait until `n_bytes` fit, and queue a job that keeps them in memory until it has run."""
         while self._unfinished and (
             self._unfinished[0][0].done() or self._bytes + n_bytes > self._max_bytes
         ):

@@ -22,7 +22,7 @@ __all__ = ["InputChanges", "failed_items", "open_if_whole"]
 
 @dataclass(slots=True)
 class InputChanges:
-    """Compare the images of a new listing with the images of an export's listings.
+    """Hold the result of comparing a new listing with an export's listings.
 
     Attributes:
         new: images that the export lacks, or whose earlier listing error is gone.
@@ -167,7 +167,7 @@ def _place(item: Item) -> Item:
 
 
 def _time_ns(path: str) -> int:
-    """Return the later of a file's mtime and ctime in ns, or 0 if the file cannot be found.
+    """Return the later of a file's mtime and ctime in ns, or 0 if `stat` fails.
 
     A rename changes only the ctime.
     """

@@ -1,4 +1,5 @@
-"""Copy features from the GPU to pinned memory on a separate CUDA stream."""
+"""Convert features to the stored dtype, and copy a GPU's features to pinned memory on a separate
+CUDA stream."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ class HostCopier:
             self._ring = PinnedRing(_pinned(RING_BYTES))
 
     def copy(self, images: Sequence[ImageRecord], features: Sequence[ImageFeatures]) -> HostCopy:
-        """Begin to copy the rows of every image that has rows.
+        """Convert the rows of every image that has rows, and begin to copy a GPU's rows to the CPU.
 
         The caller must release copies in the order of their creation.
         """

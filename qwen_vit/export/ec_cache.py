@@ -41,7 +41,8 @@ class CacheWriter:
         self._name = sha256(text.encode()).hexdigest()[:24]
 
     def add(self, done: DoneShard) -> None:
-        """Write the entries of a finished shard. Failed images have no entries."""
+        """Write the entries of a finished shard, unless earlier runs made the shard and the cache
+        lists its entries. Failed images have no entries."""
         index = f"{self._name}-{done.shard:08}"
         if done.n_kept == len(done.rows) and index_file(self._folder, index).exists():
             return

@@ -205,7 +205,7 @@ class _Work:
 
 class _Counts:
     """Count an export's images: unfinished images from their headers, and other images from their
-    shards."""
+    shards and segments."""
 
     def __init__(self, encoder: VisionEncoder, options: ExportOptions) -> None:
         self._encoder, self._options = encoder, options
@@ -274,8 +274,8 @@ def _is_on_disk(source: str) -> bool:
 
 
 def _patches(item: Item, config: ImageConfig, options: ExportOptions) -> int | None:
-    """Return the patch count of an image or video from its header, or None if `encode` would reject
-    it."""
+    """Return the patch count of an image or video from its header, or None if the header
+    is unreadable or exceeds a limit."""
     try:
         if item.is_video:
             return patches_by_header(item, options.video, options.video_limits, config)

@@ -1,4 +1,4 @@
-"""Write an export to a folder on a disk or in object storage.
+"""Define the access to an export's folder, and implement it for a folder on a disk.
 
 The writer appends to files on a disk: for a local export, in the export's own folder. For object
 storage, it writes to a scratch folder of this machine, from which `publish` uploads each whole
@@ -116,7 +116,7 @@ class ExportFolder(ABC):
 
 
 class LocalFolder(ExportFolder):
-    """Write an export to a folder on a disk, which is also its scratch folder.
+    """Access an export in a folder on a disk, which is also its scratch folder.
 
     >>> print(LocalFolder(Path("features")) / "export.json")
     features/export.json

@@ -223,7 +223,7 @@ def _is_absolute(path: str) -> bool:
 
 
 def _has_videos(found: Listing | None, folder: ExportFolder) -> bool:
-    """Return whether the inputs, or the inputs of the existing export, include videos."""
+    """Return whether the inputs include videos, or the existing export has video settings."""
     if found is not None and found.n_videos:
         return True
     is_begun = folder.has(SETTINGS)
@@ -337,7 +337,7 @@ def plan_dry_run(
     encoder: EncoderInfo, inputs: Sequence[str | os.PathLike[str]] | None,
     folder: ExportFolder | None, options: ExportOptions,
 ) -> Iterator[ExportPlan]:  # fmt: skip
-    """Return the plan of an export, for an estimate. Remove the plan's files when the block ends.
+    """Yield the plan of an export, for an estimate. Remove the plan's files when the block ends.
 
     The function raises the errors of `open_export` for the inputs, and for the folder unless
     `folder` is None.

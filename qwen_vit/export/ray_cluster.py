@@ -336,7 +336,7 @@ def _threads_of_a_shard(wanted: int | None, resources: Mapping[str, float]) -> i
 
 @contextmanager
 def _cluster(address: str | None) -> Iterator[None]:
-    """Connect to a cluster while the block runs. Disconnecting ends this run's workers."""
+    """Connect to a cluster for the block, unless the caller is connected. Then disconnect."""
     try:
         import ray
     except ImportError:

@@ -65,7 +65,7 @@ class ShardStart(NamedTuple):
 
     @property
     def n_bytes(self) -> int:
-        """Return the record's bytes in memory."""
+        """Estimate the bytes of the rows in memory."""
         return ROW_BYTES * len(self.rows or ())
 
 

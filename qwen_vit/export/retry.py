@@ -1,4 +1,4 @@
-"""Find shards to write again, because a temporary cause such as an outage made images fail."""
+"""Find shards with failures that may be temporary, and remove the shards of a failing run."""
 
 from collections.abc import Sequence
 from types import TracebackType

@@ -1,4 +1,4 @@
-"""Find, count and remove the segments of an export's unfinished shards.
+"""Find and remove the segments of an export's shards, and count the images that a folder keeps.
 
 The writer saves a segment at an interrupt and, if `shard_seconds` is set, also every
 `shard_seconds` seconds. The finished shard contains the rows of all its segments, and replaces

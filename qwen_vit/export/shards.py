@@ -81,7 +81,7 @@ def export_shards(
     clock: StageTimer | None = None,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[DoneShard]:
-    """Write shards in order, and yield each one after it is saved.
+    """Yield shards in order, and first write those that are missing, damaged or to be retried.
 
     >>> for done in export_shards(encoder, plan, plan.shards):
     ...     print(done.shard, len(done.rows))  # doctest: +SKIP
@@ -262,8 +262,8 @@ def _jobs(
 def _load(
     item: Item, place: int, line: int, loader: ImageLoader, under_way: UnderWay
 ) -> ImageRecord:
-    """Return an image with its patches or its error. `line` is its line in the export's
-    listings."""
+    """Return an image with its patches, its decoded pixels for a GPU, or its error. `line` is its
+    line in the export's listings."""
     image = ImageRecord(item, place)
     try:
         image.stage = "read" if item.error is None else "list"

@@ -44,7 +44,7 @@ ASKED_AT_A_TIME = 16  # requests at a time
 
 
 class StoreFolder(ExportFolder):
-    """Write an export to a prefix in object storage, through a scratch folder on each machine.
+    """Access an export below a prefix in object storage, through a scratch folder on each machine.
 
     Conditional writes, if the store supports them, resolve conflicts between machines. A new shard
     then never replaces another process's shard. Settings and a manifest replace only the version

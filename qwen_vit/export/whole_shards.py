@@ -1,4 +1,4 @@
-"""Recognise finished shards and saved segments, and read a shard's rows for the manifest."""
+"""Recognise finished shards and saved segments, read manifest rows, and upload unsent shards."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +69,8 @@ def segments_to_keep(
 
 
 def publish_unsent(plan: ExportPlan, shard: int) -> None:
-    """Upload a shard that an earlier run made on this machine but could not upload."""
+    """For a store, upload a shard that an earlier run left in `scratch`. Only remove the file if it
+    is damaged or belongs to another export."""
     path = plan.folder.scratch / shard_name(shard)
     if path == plan.path(shard) or not path.exists():
         return

@@ -96,7 +96,7 @@ def find_lookalike(data: bytes) -> Lookalike | None:
 
 
 def _as_text(data: bytes) -> str:
-    """Return the start of UTF-8 or UTF-16 text without leading white space, or an empty text."""
+    """Return the start of UTF-8 or UTF-16 text without outer white space, or an empty text."""
     is_wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
         text = data[: len(data) & ~1].decode("utf-16") if is_wide else data.decode("utf-8-sig")

@@ -55,7 +55,7 @@ def patches_on_gpu(
 
 
 class _Sized(Protocol):
-    """Define the sizes of a picture, each a width and height in pixels."""
+    """Define the sizes of a picture, (width, height) in pixels, and the axes to resize."""
 
     @property
     def size(self) -> tuple[int, int]: ...

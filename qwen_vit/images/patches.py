@@ -204,7 +204,7 @@ def smart_resize(
 
 
 def target_size(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> tuple[int, int]:
-    """Return the height and width that an RGB image will have.
+    """Return the height and width that an RGB image will have after resizing.
 
     >>> target_size(Image.new("RGB", (200, 100)), ImageConfig.from_json({}))
     (112, 196)

@@ -1,4 +1,4 @@
-"""Hand a decoded RGB picture to the GPU, which resizes it and cuts it into patches.
+"""Hold a decoded RGB picture for the GPU, which resizes it and cuts it into patches.
 
 Pillow stores 4 bytes per pixel: red, green, blue and one unused byte. Its Arrow interface gives the
 address of these bytes. `np.asarray` would copy the bytes through Python objects, which is slower.

@@ -1,4 +1,4 @@
-"""Define the order in which each version of Pillow resizes the axes with its bicubic filter.
+"""Define the order in which each known version of Pillow resizes the axes with its bicubic filter.
 
 Each pass rounds to uint8, so the bits depend on the order. A GPU uses the order of the installed
 Pillow. The code supports only versions whose source we read and whose results we compared.

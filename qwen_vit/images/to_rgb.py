@@ -83,7 +83,7 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def tiff_orientation(image: Image.Image) -> int | None:
-    """Return a TIFF's orientation before decoding, because decoding applies and drops the tag."""
+    """Return the orientation that decoding will apply to a TIFF and then drop, or None."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile) or not image.tile:
         return None
     orientation = image.tag_v2.get(ORIENTATION_TAG)
@@ -135,7 +135,7 @@ def _to_eight_bit_rgb(image: Image.Image, name: str, deep: bool, notes: list[str
 
 
 def _from_sixteen_bit(image: Image.Image, notes: list[str]) -> Image.Image:
-    """Keep the high byte of 16-bit grey, as Pillow does for 16-bit colour."""
+    """Convert deep grey to RGB by its highest 8 bits, as Pillow does for 16-bit colour."""
     notes.append("16-bit scaled to 8")
     clear = image.info.get("transparency")
     if isinstance(clear, int):

@@ -23,7 +23,7 @@ PNG_ADAM7 = (
 
 
 def ends_early(data: bytes, file_format: str) -> bool:
-    """Return whether the headers declare more bytes than the file has."""
+    """Return whether the headers are incomplete, or declare more bytes than the file has."""
     try:
         return promised_bytes(data, file_format) > len(data)
     except struct.error:  # the header itself is incomplete

@@ -152,7 +152,8 @@ def no_image_found(inputs: Sequence[str], left_out: Counter[str]) -> ExportError
 
 
 def _check_alone(inputs: Sequence[str], columns: ParquetColumns | None) -> None:
-    """Reject an input of an unsupported kind, unless a shell's `*` may have added it."""
+    """Reject Parquet files without a column if there is no other input, and a single input of an
+    unsupported kind, such as .csv."""
     if columns is None and all(given.lower().endswith(PARQUET_SUFFIX) for given in inputs):
         for path in (path for given in inputs for path in [given, *glob.iglob(given)]):
             if os.path.isfile(path):
@@ -305,7 +306,7 @@ def _matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
 
 
 def _plain_matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
-    """Yield the paths of a pattern without `**`."""
+    """Yield the paths of a pattern without `**`, and collect unreadable folders."""
     above, last = os.path.split(pattern)
     while last or glob.has_magic(above):
         if glob.has_magic(last):  # glob searches the folders above it
@@ -384,7 +385,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _identity(folder: str) -> tuple[int, int] | None:
-    """Return a value that a folder and every link to it share, or None for an unreadable folder."""
+    """Return a value that a folder and every link to it share, or None if `stat` fails."""
     try:
         status = os.stat(folder)
     except OSError:

@@ -1,4 +1,4 @@
-"""List the images to export in one order. Each image has an id and a source.
+"""Define the items of a listing, each with an id and a source, and freeze listings in files.
 
 A listing has one JSON object per line: `{"id": ..., "source": ...}`. An export stores its listing
 in its folder, and does not change it afterwards. An image inside a tar also has `offset` and `size`

@@ -55,7 +55,8 @@ def _count(item: Item, limits: ImageLimits) -> int:
 
 
 def _has_one_page(item: Item) -> bool:
-    """Return whether a file's format has no pages, so that the listing need not read the file."""
+    """Return whether the listing need not read a file, because its format has no pages or it is not
+    a regular file."""
     is_on_disk = not (is_remote(item.source) or is_https(item.source))
     if is_on_disk and not os.path.isfile(item.source):  # opening a FIFO would block
         return True

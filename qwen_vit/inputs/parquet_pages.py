@@ -104,7 +104,7 @@ class _Chunk:
         self._header: PageHeader | None = None  # of the page whose content is held
 
     def follow(self, at: int, data: bytes) -> None:
-        """Check the page headers in the bytes at this position of the file."""
+        """Check page headers, and pages with a delta encoding, in the bytes at this position."""
         if at == self._start:  # pyarrow reads the column, or reads it again
             self._begin(at)
         end = at + len(data)

@@ -1,4 +1,4 @@
-"""Derive a file's kind from its name."""
+"""List the video extensions, return a file's extension, and count skipped files by extension."""
 
 import os
 from collections import Counter

@@ -89,7 +89,7 @@ def read_url(url: str, name: str, limits: ImageLimits) -> bytes:
 
 @contextmanager
 def _faults_as_timeouts() -> Iterator[None]:
-    """Give transient network errors a number that says so. Python gives several of them none."""
+    """Raise transient network errors as TimeoutError with ETIMEDOUT, because some have no errno."""
     try:
         yield
     except http.client.IncompleteRead as error:

@@ -1,4 +1,4 @@
-"""Convert dense features to colours by three principal components, for one or more images."""
+"""Convert dense features to colours by up to three principal components, or to similarities."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -33,7 +33,7 @@ class DenseFeatures(Protocol):
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:
-        """Return the number of frames, rows and columns of the grid of patches."""
+        """Return the number of time steps, rows and columns of the grid of patches."""
 
     @property
     def size_px(self) -> tuple[int, int]:

@@ -1,1 +1,1 @@
-"""Load any kind of video, sample frames, and cut frame pairs into patches."""
+"""Load any kind of video, sample frames, and cut pairs into patches or keep frames for a GPU."""

@@ -39,7 +39,7 @@ def is_animation_format(head: bytes) -> bool:
 
 
 def is_animated(data: bytes, limits: ImageLimits) -> bool:
-    """Return whether the bytes are a GIF, WebP or PNG of several frames, and not damaged."""
+    """Return whether Pillow opens the bytes as a GIF, WebP or PNG of several frames."""
     kind = _format_of(data[:12])
     if kind is None:
         return False
@@ -56,7 +56,8 @@ def _format_of(head: bytes) -> str | None:
 
 
 class AnimationFrames:
-    """Read the frames of an animated image, with the interface of `reader.FileFrames`.
+    """Read the frames of an animated image, with the interface of `reader.FileFrames`
+    except `close`.
 
     Raises ImageError for a still image, a damaged file, or an animation that exceeds `limits`.
     """

@@ -165,7 +165,7 @@ def too_many_frames(count: int, name: str, limits: VideoLimits) -> ImageError:
 
 
 def _matroska_end(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> int:
-    """Return the segment's end from its header, or 0 for an open-ended segment, as in a live
+    """Return the segment's end from its header, or 0 if the header gives none, as in a live
     recording."""
     file.seek(4)
     header = _ebml_number(file)

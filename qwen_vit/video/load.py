@@ -1,4 +1,4 @@
-"""Turn any kind of video into patches of the sampled frames, with two frames in each row.
+"""Turn any kind of video into patches of pairs of sampled frames, or into frames for a GPU.
 
 The loader resizes frames while it decodes, so memory holds only sampled frames.
 """
@@ -51,7 +51,7 @@ class VideoTiming:
 
 @dataclass(frozen=True, slots=True)
 class LoadedVideo:
-    """Hold a video's patches, the frames' original (height, width) and times, and notes.
+    """Hold a video's patches or decoded frames, the frames' original size and times, and notes.
 
     For a piece, `decoded` and `patches` are the piece's own. The other fields describe the whole
     video.
@@ -107,7 +107,7 @@ def load_pieces(
     keep: dict[int, NDArray[np.uint8]] | None = None,
     on_gpu: bool = False,
 ) -> Generator[LoadedVideo, None, None]:
-    """Yield a video's patches in pieces of whole time steps, after decoding a piece's frames.
+    """Yield a video in pieces of whole time steps, each as patches or as decoded frames.
 
     A piece has at most `most` patches if one time step fits. The pieces equal those of
     `Patches.split_steps`. Frames that a caller passes are one piece. Without `most`, every video is

@@ -16,8 +16,8 @@ POLL_S = 0.1  # seconds between checks whether the caller has cancelled
 
 
 class PieceMemory:
-    """Count the decoded bytes of all videos that wait for the encoder, and wake decoding threads
-    when they may continue."""
+    """Hold the number of decoded bytes of all videos that wait for the encoder, and the condition
+    that decoding threads wait for."""
 
     def __init__(self) -> None:
         self.n_bytes = 0
@@ -110,7 +110,8 @@ class PieceStream:
         self._changed.notify_all()
 
     def _wait_for_room(self, is_closed: Callable[[], bool]) -> bool:
-        """Wait until the thread may decode another piece; return False after `cancel`."""
+        """Wait until the thread may decode another piece. Return False after `cancel`, or if
+        `is_closed` returns True."""
         with self._changed:
             while not (self._has_room() or self._is_cancelled or is_closed()):
                 self._changed.wait(POLL_S)
