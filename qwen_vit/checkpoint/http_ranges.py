@@ -31,8 +31,9 @@ def open_http_range(
 
     With the `version` of an earlier response, the function rejects a response of another version.
 
-    Raises RangesRefusedError or TransferError. Raises HubError if the server has another version,
-    and the client's own error for a response that a retry would not change.
+    Raises RangesRefusedError if the server does not send exactly the requested range. Raises
+    TransferError for a broken connection, and for a status that a retry may change. Raises HubError
+    if the server has another version, and the client's own error for other statuses.
     """
     from huggingface_hub import get_session
     from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT

@@ -1,8 +1,8 @@
 """Find a checkpoint in the package, in a local folder, or in a repository on the Hugging Face Hub.
 
 From a repository, this module fetches the config files and the vision tensors. It reads shards that
-are in the Hub's cache, and byte ranges of the others. From a server without ranges, it fetches
-whole shards. Every download is stored by commit, so a later load of this commit needs no network.
+are in the Hub's cache, and byte ranges of the others. If the server refuses ranges or transfers
+keep breaking, it fetches whole shards. Every download is stored by commit, so a later load of this commit needs no network.
 """
 
 import logging
@@ -87,8 +87,10 @@ def find_checkpoint(
 
     The function downloads the config files and the vision tensors once. `revision`, `token`,
     `cache_dir` and `local_files_only` have the same meaning as in huggingface_hub. `download`
-    describes `subfolder`. Raises HubError or CheckpointError. Raises ArgumentError for a `revision`
-    or `subfolder` that is invalid or does not apply.
+    describes `subfolder`. Raises HubError if the Hub and its cache cannot provide a file. Raises
+    CheckpointError for a path that is no folder, and for a repository with a damaged or unsupported
+    checkpoint. Raises ArgumentError for an empty `revision`, an invalid `subfolder`, and for either
+    if it does not apply.
     """
     return download(
         model,

@@ -91,7 +91,8 @@ class Checkpoint:
                 selects transformers' defaults.
 
         Raises CheckpointError as load_checkpoint does. Raises ArgumentError for an argument that is
-        not a mapping, and for a value that is not a tensor in memory.
+        neither a config nor a mapping whose keys are strings. Also raises ArgumentError for a
+        vision weight that is not a dense tensor with values.
         """
         if not isinstance(config, VisionConfig):
             config = VisionConfig.from_json(_check_mapping(config, "config"), source="config")

@@ -92,7 +92,8 @@ class Pace:
         self._name, self._bytes, self._begin = name, 0, time.monotonic()
 
     def count(self, n_bytes: int) -> None:
-        """Count the received bytes. Raises TooSlowError after 30 s at a low speed."""
+        """Count the received bytes. Raises TooSlowError if more than 30 s have passed with fewer
+        than 1,000 bytes a second on average."""
         self._bytes += n_bytes
         seconds = time.monotonic() - self._begin
         if seconds > PATIENCE_S and self._bytes < seconds * MIN_BYTES_A_SECOND:
@@ -187,7 +188,8 @@ def split_piece(piece: Piece) -> Iterator[Piece]:
 def _fetch_piece(
     piece: Piece, open_range: Opener, write: Callable[[bytes, int], None], stop: threading.Event
 ) -> int:
-    """Fetch a piece, and resume after each interruption. Return the file's size."""
+    """Fetch a piece, and return the file's size. Resume after an interruption, but raise
+    TransferError after six attempts in a row without bytes, or three slow attempts."""
     position, end, failures, file_bytes = piece.start, piece.end, 0, 0
     slow = 0  # attempts
     while position < end and not stop.is_set():

@@ -79,7 +79,8 @@ class Repository:
         self._found_address: bool | None = None
 
     def is_offline(self) -> bool:
-        """Return whether the network is down, or disabled by the caller or by HF_HUB_OFFLINE."""
+        """Return whether the caller or HF_HUB_OFFLINE disables the network, or the Hub's name does
+        not resolve."""
         from huggingface_hub import is_offline_mode
 
         return self.local_files_only or is_offline_mode() or not self._has_address()
@@ -111,7 +112,8 @@ class Repository:
     def file(self, name: str) -> Path | None:
         """Return a small file from the cache or the network, or None if no such file exists.
 
-        Raises NotCachedError if neither shows whether the file exists.
+        Raises NotCachedError if neither shows whether the file exists. Raises HubError if the Hub
+        lists the file but returns 404, or if the file arrives damaged twice.
         """
         known = self._look_up(name)
         # the cache also records which files a repository lacks
@@ -284,8 +286,8 @@ class Repository:
         return path
 
     def _download_file(self, name: str, revision: str | None) -> tuple[Path, int]:
-        """Download a file, and return its path and size. Retry while another process recreates the
-        cache's link."""
+        """Download a file, and return its path and size. Retry a FileNotFoundError four times,
+        because another process may recreate the cache's link."""
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 

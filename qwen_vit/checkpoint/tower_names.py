@@ -175,8 +175,8 @@ def check_tower(
 
 
 def check_tensor(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError unless `shapes` contains this tensor's name and shape, and its type is
-    float32, bfloat16 or float16.
+    """Raise CheckpointError unless `shapes` contains this tensor's name and shape, or it is a q, k
+    or v of such a tensor. Its type must be float32, bfloat16 or float16.
 
     >>> shapes = {"merger.ln_q.weight": (1280,)}
     >>> check_tensor("merger.ln_q.weight", torch.ones(80), shapes)

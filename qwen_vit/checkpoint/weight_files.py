@@ -206,8 +206,8 @@ def _adapter_base(path: Path | None) -> str:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Return the shard of each tensor. Raises CheckpointError unless every shard is a plain file
-    name."""
+    """Return the shard of each tensor. Raises CheckpointError unless the index is readable, and
+    maps each tensor to the plain name of a safetensors file."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(

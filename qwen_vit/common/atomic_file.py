@@ -114,7 +114,7 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
 
 
 def check_utf8(path: Path) -> None:
-    """Raise ExportError for a path that safetensors cannot open."""
+    """Raise ExportError for a path that is not UTF-8, which safetensors cannot open."""
     try:
         str(path).encode()
     except UnicodeEncodeError:

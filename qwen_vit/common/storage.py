@@ -77,7 +77,8 @@ def is_remote(path: str) -> bool:
 
 
 def find_object(address: str) -> RemoteObject | None:
-    """Return the object of this address, or None for a folder. Raises OSError if neither exists."""
+    """Return the object of this address, or None for a folder. Raises OSError if neither exists, or
+    if the store reports an error."""
     files, path = files_of(address)
     with os_errors():
         info = _info(files, path)

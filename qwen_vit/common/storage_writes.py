@@ -57,7 +57,7 @@ def put_bytes(address: str, data: bytes, *, replaces: str | None = None) -> str 
     """Write a new small object, or replace the version `replaces`. Return the object's version.
 
     Without `replaces`, raises FileExistsError if the object exists. Otherwise raises
-    FileExistsError if the object has another version. The same error can mean that this call wrote
+    FileExistsError if S3, GCS or Azure finds another version. The same error can mean that this call wrote
     the object, and that the response was lost before a retry. Raises OSError for other errors.
     """
     files, place = files_of(address)
@@ -145,7 +145,10 @@ def _unmet_conditions() -> Iterator[None]:
 
 
 def _with_condition(put: Callable[[], Value]) -> Value:
-    """Run a conditional write. If the condition fails, raise FileExistsError."""
+    """Run a conditional write. If the condition fails, raise FileExistsError.
+
+    After a conflict with a request in progress, the function tries three more times.
+    """
     pauses_s = iter(RIVAL_PAUSES_S)
     while True:
         try:

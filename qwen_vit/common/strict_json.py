@@ -24,7 +24,8 @@ MAX_JSON_BYTES = 64 * 2**20  # the index of the largest published model is under
 
 
 def read_json(path: AnyPath) -> dict[str, Any]:
-    """Read a small JSON file with one object. Raises CheckpointError with the path."""
+    """Read a small JSON file with one object. Raises CheckpointError with the path if the file is
+    missing, unreadable or larger than 64 MiB, or has other content."""
     try:
         if not _is_file(path):
             raise CheckpointError(

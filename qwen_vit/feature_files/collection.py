@@ -52,8 +52,9 @@ class Features(ABC):
     def locate(self, key: int | str) -> Any:
         """Return an image's place, without reading rows.
 
-        Raises KeyError for an id without features, and IndexError for a position that does not
-        exist. Raises ExportError if the image's shard is missing or damaged.
+        Raises KeyError for an id without features, IndexError for a position that does not exist,
+        and TypeError for another key. Raises ExportError if the image's shard is missing, cannot be
+        read, is damaged or belongs to another export.
         """
 
     @abstractmethod
@@ -153,7 +154,7 @@ class Features(ABC):
         sizes are missing values. The column embeds contains float32 arrays: (D,) for output="mean",
         else (n, D). Each column layer_K contains float32 arrays (n_patches, C). The whole table is
         in memory. Failed images have no row. `errors` of the file or folder lists them. Raises
-        ArgumentError if pandas is not installed.
+        ArgumentError if pandas cannot be imported.
         """
         return tables.to_pandas(self)
 
@@ -165,8 +166,8 @@ class Features(ABC):
 
         Arrays become lists, or lists of lists. If an id is not Unicode, the method escapes its
         invalid bytes, and the column id_bytes contains the original id. Raises ArgumentError if
-        pyarrow is not installed. Raises ExportError if there is no image, if `path` exists with
-        `overwrite=False`, or if `path` cannot be written.
+        pyarrow cannot be imported. Raises ExportError if there is no image, if `path` exists with
+        `overwrite=False`, or if `path` is a symbolic link, is not UTF-8 or cannot be written.
         """
         return tables.write_parquet(self, path, overwrite=overwrite)
 
@@ -178,7 +179,7 @@ class Features(ABC):
         (3584,)
 
         datasets writes the table of the same files to its cache only once, and maps it into memory.
-        Raises ArgumentError if datasets is not installed. Raises ExportError if there is no image.
+        Raises ArgumentError if datasets cannot be imported. Raises ExportError if there is no image.
         """
         return tables.to_datasets(self, cache_dir=cache_dir)
 

@@ -45,7 +45,7 @@ def describe_features(path: str | Path) -> dict[str, Any]:
     For an unfinished export, `images_saved` counts the images saved in unfinished shards. `rows`
     and `bytes` include these images.
 
-    Raises ExportError if the path contains no features or a damaged file.
+    Raises ExportError as `load_features` does, also for a damaged shard.
     """
     features = load_features(path)
     n_images = len(features)  # also reports a damaged shard as an ExportError

@@ -41,8 +41,8 @@ class FeatureFile(Features):
     >>> features["cats/one.jpg"].embeds.shape, features[0].grid_thw  # doctest: +SKIP
     (torch.Size([256, 3584]), (1, 32, 32))
 
-    `load_features` opens a feature file. Raises ExportError with the remedy if the file is damaged
-    or not a feature file.
+    `load_features` opens a feature file. Raises ExportError if the file cannot be read, is damaged,
+    is not a feature file or has another schema.
 
     Attributes:
         path: the file.
@@ -194,6 +194,7 @@ def file_content(path: AnyPath) -> tuple[str, int, Any]:
 def open_shard(path: AnyPath, *, verify: bool = False) -> FeatureFile:
     """Open one shard of an export.
 
-    Raises ExportError for a damaged shard. The remedy is to run the export's command again.
+    Raises ExportError as `FeatureFile` does. For a damaged shard, the remedy is to run the export's
+    command again.
     """
     return FeatureFile(path, RESUME, verify=verify)

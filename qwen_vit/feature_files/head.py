@@ -27,7 +27,8 @@ def cannot_read(path: AnyPath, error: OSError) -> ExportError:
 def open_tensors(path: AnyPath, remedy: str) -> tuple[dict[str, Any], Any]:
     """Return a file's metadata, and an object that reads its tensors.
 
-    Raises ExportError with the remedy if the file is damaged or not a feature file.
+    Raises ExportError with the remedy if the file is damaged or not a feature file. Also raises
+    ExportError if the file cannot be read or has another schema.
     """
     try:
         remote = RangedTensors(path) if isinstance(path, StorePath) else None

@@ -51,7 +51,8 @@ def listing_name(number: int) -> str:
 def listings_of(description: Mapping[str, Any], path: AnyPath) -> list[ListingFacts]:
     """Return the listings that an export's description in `path` names, in order.
 
-    Raises ExportError with the file's name if the listings are inconsistent.
+    Raises ExportError with the file's name if `more_listings` is not a list of objects, each with
+    n_images and listing_sha256.
     """
     found, first = list[ListingFacts](), 0
     for number, entry in enumerate(_entries(description, path)):

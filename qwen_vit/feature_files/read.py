@@ -48,8 +48,9 @@ class FeatureFolder(Features):
     opens shards on demand, and keeps at most 64 open. It lists the folder once, at opening. If a
     shard does not exist at that time, the object omits it, and `is_complete` is False.
 
-    `load_features` opens an export folder. Raises ExportError if the folder is damaged or has
-    another schema.
+    `load_features` opens an export folder. Raises ExportError if the folder cannot be read, if
+    `export.json` or a listing is missing or damaged, or if the schema is another one. A damaged
+    shard raises ExportError at its first use.
 
     Attributes:
         path: the folder.
@@ -165,7 +166,8 @@ class FeatureFolder(Features):
     def open_shard(self, index: int) -> FeatureFile:
         """Return a shard's file.
 
-        Raises ExportError if the shard is missing or damaged, or belongs to another export.
+        Raises ExportError if the shard is missing, unreadable or damaged, or belongs to another
+        export.
         """
         return self._open(index)
 
@@ -239,14 +241,16 @@ def load_features(
     qwen_vit.errors.ExportError: no-such-file.safetensors: does not exist. Expected a feature \
 file of `qwen-vit encode` or a folder of `qwen-vit export`. Check the path.
 
-    With `verify`, each read of an image's rows compares them with the recorded sha256, and raises
-    ExportError if a bit differs. `qwen-vit verify` checks every image of a file or export.
+    With `verify`, each read of an image's rows compares them with the recorded sha256. It raises
+    ExportError if a bit differs, or if the file is of schema 1 without digests. `qwen-vit verify` checks every image of a file or export.
 
     The folder `cache_dir` caches all bytes from an address, so that later reads of the same bytes
     send no request. The environment variable QWEN_VIT_STORE_CACHE sets the default.
 
-    Raises ExportError with the file's name if the file is missing or damaged, or has another
-    schema. Raises ArgumentError if `path` is not a path.
+    Raises ExportError if the file or folder is missing, cannot be read, is damaged, contains no
+    features or has another schema. A folder's damaged shard raises ExportError at its first use.
+    Also raises ExportError if the package for an address is not installed. Raises ArgumentError if
+    `path` is not a path.
     """
     if not isinstance(path, (str, os.PathLike, StorePath)):
         raise ArgumentError(

@@ -172,7 +172,8 @@ def parse_metadata(
 ) -> dict[str, Any]:
     """Return the metadata of a feature file with these `tensors`.
 
-    Raises ExportError if the text is not JSON, has another schema or does not fit the tensors.
+    Raises ExportError if the text is not a JSON object, has another schema, has no valid ids,
+    output, normalize or layers, or does not fit the tensors.
     """
     try:
         metadata = parse_json(text.encode(), source=str(path))
@@ -214,7 +215,7 @@ class RowFacts(NamedTuple):
 def parse_row_facts(metadata: Mapping[str, Any], path: AnyPath, remedy: str) -> RowFacts:
     """Return the description of the rows of a file of either schema.
 
-    Raises ExportError with the remedy if the metadata does not describe the rows.
+    Raises ExportError with the remedy if output, normalize or layers has an invalid value.
     """
     per_row = metadata.get("patches_per_row")
     of_schema_1 = "mean" if per_row is None else "patch" if per_row == 1 else "merged"
@@ -234,7 +235,8 @@ def parse_row_facts(metadata: Mapping[str, Any], path: AnyPath, remedy: str) -> 
 
 
 def parse_errors(value: Any, path: AnyPath, remedy: str) -> Sequence[FailedImage]:
-    """Return a shard's failed images. For any other value, raise ExportError with the remedy."""
+    """Return a shard's failed images, or none for None. For any other value, raise ExportError with
+    the remedy."""
     value = [] if value is None else value
     names = {"id", "stage", "code", "message"}
     is_right = isinstance(value, list) and all(
@@ -304,7 +306,7 @@ def _is_right(facts: StoredFacts) -> bool:
 def read_description(path: AnyPath) -> dict[str, Any]:
     """Return an export's settings from its `export.json`.
 
-    Raises ExportError with the file's name if the file is missing, corrupt or has another schema.
+    Raises ExportError if the file is missing, unreadable or corrupt, or has another schema.
     """
     if not path.is_file():
         raise ExportError(
@@ -325,7 +327,8 @@ def read_description(path: AnyPath) -> dict[str, Any]:
 def read_listing(path: AnyPath, n_images: int) -> list[str]:
     """Return the ids of the images in one listing of an export, in order.
 
-    Raises ExportError if the file cannot be read, or does not have `n_images` different ids.
+    Raises ExportError if the file cannot be read, if a line is not an object with an id, or if the
+    file does not have `n_images` different ids.
     """
     ids: list[str] = []
     lines: list[bytes] = []

@@ -60,7 +60,8 @@ def open_segments(
 ) -> list[Segment]:  # fmt: skip
     """Return the consecutive segments from the shard's first image on.
 
-    The function stops before a segment that is damaged or has other settings, and logs the reason.
+    The function stops before a segment that is damaged, or has other settings or images, and logs
+    the reason.
 
     Args:
         path_of: a function that returns a segment's path from its name. None means that a store

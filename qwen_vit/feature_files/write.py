@@ -59,10 +59,12 @@ def write_features(
     (1, 22, 32)
 
     `metadata` is the result of `VisionEncoder.metadata()`. The bytes depend only on the arguments.
-    Raises ExportError for an existing file with `overwrite=False`, and for a folder that cannot be
-    written. Also raises ExportError for two images with one id, for rows with NaN or infinity, for
-    rows of several kinds, and if there are no images. Raises ArgumentError if `features` or
-    `metadata` has another type.
+    Raises ExportError for an existing file with `overwrite=False`, for a symbolic link, for a path
+    that is not UTF-8, and for a file that cannot be written. Also raises ExportError if no image
+    succeeded, and for two images with one id. The rows must be finite floating-point tensors
+    (n, width) that fit their grids. All images must have the same kind of rows, widths and layers.
+    `metadata` must be JSON values, and the file's header at most 100 MB. Raises ArgumentError if
+    `features` or `metadata` has another type.
     """
     path = Path(path)
     check_utf8(path)

@@ -71,7 +71,8 @@ class FeatureWriter:
     if the header is larger. Each layer grows in its own hidden file, which `save` copies behind the
     embeddings. The file's bytes depend on `head_bytes`. The file gets its name only when it is
     complete. Without `save`, the writer discards the file when the block ends. Raises ExportError
-    if the file cannot be written.
+    if the file cannot be written, if rows have another shape than the items and `tensors` imply, or
+    if the metadata cannot be written as JSON or exceeds the header's limit.
     """
 
     def __init__(self, path: Path, tensors: Sequence[RowTensor], head_bytes: int) -> None:

@@ -45,7 +45,8 @@ class EngineTower(nn.Module):
         quantization: "fp8" or None, as in `VisionEncoder.from_pretrained`.
 
     Raises:
-        ArgumentError: The tower does not support the dtype, such as float16, or the quantization.
+        ArgumentError: The dtype is neither bfloat16 nor float32, or the device's kernels do not
+            support the quantization with this dtype.
         CheckpointError: The device's kernels do not support the tower's sizes.
     """
 
@@ -96,7 +97,8 @@ class EngineTower(nn.Module):
             The names of this module's parameters that the call wrote.
 
         Raises:
-            CheckpointError: A tensor is quantised or damaged, or belongs to a different tower.
+            CheckpointError: A tensor has a name, shape or type that this tower lacks, contains NaN
+                or infinity, or overflows the tower's type.
         """
         return {f"tower.{name}" for name in self._updates.load(weights)}
 
@@ -142,8 +144,10 @@ class EngineTower(nn.Module):
             (M, out_hidden_size) in the engine's dtype: each item's merged tokens, row-major.
 
         Raises:
-            ImageError: Rows and grids do not match (codes `patches`, `grid`).
-            CheckpointError: The engine has loaded only a part of an update's weights.
+            ImageError: The rows do not have the type and shape that the grids imply (code
+                `patches`), or a grid is invalid (code `grid`).
+            CheckpointError: The engine has loaded some but not all of the tensors from which one
+                parameter is computed.
         """
         if missing := self._updates.missing:
             raise CheckpointError(

@@ -70,8 +70,11 @@ def to_hf(
             argument. The result then has Omni's key for the seconds, `video_second_per_grid`.
 
     Raises:
-        ArgumentError: transformers is missing or too old, the tokens do not fit the features, there
-            are no features, a video is among the images, or a video has no seconds.
+        ArgumentError: transformers is missing or too old. There are no features, or an item is not
+            features or has an invalid grid. The grid of ImageFeatures in `features` has several
+            time steps. `second_per_grid_ts` does not give one number above 0 for each video.
+            `input_ids` is not a tensor (batch, sequence), or its runs of placeholder tokens do not
+            have the lengths of the items.
         ExportError: The features are not finite merged tokens of one width and dtype, or an image
             failed.
     """
@@ -134,7 +137,8 @@ def expand_placeholders(
         video_grids: the videos' grids, in the same format.
 
     Raises:
-        ArgumentError: The counts differ, or a grid is invalid.
+        ArgumentError: The text does not have one placeholder for each grid. Or a grid is not three
+            whole numbers above 0, with height and width divisible by `merge_size`.
     """
     for kind, pad, of_kind in (("image", IMAGE_PAD, grids), ("video", VIDEO_PAD, video_grids)):
         counts = [count_tokens(whole_numbers(grid), merge_size) for grid in of_kind]
@@ -183,7 +187,7 @@ def as_hf_tower(encoder: "VisionEncoder") -> nn.Module:
     - `load_state_dict` loads all or some weights, and rebuilds the encoder if a weight changes.
     - `to`, `cuda`, `cpu`, `float` and `bfloat16` rebuild the encoder for the new device or dtype.
       On a CPU the tower computes in float32 instead of bfloat16, and logs a warning. It rejects
-      float16.
+      every other dtype, such as float16.
     - `train` and `eval` do not change the results. In training, the module warns once that the
       tower is frozen. It rejects `requires_grad_()` and pixel rows that need gradients. PEFT cannot
       add adapters to the module.
@@ -192,7 +196,7 @@ def as_hf_tower(encoder: "VisionEncoder") -> nn.Module:
       because transformers does not read it.
 
     The module needs transformers 5.18 or newer. Raises ArgumentError if transformers is missing or
-    too old, or if `encoder` is not a VisionEncoder.
+    too old, or if `encoder` has no `encode_patches`.
     """
     if not callable(getattr(encoder, "encode_patches", None)):
         raise ArgumentError(

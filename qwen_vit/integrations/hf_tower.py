@@ -156,7 +156,8 @@ class HFTower(_Frozen):
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **options: Any) -> Any:
         """Encode pixel rows (N, 1176) with grids (images, 3) into merged rows, as `pooler_output`.
 
-        Raises ArgumentError for rows that need gradients, and the errors of `encode_patches`.
+        Raises ArgumentError for rows that require gradients while gradients are enabled, and the
+        errors of `encode_patches`.
         """
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 

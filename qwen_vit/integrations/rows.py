@@ -191,7 +191,8 @@ def count_tokens(grid: tuple[int, ...], merge_size: int) -> int:
     >>> count_tokens((1, 4, 6), merge_size=2)
     6
 
-    Raises ArgumentError for a grid that does not divide into whole merged cells.
+    Raises ArgumentError unless the grid has three numbers above 0, with height and width divisible
+    by `merge_size`.
     """
     is_whole = len(grid) == 3 and min(grid) > 0 and not any(n % merge_size for n in grid[1:])
     if not is_whole:

@@ -78,7 +78,7 @@ def write_ec_cache(
     distributed/ec_transfer/ec_connector/example_connector.py.
 
     Args:
-        features: features of images. The function checks all features before it writes.
+        features: as in `to_vllm`. The function checks all features before it writes.
         folder: a new or empty folder, or a folder that this function wrote with the same settings.
         metadata: `encoder.metadata()`, or the `metadata` of `load_features(...)`.
         videos: as in `to_vllm`.
@@ -89,10 +89,11 @@ def write_ec_cache(
         The entries for a request: images, then videos, in order.
 
     Raises:
-        ExportError: The features are not finite merged tokens of one width and dtype, an image
-            failed, the folder has other files or settings, or a file cannot be written.
-        ArgumentError: There are no features, `metadata` lacks a digest, a video is among the
-            images, or a video has no seconds.
+        ExportError: The features are not finite merged tokens of one width and of one dtype
+            (bfloat16, float16 or float32), or an image failed. The folder has files but no
+            `qwen_vit.json`, has damaged or other settings, or a file cannot be written.
+        ArgumentError: `metadata` lacks a digest, or `to_vllm` raises ArgumentError for the same
+            features.
     """
     folder = Path(folder)
     check_utf8(folder)
@@ -124,7 +125,8 @@ class EncoderCache(Mapping[str, CachedFeatures]):
     """Map image ids to the entries of an encoder cache, and check each entry on access.
 
     `read_ec_cache` opens a cache. `cache[id]` raises KeyError for an unknown id. It raises
-    ExportError if the entry's file is missing or damaged, because such an entry would stop vLLM.
+    ExportError if the entry's file is missing or unreadable, or if its header is damaged or
+    contradicts the grid or width. Such an entry would stop vLLM.
 
     Attributes:
         folder: the cache's folder.
@@ -186,11 +188,11 @@ def read_ec_cache(
     Args:
         folder: the cache.
         metadata: the metadata of the encoder whose model the engine serves. The function rejects a
-            cache of a different model.
+            cache of a different model or of different image settings. None disables the check.
 
     Raises:
-        ExportError: The folder is not an encoder cache, is damaged, or belongs to a different
-            model.
+        ExportError: The folder has no `qwen_vit.json`, its settings or its index are damaged or
+            unreadable, or its digests differ from those in `metadata`.
     """
     folder = Path(folder)
     settings = _read_settings(folder)
@@ -252,8 +254,8 @@ def _uuid(settings: Mapping[str, Any], rows: Tensor, grid: Sequence[int]) -> str
 def _names(folder: Path) -> list[str]:
     """Return the names in the folder, and create the folder if it does not exist.
 
-    Raises ExportError if the system cannot create the folder, or if the folder contains other
-    files.
+    Raises ExportError if the system cannot create or list the folder, or if the folder contains
+    files but no `qwen_vit.json`.
     """
     try:
         if not folder.absolute().parent.is_dir():
@@ -326,7 +328,7 @@ def _check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, 
 
 
 def _write_entry(folder: Path, rows: Tensor) -> None:
-    """Write one entry. If its file exists, keep it, because the entry's name identifies the
+    """Write one entry. Keep a file of the right size, because the entry's name identifies the
     content."""
     path, data = folder / ENTRY, _bytes_of(rows)
     info = TensorInfo(STORED_AS[rows.dtype], tuple(rows.shape), 0, data.nbytes)

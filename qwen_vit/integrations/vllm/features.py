@@ -47,10 +47,11 @@ def to_vllm(
             would stop vLLM's engine. None disables the check.
 
     Raises:
-        ExportError: The features are not finite merged tokens of one width and dtype, or an image
-            failed.
-        ArgumentError: There are no features, a video is among the images, or a video has no
-            seconds.
+        ExportError: The features are not finite merged tokens of one dtype and one width, the
+            width is not `width`, or an image failed.
+        ArgumentError: There are no features, or an item is not features or has an invalid grid. The
+            grid of ImageFeatures in `features` has several time steps. `second_per_grid_ts` does
+            not give one number above 0 for each video.
     """
     found, of_videos, seconds = split_videos(features, videos, second_per_grid_ts)
     pictures, clips = check_modalities(found, of_videos, seconds, width)
