@@ -32,8 +32,8 @@ USE_CPU = with_options("use {}", ("device", "cpu"))
 def choose_device(device: str | torch.device) -> torch.device:
     """Return the device with this name, with an index for a GPU. "auto" prefers a GPU.
 
-    Raises ArgumentError for an invalid name, and for a device that is missing or that the kernels do
-    not support.
+    Raises ArgumentError for an invalid name, and for a device that is missing or that the kernels
+    do not support.
     """
     if device == "auto":
         if not torch.cuda.is_available():

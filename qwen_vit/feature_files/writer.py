@@ -71,8 +71,9 @@ class FeatureWriter:
     if the header is larger. Each layer grows in its own hidden file, which `save` copies behind the
     embeddings. The file's bytes depend on `head_bytes`. The file gets its name only when it is
     complete. Without `save`, the writer discards the file when the block ends. Raises ExportError
-    if the file cannot be written, if rows have another shape than the items and `tensors` imply, or
-    if the metadata cannot be written as JSON or exceeds the header's limit.
+    if the file cannot be written, or if rows do not have the shape that the items and `tensors`
+    imply. `save` also raises ExportError if the metadata are not JSON values, or if the header
+    would exceed 100 MB.
     """
 
     def __init__(self, path: Path, tensors: Sequence[RowTensor], head_bytes: int) -> None:
