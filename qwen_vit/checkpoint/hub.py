@@ -1,8 +1,8 @@
 """Find a checkpoint in the package, in a local folder, or in a repository on the Hugging Face Hub.
 
 From a repository, this module fetches the config files and the vision tensors. It reads shards that
-are in the Hub's cache, and byte ranges of the others. If the server refuses ranges or transfers
-keep breaking, it fetches whole shards. Every download is stored by commit, so a later load of this commit needs no network.
+are in the Hub's cache, and byte ranges of the others. If ranges are refused or keep breaking, it
+fetches whole shards. Downloads are stored by commit, so a later load of it needs no network.
 """
 
 import logging

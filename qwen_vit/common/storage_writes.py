@@ -57,8 +57,9 @@ def put_bytes(address: str, data: bytes, *, replaces: str | None = None) -> str 
     """Write a new small object, or replace the version `replaces`. Return the object's version.
 
     Without `replaces`, raises FileExistsError if the object exists. Otherwise raises
-    FileExistsError if S3, GCS or Azure finds another version. The same error can mean that this call wrote
-    the object, and that the response was lost before a retry. Raises OSError for other errors.
+    FileExistsError if S3, GCS or Azure finds another version. The same error can mean that this
+    call wrote the object, and that the response was lost before a retry. Raises OSError for other
+    errors.
     """
     files, place = files_of(address)
     _with_condition(lambda: _put(files, place, data, replaces))

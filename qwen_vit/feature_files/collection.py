@@ -179,7 +179,7 @@ class Features(ABC):
         (3584,)
 
         datasets writes the table of the same files to its cache only once, and maps it into memory.
-        Raises ArgumentError if datasets cannot be imported. Raises ExportError if there is no image.
+        Raises ArgumentError if datasets cannot be imported, and ExportError if there is no image.
         """
         return tables.to_datasets(self, cache_dir=cache_dir)
 

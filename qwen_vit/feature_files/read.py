@@ -242,7 +242,8 @@ def load_features(
 file of `qwen-vit encode` or a folder of `qwen-vit export`. Check the path.
 
     With `verify`, each read of an image's rows compares them with the recorded sha256. It raises
-    ExportError if a bit differs, or if the file is of schema 1 without digests. `qwen-vit verify` checks every image of a file or export.
+    ExportError if a bit differs, or if the file has no digests, as in schema 1. `qwen-vit verify`
+    checks every image of a file or export.
 
     The folder `cache_dir` caches all bytes from an address, so that later reads of the same bytes
     send no request. The environment variable QWEN_VIT_STORE_CACHE sets the default.
