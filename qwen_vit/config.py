@@ -275,8 +275,8 @@ class ImageConfig:
         >>> ImageConfig.from_json({}).bounded(None, 50_176).max_pixels
         50176
 
-        Raises ArgumentError for limits that no size can meet, and for other values than integers
-        from 1 to 2**31.
+        Raises ArgumentError if `max_pixels` is below `min_pixels` or below the pixels of one merged
+        token, and for other values than integers from 1 to 2**31.
         """
         try:
             return replace(

@@ -239,8 +239,8 @@ class VisionEncoder(LoadedTower):
             images: one image, or an iterable of images. A 4D array or tensor is a stack of images.
                 A `Video`, a path such as clip.mp4, and the bytes of a video file give
                 VideoFeatures. Do not change a PIL image in another thread during the call.
-            on_error: "raise" raises the first image's error. "skip" returns a FailedImage instead,
-                and continues with the other images.
+            on_error: "raise" raises the error of the first failed image. "skip" returns a
+                FailedImage instead, and continues with the other images.
             output: "merged" returns the language model's input. "patch" returns un-merged rows.
                 "mean" returns one vector per image, which is the float32 mean of the merged rows.
             normalize: True divides each mean by its Euclidean length. This option needs
@@ -270,8 +270,8 @@ class VisionEncoder(LoadedTower):
             without one.
 
         Raises:
-            ImageError: `encode` cannot read or encode an image.
-            ArgumentError: An option is invalid.
+            ImageError: `encode` cannot read or encode an image, and `on_error` is "raise".
+            ArgumentError: `images` is neither an image nor an iterable, or an option is invalid.
         """
         results = list(
             self._stream(
@@ -389,8 +389,8 @@ class VisionEncoder(LoadedTower):
             2, w / 2, D). With output="mean" a video has one row.
 
         Raises:
-            ImageError: `encode_video` cannot read a video. Video files need the extra `video`.
-            ArgumentError: An option is invalid.
+            ImageError: As `encode`. Video files need the extra `video`.
+            ArgumentError: `videos` is neither a video nor an iterable, or an option is invalid.
         """
         chosen = VideoOptions(
             fps=fps, n_frames=n_frames, start=start, end=end, max_frames=max_frames,

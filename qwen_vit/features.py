@@ -137,8 +137,10 @@ class ImageFeatures:
             A picture that a notebook shows. `show_features` draws several images together.
 
         Raises:
-            ArgumentError: The extra `show` is not installed, or the arguments do not fit.
-            ImageError: qwen_vit cannot read the image.
+            ArgumentError: matplotlib (the extra `show`) is missing, the rows are not cells, or the layer
+                does not exist. The point is outside the image, the image's size is unknown, or
+                `picture` does not fit the features.
+            ImageError: qwen_vit cannot read `picture`.
         """
         from qwen_vit.show.sheets import show_features
 

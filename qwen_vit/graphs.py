@@ -97,7 +97,8 @@ class GraphRunner:
             return larger if self._rows_saved[own] <= CAPTURE_COST_ROWS else own
 
     def run(self, patches: Tensor, layout: Layout) -> Tensor | None:
-        """Return the merged tokens (M, O) of `patches`, or None if no graph fits or memory is full.
+        """Return the merged tokens (M, O) of `patches`, or None if no graph fits or memory is too
+        small for the input buffer of the graphs.
 
         `layout` is on the host, padded to `graph_bucket(patches)` rows. A replay does not wait for
         the GPU. The first call with that many rows captures the graph.

@@ -75,7 +75,8 @@ def _frame(h: int, w: int, merge: int, window_units: int) -> _Frame:
 def check_grids(grids: Iterable[Grid], config: VisionConfig, image: str = "") -> None:
     """Reject a grid that no image can have. Errors name `image`, if given.
 
-    Raises ImageError (code `grid`) if a side is not positive or not a multiple of the merge size.
+    Raises ImageError (code `grid`) if a number is below 1, or if the height or width is not a
+    multiple of the merge size.
     """
     merge = config.spatial_merge_size
     for index, grid in enumerate(grids):
@@ -159,8 +160,9 @@ class Layout:
     ) -> "Layout":
         """Lay out images in order, with padding up to `n_rows` rows.
 
-        Raises ImageError with code `grid` for a grid that no image can have, and with code
-        `too-many-patches` for more patches than `n_rows` or int32 allows.
+        Raises ImageError with code `grid` as `check_grids` does. Raises ImageError with code
+        `too-many-patches` for more patches than `n_rows` or int32 allows, and for padding that is
+        not a whole number of merged tokens.
         """
         check_grids(grids, config)
         merge, unit = config.spatial_merge_size, config.merge_unit

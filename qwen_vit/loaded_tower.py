@@ -124,8 +124,9 @@ class LoadedTower:
             The merged tokens (M, out_hidden_size), image after image, each image row-major.
 
         Raises:
-            ImageError: Rows and grids do not match (codes `patches`, `grid`), or there are too many
-                patches (code `too-many-patches`). The method raises this error before it runs a
+            ImageError: The rows do not have the type and shape that the grids imply (code
+                `patches`), or a grid is invalid (code `grid`). Also for more patches than int32 can
+                count (code `too-many-patches`). The method raises this error before it runs a
                 kernel.
         """
         grids = as_grids(grid_thw)

@@ -33,7 +33,8 @@ class OutputOptions:
 
     @classmethod
     def checked(cls, output: Any, normalize: Any, layers: Any, depth: int) -> Self:
-        """Check options for a tower of `depth` blocks, and return them. Raises ArgumentError."""
+        """Check options for a tower of `depth` blocks, and return them. Raises ArgumentError for an
+        invalid option."""
         check_choice("output", output, get_args(FeatureOutput))
         check_normalize(output, normalize)
         return cls(output, normalize, check_layers(layers, depth))
@@ -84,7 +85,7 @@ class OutputOptions:
 
 
 def check_normalize(output: str, normalize: object) -> None:
-    """Raise ArgumentError if `normalize` does not fit `output`."""
+    """Raise ArgumentError unless `normalize` is False, or True for output="mean"."""
     if not isinstance(normalize, bool):
         raise ArgumentError(f"normalize is {normalize!r}", expected="True or False")
     if normalize and output != "mean":
@@ -95,12 +96,13 @@ def check_normalize(output: str, normalize: object) -> None:
 
 
 def check_layers(layers: Iterable[Any], depth: int | None = None) -> tuple[int, ...]:
-    """Return blocks in ascending order. Raises ArgumentError for repeated or nonexistent blocks.
+    """Return blocks in ascending order.
 
     >>> check_layers([31, 7], depth=32)
     (7, 31)
 
-    Without `depth`, any block number >= 0 is valid.
+    Without `depth`, any block number >= 0 is valid. Raises ArgumentError for a text, for a value
+    that is not iterable, and for repeated or nonexistent blocks.
     """
     last = "" if depth is None else f" to {depth - 1}"
     expected = f"blocks from 0{last}, each once"

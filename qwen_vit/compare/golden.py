@@ -196,8 +196,8 @@ def load_golden(path: Path) -> Golden:
     qwen_vit.errors.ComparisonError: no-such-file.safetensors: not a file. Expected a golden file \
 written by `qwen-vit compare --save-golden`.
 
-    Raises ComparisonError with the file's name if the file is missing, incomplete or edited, or has
-    a different schema.
+    Raises ComparisonError with the file's name if the file is missing, unreadable, incomplete or
+    edited, is not a golden file, or has a different schema.
     """
     name = str(path)
     try:

@@ -187,7 +187,8 @@ def hf_tower(
 
     The function casts only the parameters to `dtype`, because a cast of the whole module would
     change the rotary frequencies, which stay in float32. Raises ArgumentError if transformers is
-    missing or rejects the attention implementation, and for FlashAttention in float32.
+    missing, is too old, cannot be imported or rejects the attention implementation, and for
+    FlashAttention in float32.
     """
     check_transformers()
     if "flash" in attention and dtype == torch.float32:

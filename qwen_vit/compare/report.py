@@ -77,9 +77,10 @@ class Section:
 
 
 def check_report(folder: Path, *, overwrite: bool) -> None:
-    """Raise ArgumentError if the extra `show` is missing.
+    """Raise ArgumentError if matplotlib or Jinja2 is missing.
 
-    Raises ExportError if the folder is not writable, or contains a report and `overwrite` is False.
+    Raises ExportError if the folder is a file, cannot be created or is not writable, or contains
+    index.html and `overwrite` is False.
     """
     check_packages("--report", "jinja2", "matplotlib")
     try:

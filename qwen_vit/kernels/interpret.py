@@ -26,8 +26,8 @@ def interpreted(kernel: JITFunction) -> Callable[..., None]:
     """Return a launcher `run(grid, *args, lanes, **constants)` of the kernel's source.
 
     The grid has one axis. `lanes` programs run at once. The launcher raises NotImplementedError if
-    they take different branches. It also interprets the helpers that the kernel calls by a global
-    name.
+    they take different branches, and for a reduction other than a sum or a maximum. It also
+    interprets the helpers that the kernel calls by a global name.
     """
 
     @torch.no_grad()

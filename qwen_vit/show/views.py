@@ -116,10 +116,10 @@ def view_features(
         window: the side of an attention window, in patches.
 
     Raises:
-        ArgumentError: There are no features, the layer or the frame does not exist, or widths
-            differ. Also for a point outside its image or in an image of unknown size, and for an
-            image that does not fit its features.
-        ImageError: qwen_vit cannot read an image.
+        ArgumentError: There are no features, the rows are not cells, the layer or the frame does
+            not exist, or widths differ. Also for a point outside its image or in an image of
+            unknown size, and for an image of `pictures` that does not fit its features.
+        ImageError: qwen_vit cannot read an image of `pictures`.
     """
     features = list(features)
     if not features:
