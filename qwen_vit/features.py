@@ -137,9 +137,9 @@ class ImageFeatures:
             A picture that a notebook shows. `show_features` draws several images together.
 
         Raises:
-            ArgumentError: matplotlib (the extra `show`) is missing, the rows are not cells, or the layer
-                does not exist. The point is outside the image, the image's size is unknown, or
-                `picture` does not fit the features.
+            ArgumentError: matplotlib (the extra `show`) is missing, the rows are not cells, or the
+                layer does not exist. The point is outside the image, the image's size is unknown,
+                or `picture` does not fit the features.
             ImageError: qwen_vit cannot read `picture`.
         """
         from qwen_vit.show.sheets import show_features
