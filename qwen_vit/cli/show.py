@@ -92,8 +92,12 @@ def show(
     qwen-vit show cat.jpg dog.jpg --model Qwen/Qwen2.5-VL-7B-Instruct --point 120,80
     qwen-vit show features.safetensors --images photos/ --out pictures
 
-    INPUTS are images, one feature file, or one export folder. Images may have any form that
-    `qwen-vit encode` accepts, except Parquet files and https:// addresses. A feature map shows
+    INPUTS are images and videos, one feature file, or one export folder. Images and videos may have
+    any form that `qwen-vit encode` accepts, except Parquet files and https:// addresses. For a
+    video, `show` draws the features of the first two sampled frames, without the frames themselves.
+    The command skips and reports images that it cannot encode, and then exits with 1.
+
+    A feature map shows
     three principal components as colours. `show` fits them to all images together, so the same
     colour means similar features.
 
@@ -107,13 +111,17 @@ def show(
         from qwen_vit.show.views import view_features
     check_packages("qwen-vit show", "jinja2", "matplotlib")
     check_target(out, overwrite)
-    check_paths(inputs)
+    check_paths(inputs, must_exist=True)
     if any(map(holds_features, inputs)):
         _check_stored(inputs, model)
         given = read_stored(inputs[0], ids, limit, pictures)
     else:
         if model is None:
-            raise ArgumentError("--model is missing", remedy="pass --model to encode images")
+            raise ArgumentError(
+                "--model is missing",
+                expected="--model for images, or one feature file or export folder",
+                remedy="pass --model to encode images",
+            )
         if pictures or ids:
             raise ArgumentError(
                 "--images and --id work only for stored features",
@@ -129,8 +137,9 @@ def show(
             remedy="fix the causes, which the command prints without -q",
         )
     views = view_features(
-        given.features, given.pictures, point=point, layer=layer, window=given.window
-    )
+        given.features, given.pictures, point=point, layer=layer, window=given.window,
+        on_error="skip",
+    )  # fmt: skip
     command = shlex.join(["qwen-vit", *sys.argv[1:]])
     files, report = write(out, views, given, command, layer)
     if as_json:

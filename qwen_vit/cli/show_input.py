@@ -1,7 +1,7 @@
 """Encode images or read stored features for `show`."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,11 @@ from qwen_vit.checkpoint.published import PACKAGED
 from qwen_vit.cli.console import print_log
 from qwen_vit.cli.images import encode_one_by_one, list_images, load_encoder
 from qwen_vit.config import VisionConfig
-from qwen_vit.errors import ArgumentError, display_name, plural
+from qwen_vit.errors import ArgumentError, ImageError, display_name, plural
 from qwen_vit.feature_files.collection import Features
-from qwen_vit.feature_files.read import load_features
+from qwen_vit.feature_files.file import FeatureFile
+from qwen_vit.feature_files.read import FeatureFolder, load_features
+from qwen_vit.feature_files.schema import RESUME
 from qwen_vit.features import FailedImage, ImageFeatures
 from qwen_vit.images.image import ImageLimits, ImageSource
 from qwen_vit.inputs.find import find_items
@@ -71,7 +73,7 @@ def encode_images(
     config: VisionConfig = encoder.config
     return ShowInput(
         features,
-        {item.id: _picture(item) for item in chosen if item.id in good},
+        _pictures({item.id: item for item in chosen if item.id in good}),
         encoder.source.name,
         repr(encoder).removeprefix("VisionEncoder(").removesuffix(")").replace("'", ""),
         config.window_units * config.spatial_merge_size,
@@ -95,7 +97,7 @@ def read_stored(path: str, ids: Sequence[str], limit: int, images: Sequence[str]
         ) from None
     features = list(chosen)
     if not features:
-        raise ArgumentError("contains no features", name=path, remedy="pass another file or folder")
+        raise _no_features(stored, path)
     pictures = _find_pictures([each.id for each in features], images) if images else {}
     metadata = stored.metadata
     return ShowInput(
@@ -103,6 +105,16 @@ def read_stored(path: str, ids: Sequence[str], limit: int, images: Sequence[str]
         f"{metadata.get('model')}, {metadata.get('dtype')}, from {display_name(path)}",
         total=len(ids) or len(stored),
     )  # fmt: skip
+
+
+def _no_features(stored: FeatureFile | FeatureFolder, path: str) -> ArgumentError:
+    fact, remedy = "contains no features", "pass another file or folder"
+    if isinstance(stored, FeatureFolder) and not stored.is_complete:
+        fact, remedy = "its finished shards contain no features", RESUME
+    elif isinstance(stored, FeatureFolder) and stored.errors:
+        fact += f", because {plural(len(stored.errors), 'image')} failed"
+        remedy = "fix the causes, and export again with --retry-failed"
+    return ArgumentError(fact, name=path, remedy=remedy)
 
 
 def _find_pictures(ids: Sequence[str], images: Sequence[str]) -> dict[str, ImageSource]:
@@ -131,7 +143,13 @@ def _find_pictures(ids: Sequence[str], images: Sequence[str]) -> dict[str, Image
             f"found no file for {plural(len(missing), 'image')}, first {display_name(missing[0])}: "
             "--images contains no file, or several files, with this name"
         )
-    return {name: _picture(item) for name, item in good.items()}
+    videos = [name for name, item in good.items() if item.is_video]
+    if videos:
+        print_log(
+            f"drew {plural(len(videos), 'video')} without frames, first "
+            f"{display_name(videos[0])}: --images adds only images"
+        )
+    return _pictures(good)
 
 
 def _common_length(left: Sequence[str], right: Sequence[str]) -> int:
@@ -146,5 +164,15 @@ def _parts(name: str) -> list[str]:
     return list(reversed(Path(name).parts))
 
 
-def _picture(item: Item) -> ImageSource:
-    return item.source if item.offset is None else read_item(item, ImageLimits())
+def _pictures(items: Mapping[str, Item]) -> dict[str, ImageSource]:
+    """Return the path or the bytes of each image. Omit videos, and report unreadable tar
+    members."""
+    found: dict[str, ImageSource] = {}
+    for name, item in items.items():
+        if item.is_video:
+            continue
+        try:
+            found[name] = item.source if item.offset is None else read_item(item, ImageLimits())
+        except ImageError as error:
+            print_log(f"drew the features without their image: {error.text(in_shell=True)}")
+    return found

@@ -90,6 +90,11 @@ def _text(views: FeatureViews, given: ShowInput, command: str, layer: int | None
             f"The weights of {given.model} are random: they were never trained. These maps show "
             "colour and texture, not meaning."
         )
+    if any(view.n_frames > 1 for view in views.views):
+        notices.append(
+            "For a video, the pictures show the features of its first two sampled frames, without "
+            "the frames themselves."
+        )
     view = views.views[0]
     px = given.patch_px * view.w // view.colours.shape[1]
     what, whats = "merged token", "merged tokens"
@@ -138,6 +143,7 @@ def _report(
                 "id": view.id,
                 "size_px": None if view.size_px == UNKNOWN_SIZE else view.size_px,
                 "grid_hw": (view.h, view.w),
+                "frame_pairs": view.n_frames,
                 "cells_hw": view.colours.shape[:2],
                 "windows": view.n_windows(views.window),
                 "has_picture": view.picture is not None,

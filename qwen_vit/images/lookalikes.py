@@ -33,6 +33,11 @@ OTHERS = (
     (rb"\x28\xb5\x2f\xfd", "a Zstandard archive", "unpack it first"),
     (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first"),
     (rb"rar!\x1a\x07", "a RAR archive", "unpack it first"),
+    (
+        rb"....ftyp(?!avi[fs]|hei|hev|mif|msf)|....(?:moov|mdat)|\x1a\x45\xdf\xa3|riff....avi ",
+        "a video",
+        "give the file a video's extension, such as .mp4",
+    ),
     (rb"id3[\x02-\x04]|\xff\xfb|riff....wave|flac[\x00\x80]", "an audio file", "omit the file"),
 )
 

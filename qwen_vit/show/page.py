@@ -134,8 +134,8 @@ def _image(
 
 
 def _facts(view: FeatureView, cell_px: int) -> str:
-    """Return the image's size and its cells, for example "512 x 512 pixels, resized to 504 x 504:
-    18 x 18 cells"."""
+    """Return the image's size, its cells and a video's frames, for example "512 x 512 pixels,
+    resized to 504 x 504: 18 x 18 cells"."""
     rows, columns = view.colours.shape[:2]
     resized_px = rows * cell_px, columns * cell_px
     size = "{1} x {0} pixels".format(*view.size_px)
@@ -143,7 +143,8 @@ def _facts(view: FeatureView, cell_px: int) -> str:
         size = "resized to {1} x {0} pixels".format(*resized_px)
     elif view.size_px != resized_px:
         size += ", resized to {1} x {0}".format(*resized_px)
-    return f"{size}: {columns} x {rows} cells"
+    of_video = f", pair {view.frame + 1} of {view.n_frames:,} pairs of frames"
+    return f"{size}: {columns} x {rows} cells" + of_video * (view.n_frames > 1)
 
 
 def _panel(layout: StripLayout, draw: Any, title: str) -> dict[str, Any]:

@@ -1,16 +1,17 @@
 """Prepare each image's pixels, features as colours, and similarities to one cell for drawing."""
 
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwen_vit.errors import ArgumentError, ImageError, with_options
+from qwen_vit.errors import ArgumentError, ImageError, QwenVitError, with_options
 from qwen_vit.images.image import ImageSource, RgbImage
 from qwen_vit.images.load import load_image
 from qwen_vit.show.colours import PrincipalColours, similarity_map
@@ -21,6 +22,9 @@ WINDOW_PATCHES = 8  # patches: 112 px in every published checkpoint
 MAX_SIDE_PX = 1_600  # pixels of a drawn image; a panel has 720
 UNKNOWN_SIZE = (0, 0)
 
+logger = logging.getLogger("qwen_vit")
+
+OnError = Literal["raise", "skip"]
 Point = tuple[float, float]
 
 
@@ -61,6 +65,8 @@ class FeatureView:
         picture: (height, width, 3) uint8 over the same area, or None.
         similarity: (rows, columns) cosine similarities to the chosen cell, or None.
         mark: the chosen cell's centre as (x, y) in patches, only in the image of that cell.
+        frame: the index of the drawn pair of frames.
+        n_frames: the number of pairs of frames: 1 for an image.
     """
 
     id: str
@@ -71,6 +77,8 @@ class FeatureView:
     picture: NDArray[np.uint8] | None = None
     similarity: NDArray[np.float32] | None = None
     mark: tuple[float, float] | None = None
+    frame: int = 0
+    n_frames: int = 1
 
     def n_windows(self, window: int) -> int:
         """Return the number of attention windows, including windows that an edge cuts."""
@@ -102,6 +110,7 @@ def view_features(
     layer: int | None = None,
     frame: int = 0,
     window: int = WINDOW_PATCHES,
+    on_error: OnError = "raise",
 ) -> FeatureViews:
     """Fit components to all features together, and compute similarities to a cell, for drawing.
 
@@ -114,6 +123,8 @@ def view_features(
         layer: a block of `features.layers` to draw instead of the embeddings.
         frame: the index of a video's pair of frames.
         window: the side of an attention window, in patches.
+        on_error: "skip" draws features without their image if the image in `pictures` is unreadable
+            or does not fit, and logs a warning.
 
     Raises:
         ArgumentError: There are no features, the rows are not cells, the layer or the frame does
@@ -132,7 +143,7 @@ def view_features(
             expected="features of one encoder and one output",
             remedy="show these images one by one",
         )
-    found = [_picture_of(each, pictures or {}) for each in features]
+    found = [_picture_of(each, pictures or {}, on_error) for each in features]
     colours = PrincipalColours.fit(maps)
     similarities: list[NDArray[np.float32] | None] = [None] * len(maps)
     mark = span = None
@@ -149,7 +160,7 @@ def view_features(
             each.id, *each.grid_thw[1:],
             each.size_px if picture is None else (picture.height, picture.width),
             colours.paint(cells), None if picture is None else _drawable(picture, each.grid_thw),
-            similarity, mark if index == 0 else None,
+            similarity, mark if index == 0 else None, frame, each.grid_thw[0],
         )
         for index, (each, cells, picture, similarity) in enumerate(
             zip(features, maps, found, similarities, strict=True)
@@ -178,19 +189,17 @@ def _map_of(features: DenseFeatures, layer: int | None, frame: int) -> Tensor:
     return frames[frame]
 
 
-def _picture_of(features: DenseFeatures, pictures: Mapping[str, ImageSource]) -> RgbImage | None:
+def _picture_of(
+    features: DenseFeatures, pictures: Mapping[str, ImageSource], on_error: OnError
+) -> RgbImage | None:
     if features.id in pictures:
-        picture = load_image(pictures[features.id], name=features.id)
-        if not _fits(picture, features):
-            height, width = features.size_px
-            known = "an image of another shape" if (height, width) == UNKNOWN_SIZE else ""
-            raise ArgumentError(
-                f"the image is {picture.width} x {picture.height}, but the features come from "
-                f"{known or f'{width} x {height} pixels'}",
-                name=features.id,
-                remedy="pass the encoded image",
-            )
-        return picture
+        try:
+            return _given_picture(features, pictures[features.id])
+        except QwenVitError as error:
+            if on_error == "raise":
+                raise
+            logger.warning("drew the features without their image: %s", error)
+            return None
     if not os.path.isfile(features.id):
         return None
     try:
@@ -198,6 +207,20 @@ def _picture_of(features: DenseFeatures, pictures: Mapping[str, ImageSource]) ->
     except ImageError:
         return None
     return picture if _fits(picture, features) else None
+
+
+def _given_picture(features: DenseFeatures, source: ImageSource) -> RgbImage:
+    picture = load_image(source, name=features.id)
+    if not _fits(picture, features):
+        height, width = features.size_px
+        known = "an image of another shape" if (height, width) == UNKNOWN_SIZE else ""
+        raise ArgumentError(
+            f"the image is {picture.width} x {picture.height}, but the features come from "
+            f"{known or f'{width} x {height} pixels'}",
+            name=features.id,
+            remedy="pass the encoded image",
+        )
+    return picture
 
 
 def _fits(picture: RgbImage, features: DenseFeatures) -> bool:

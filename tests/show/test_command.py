@@ -201,9 +201,9 @@ def test_odd_names_are_text_on_the_page_and_no_paths(undrawn: None, folder: Path
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("p",), "--model is missing. Pass --model to encode images."),
+        (("p",), "--model for images, or one feature file or export folder. Pass --model to"),
         (("p", *TINY, "--id", "a.png"), "--images and --id work only for stored features"),
-        (("f.safetensors", "--model", "tiny"), "--model works only for images. Omit --model"),
+        (("s3://f", "--model", "tiny"), "s3://f: --model works only for images. Omit --model"),
         (("f.safetensors", "p"), "`show` accepts no other input beside stored features"),
         (("f.safetensors",), "f.safetensors: does not exist"),
         (("p", *TINY, "--out", "a.jpeg"), "Expected .html for a page, .png for a picture, or"),
