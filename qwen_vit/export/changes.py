@@ -87,8 +87,9 @@ class InputChanges:
     def changed(self, folder: ExportFolder, listings: Listings, limits: ImageLimits) -> list[Item]:
         """Return the images whose content changed after they were exported.
 
-        The method reads an image only if its file is newer than the listing. A shard has no digest
-        of a failed image, so the method returns a failed image if its newer file is readable.
+        The method reads an image only if its file is not older than the listing and its shard is
+        intact. A shard has no digest of a failed image, so the method returns a failed image if
+        such a file is readable now.
         """
         listed_ns = [os.stat(listing.path).st_mtime_ns for listing in listings.all]
         times: dict[str, int] = {}
@@ -142,7 +143,7 @@ def _digest(item: Item, limits: ImageLimits) -> str:
 
 
 def open_if_whole(folder: ExportFolder, shard: int) -> FeatureFile | None:
-    """Return a shard, or None if its file is missing or damaged. The export then writes it again.
+    """Return a shard, or None if its file is missing or cannot be opened as a shard.
 
     >>> open_if_whole(as_folder("no-such-folder"), 0) is None  # doctest: +SKIP
     True

@@ -22,7 +22,7 @@ class CircuitBreaker:
     >>> breaker.failed
     0
 
-    A limit of 0 never stops the export. To stop the export, the methods raise ExportError.
+    A limit of 0 never stops the export. To stop the export, the methods raise TrippedError.
     """
 
     limit: int

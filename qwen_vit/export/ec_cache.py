@@ -24,8 +24,8 @@ class CacheWriter:
     lists the shard's entries. The name of that list follows from the export's settings and the
     shard's number.
 
-    Raises ExportError if the folder cannot be written, contains other files or belongs to another
-    model. Raises ArgumentError if no language model accepts the export's rows.
+    Raises ArgumentError unless the export's output is "merged". Raises ExportError as
+    `check_ec_folder` does, for example if the folder has other files or entries of another model.
     """
 
     def __init__(self, plan: ExportPlan, folder: str | os.PathLike[str]) -> None:

@@ -109,8 +109,7 @@ def estimate_export(
     >>> estimate_export(encoder, ["tests/photographs/rocket.jpg"]).rows
     345
 
-    Raises ExportError or ArgumentError if an export would reject the inputs, the options or the
-    folder.
+    Raises the errors of `plan_dry_run`, and ArgumentError as `RowFormat.of` does.
     """
     options = options or ExportOptions()
     where = None if folder is None else as_folder(folder)
@@ -171,7 +170,7 @@ def target_size(height: int, width: int, config: ImageConfig, name: str) -> tupl
     >>> target_size(100, 200, ImageConfig.from_json({}), "a.jpg")
     (112, 196)
 
-    Raises ImageError if there is no such size, for example for a ratio above 200.
+    Raises ImageError as `smart_resize` does, for example for a ratio above 200.
     """
     return smart_resize(
         height,

@@ -95,8 +95,9 @@ class ExportFolder(ABC):
 
     @abstractmethod
     def check(self, settings: str, leftover: Pattern[str], *, make: bool) -> None:
-        """Raise ExportError if the folder contains files but no export, or if a folder on a disk
-        cannot be created or written.
+        """Raise ExportError if the folder contains other files but no export, or is a file. Raise
+        it for a folder on a disk whose path is not UTF-8, whose parent is missing, or that cannot
+        be written. Raise it for a store that cannot be read or does not support exports.
 
         With `make`, create a folder on a disk, or the scratch folder of a store.
         """

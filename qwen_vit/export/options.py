@@ -59,7 +59,8 @@ class ExportOptions:
             image. With "all", the export opens every image before it writes the listing.
 
     Raises:
-        ArgumentError: A value is invalid.
+        ArgumentError: A value has another type, is unknown or is out of range. `normalize` is set
+            without output="mean", `id_column` without `column`, or a layer repeats.
     """
 
     output: FeatureOutput = "merged"

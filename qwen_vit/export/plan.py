@@ -142,8 +142,9 @@ def open_export(
     >>> with open_export(encoder, ["photos"], Path("out"), ExportOptions()) as plan:
     ...     print(plan.n_images)  # doctest: +SKIP
 
-    Raises ExportError if no image is found, if another process writes to the folder, or if it
-    contains other files or another export. For another export, the error names the differences.
+    Raises ExportError as `find_items`, `ExportFolder.check`, `StoredExport.check` and `read_stored`
+    do, if no image is found, if two share an id, and if a header might be too large. Also raises it
+    if another process locks the folder. Raises ArgumentError unless `inputs` is a list of paths.
     With inputs of None, the export continues with its own listing, and logs changes of its inputs.
     """
     paths, folder = None if inputs is None else _paths(inputs), as_folder(folder)
@@ -168,7 +169,7 @@ def open_export(
 
 
 def check_folder(folder: PathOrAddress, *, make: bool = True) -> None:
-    """Raise ExportError if the folder is neither empty nor an export. With `make`, create it."""
+    """Raise ExportError as `ExportFolder.check` does. With `make`, create the folder."""
     as_folder(folder).check(SETTINGS, LEFTOVER, make=make)
 
 
@@ -339,8 +340,7 @@ def plan_dry_run(
 ) -> Iterator[ExportPlan]:  # fmt: skip
     """Yield the plan of an export, for an estimate. Remove the plan's files when the block ends.
 
-    The function raises the errors of `open_export` for the inputs, and for the folder unless
-    `folder` is None.
+    Raises the errors of `open_export`, except those of the lock, and of the folder if it is None.
     """
     paths = None if inputs is None else _paths(inputs)
     if folder is not None:

@@ -70,8 +70,8 @@ def export_on_ray(
     >>> export_on_ray("tiny", ["tests/photographs"], "features").exported  # doctest: +SKIP
     3
 
-    Images, checkpoint and `folder` must have the same paths on every node. An interrupt raises
-    KeyboardInterrupt. With on_error="raise", a failed image raises ImageError.
+    Images, checkpoint and `folder` must have the same paths on every node. The function also raises
+    the errors of `export_features` and `VisionEncoder.from_pretrained`.
 
     Args:
         model: as in `VisionEncoder.from_pretrained`, which also receives `loading`.
@@ -86,8 +86,8 @@ def export_on_ray(
         device: "auto", "cuda" or "cpu". "auto" selects the GPUs if the cluster has any.
 
     Raises:
-        ExportError: Ray is not installed, the cluster does not answer, or see `export_features`.
-        ArgumentError: An argument is invalid, or the cluster has no GPU for "cuda".
+        ExportError: Ray is not installed, no cluster answers, or workers die or differ in versions.
+        ArgumentError: `device` is unknown, or the cluster has no GPU for "cuda".
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ArgumentError(f"device is {device!r}", expected="'auto', 'cuda' or 'cpu' with Ray")

@@ -39,7 +39,8 @@ def read_start_options(folder: AnyPath) -> StartOptions:
     >>> encoder = load_encoder(start.model, start.options, **start.loading)  # doctest: +SKIP
     >>> export_features(encoder, None, "features", start.options)  # doctest: +SKIP
 
-    Raises ExportError if the folder contains no export, or if its settings cannot be read.
+    Raises ExportError if the folder contains no export, or if its settings are unreadable,
+    incomplete or invalid.
     """
     check_is_export(folder)
     try:

@@ -26,9 +26,9 @@ def may_work_now(plan: ExportPlan, shard: int, rows: Sequence[ManifestRow]) -> b
     """Return whether an image of a finished shard is readable now, after a possibly temporary
     error.
 
-    The function reads the images that were missing, unreadable or too large for the memory of the
-    host or the GPU. A child process also decodes the images that were too large for the host. If
-    one of them succeeds, the export writes its shard again.
+    The function reads the images whose error code is in TRANSIENT, until one succeeds. For code
+    "memory", a child process also decodes the image. If one succeeds, the export writes its shard
+    again.
     """
     current = plan.listing.current  # a later listing may have retried an image
     failed = [

@@ -79,10 +79,12 @@ def export_features(
         KeyboardInterrupt: An interrupt ended the export, which saved the encoded images for the
             next run.
         ExportError: The folder contains other files or another export, another process writes to
-            it, or a file cannot be written. An input cannot be listed, no image is found, or too
-            many consecutive images failed.
+            it, or a file cannot be read or written. An input cannot be listed, no image is found,
+            two images share an id, or `max_failures` consecutive images failed.
         ImageError: An image failed, with on_error="raise".
-        ArgumentError: An argument is invalid.
+        ArgumentError: `encoder` or `options` has another type, `inputs` is no list of paths or is
+            empty, or `decode_threads` is not from 1 to 1,000. The encoder lacks a layer of
+            `options.layers`, or `ec_cache` is given without output="merged".
     """
     if not hasattr(encoder, "image_config"):
         raise ArgumentError(
@@ -151,8 +153,8 @@ def make_manifest(plan: ExportPlan) -> AnyPath:
 
     The manifest contains the current row of each image.
 
-    Raises ExportError if a shard of this part was complete and can no longer be read, or if the
-    manifest cannot be written.
+    Raises ExportError if a shard of this part is missing or damaged, or if a shard of any part
+    belongs to another export. Also raises it as `short_lock` and `write_manifest` do.
     """
 
     def shards() -> Iterator[list[ManifestRow]]:

@@ -141,7 +141,8 @@ class StoredExport:
     def save(self) -> None:
         """Write the description, and move the first listing to its place.
 
-        Raises ChangedError if another machine wrote the description.
+        Raises ChangedError as `ExportFolder.write` does, and ExportError if a file cannot be
+        written.
         """
         text = json.dumps(self.description, sort_keys=True, indent=1)
         self.version = self.folder.write(SETTINGS, text.encode() + b"\n", self.version)
@@ -166,9 +167,11 @@ class StoredExport:
     ) -> None:
         """Raise ExportError if the current settings or inputs differ from those of the export.
 
-        The error names each difference. With `options.accept_versions`, different versions are no
-        error: the method adds them to the accepted versions. The method also adds versions whose
-        only difference is a decoder that was missing before.
+        The error names each difference. Another name or commit of the model is no difference. With
+        `options.extend`, other inputs are a difference only if an image is in another place. With
+        `options.accept_versions`, different versions are no error: the method adds them to the
+        accepted versions. The method also adds versions whose only difference is a decoder that was
+        missing before.
         """
         ours = makers_in(settings)
         known = [makers_in({**self.settings, **each}) for each in ({}, *self.accepted)]
@@ -286,7 +289,8 @@ def read_stored(
 
     `found` is the listing of the inputs, if available. If a listing's file is missing or damaged,
     `found` replaces it, provided that its hash is equal. With `found`, an export of one part
-    without any shard counts as no export.
+    without any shard counts as no export. Raises ExportError as `read_description` does, for
+    another schema, and for a listing that nothing can replace.
     """
     path = folder / SETTINGS
     if not folder.has(SETTINGS):

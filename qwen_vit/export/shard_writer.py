@@ -97,7 +97,8 @@ class ShardWriter:
         return not self._bits_depend_on_batch or place == self.batch_starts[-1]
 
     def add(self, images: Sequence[ImageRecord], copy: HostCopy) -> None:
-        """Append the rows of images, or their errors."""
+        """Append the rows of images, or their errors. With on_error="raise", raise the first error.
+        Raise TrippedError if the breaker stops the export."""
         self._wait_for(copy)
         exif = self._plan.options.exif
         items = [_item_facts(image, exif) for image in images]  # a failed image has no rows

@@ -224,7 +224,7 @@ def _scratch_of(address: str) -> Path:
 
 def _make_private(folder: Path) -> None:
     """Make a folder and its parent, which no other user may read or write. Raises ExportError
-    unless both are folders of this user."""
+    if one cannot be created, or is not a folder of this user."""
     for each in (folder.parent, folder):
         try:
             each.mkdir(mode=0o700, exist_ok=True)

@@ -22,7 +22,8 @@ logger = logging.getLogger("qwen_vit")
 
 
 def rows_of_saved(plan: ExportPlan, shard: int) -> list[ManifestRow]:
-    """Return a newly written shard's rows for the manifest, from its file."""
+    """Return a newly written shard's rows for the manifest, from its file. Raises ExportError if
+    the file is missing or damaged, and as `whole_shard` does."""
     rows = whole_shard(plan, shard)
     if rows is None:
         raise ExportError(
@@ -38,10 +39,11 @@ def whole_shard(
 ) -> list[ManifestRow] | None:
     """Return a shard's rows for the manifest, or None if its file is missing or damaged.
 
-    The file's size must equal the size in its header. Its settings must equal the plan's, apart
-    from accepted versions. Its images and errors must add up to the images that the listing assigns
-    to this shard. For a damaged file, the function logs a line with `then`, the next step. Raises
-    ExportError for a file of a different export.
+    A file is damaged if `open_shard` rejects it, for example because its size differs from the size
+    in its header. For a damaged file, the function logs a line with `then`, the next step. Raises
+    ExportError unless the file's settings equal the plan's, apart from accepted versions, and its
+    images and errors are those that the listing assigns to this shard. Also raises it for a folder,
+    and if a store cannot be read.
     """
     if not plan.has(shard):
         return None

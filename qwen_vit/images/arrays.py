@@ -15,7 +15,11 @@ __all__ = ["from_array", "tensor_to_array"]
 
 
 def tensor_to_array(tensor: torch.Tensor, name: str) -> NDArray[Any]:
-    """Return a tensor's values as a NumPy array. Raises ImageError with code "array-dtype"."""
+    """Return a tensor's values as a NumPy array.
+
+    Raises ImageError with code "array-dtype" if torch cannot convert the tensor, for example
+    because it is sparse, quantized or on the meta device.
+    """
     try:
         tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
         if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16

@@ -51,7 +51,9 @@ def decode_bytes(
 ) -> RgbImage:
     """Decode an encoded image, or one page of it, to RGB. The first page is 1.
 
-    Raises ImageError for a damaged, truncated or too large file, and for an unsupported format.
+    Raises ImageError as `identify`, `decoder`, `read_jpeg`, `check_blocks`, `check_pixels`,
+    `check_ratio` and `to_rgb` do. Also raises it for other damaged or truncated data, if decoding
+    takes more than `limits.max_seconds`, and if memory runs out.
     """
     file_format = identify(data, name, limits.formats)
     open_image = decoder(file_format, name, limits)
@@ -98,10 +100,12 @@ def decode_pil(
     *,
     is_lent: bool = False,
 ) -> RgbImage:
-    """Convert a PIL image to RGB, after decoding it if it is still lazy. Raises ImageError as
-    `decode_bytes` does.
+    """Convert a PIL image to RGB, after decoding it if it is still lazy.
 
     With `is_lent`, the result may share the image's pixels.
+
+    Raises ImageError as `decode_bytes` does, but checks neither the ratio of the sides nor the
+    time. The code is "unreadable" for a lazy image whose file is closed.
     """
     file_format = str(image.format or "PIL image")
     with LOAD_LOCKS[id(image) // 16 % len(LOAD_LOCKS)]:

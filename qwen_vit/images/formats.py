@@ -69,8 +69,9 @@ def identify(data: bytes, name: str, formats: Sequence[str] = ()) -> str:
     >>> identify(b"P6 1 1 255 abc", "a.ppm", ("PPM",))
     'PPM'
 
-    Raises ImageError with code "format" for an unsupported format, "empty-file" for no bytes, and
-    "not-an-image" for other content.
+    Raises ImageError with code "empty-file" for no bytes. The code is "format" for a known format
+    that is unsupported or not in `formats`, or that this Pillow cannot decode. It is
+    "not-an-image" for text and for unknown bytes.
     """
     if not data:
         raise ImageError(
@@ -101,7 +102,8 @@ def identify(data: bytes, name: str, formats: Sequence[str] = ()) -> str:
 
 
 def decoder(file_format: str, name: str, limits: ImageLimits) -> Decoder:
-    """Return the function that opens this format. Raises ImageError if a package is missing."""
+    """Return the function that opens this format. Raises ImageError with code "format" for HEIF
+    without pillow-heif."""
     if file_format == "GIF":
         return partial(GifFile, check=partial(check_pixels, name=name, limits=limits))
     if file_format != HEIF:

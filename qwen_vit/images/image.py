@@ -91,7 +91,8 @@ class ImageLimits:
 
     The limits apply to one call. qwen_vit neither reads nor sets Pillow's process-wide
     MAX_IMAGE_PIXELS, but some of Pillow's plug-ins, for example for WebP and GIF, do read it.
-    Raises ArgumentError for an invalid value.
+    Raises ArgumentError unless `max_pixels` and `max_file_bytes` are whole numbers above 0 and
+    `max_seconds` is a number above 0. Also raises it as `check_formats` and `check_hosts` do.
     """
 
     max_pixels: int = 178_956_970
@@ -148,7 +149,7 @@ def check_hosts(hosts: object) -> tuple[str, ...]:
     >>> check_hosts(["Images.example.org", "*.example.org:8443"])
     ('images.example.org', '*.example.org:8443')
 
-    Raises ArgumentError for any other value, such as a whole address.
+    Raises ArgumentError for any other value, such as a whole address or a name without a dot.
     """
     given = [hosts] if isinstance(hosts, str) else hosts
     if not isinstance(given, list | tuple) or not all(
@@ -183,7 +184,8 @@ def check_formats(formats: object) -> tuple[str, ...]:
     >>> check_formats(["tga", "PPM"])
     ('PPM', 'TGA')
 
-    Raises ArgumentError for a name that OPTIONAL_FORMATS does not contain.
+    Raises ArgumentError for a name that OPTIONAL_FORMATS does not contain in any case of its
+    letters, and for a value that is not iterable.
     """
     given = [formats] if isinstance(formats, str) else formats
     try:
@@ -200,7 +202,7 @@ def check_formats(formats: object) -> tuple[str, ...]:
 
 
 def check_file_bytes(size: int, name: str, limits: ImageLimits) -> None:
-    """Raise ImageError with code "file-too-large" for an encoded image of too many bytes."""
+    """Raise ImageError with code "file-too-large" for more bytes than `limits.max_file_bytes`."""
     if size > limits.max_file_bytes:
         raise ImageError(
             f"{size} bytes",
@@ -212,7 +214,8 @@ def check_file_bytes(size: int, name: str, limits: ImageLimits) -> None:
 
 
 def check_pixels(width: int, height: int, name: str, limits: ImageLimits) -> None:
-    """Raise ImageError for a size that is too large ("too-many-pixels") or 0 ("zero-side")."""
+    """Raise ImageError with code "zero-side" for a side below 1, or "too-many-pixels" for more than
+    `limits.max_pixels`."""
     if width < 1 or height < 1:
         raise ImageError(
             f"the size is {width}x{height} (width x height)",
@@ -232,7 +235,7 @@ def check_pixels(width: int, height: int, name: str, limits: ImageLimits) -> Non
 
 
 def check_ratio(width: int, height: int, name: str) -> None:
-    """Raise ImageError with code "ratio" for an image that is too thin."""
+    """Raise ImageError with code "ratio" if one side is over MAX_RATIO times the other side."""
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_RATIO:
         raise ImageError(

@@ -26,8 +26,8 @@ def decode_in_child(
 ) -> RgbImage:
     """Decode a file in a child process, and kill the child after `limits.max_seconds`.
 
-    Raises ImageError as `decode_bytes` does. The code is "slow" if decoding took too long, and
-    "memory" if the child process crashed or was killed.
+    Raises ImageError as `decode_bytes` does. The code is "slow" after `limits.max_seconds`, and
+    "memory" if the child process fails in another way or this process runs out of memory.
     """
     late = ImageError(
         f"not decoded after {limits.max_seconds:g} s",

@@ -77,9 +77,10 @@ class JpegFile:
 def read_jpeg(data: bytes, name: str) -> JpegFile:
     """Read the markers of a JPEG's first image, without decoding.
 
-    Raises ImageError with one of these codes. "slow" means far more scans or segments than encoders
-    write. "format" means a kind of JPEG that Pillow cannot read. "damaged" means contradictory
-    scans, several frame headers or an incomplete one.
+    Raises ImageError with one of these codes. "slow" means more than MAX_SCANS scans,
+    MAX_EXIF_SEGMENTS Exif segments or MAX_SEGMENTS segments. "format" means a lossless or
+    hierarchical JPEG, or other than 8 bits per sample. "damaged" means contradictory scans,
+    several frame headers or an incomplete one.
     """
     jpeg = JpegFile(len(data), closes=data.endswith(b"\xff\xd9"))
     at, kept, segments = 2, [data[:2]], 0
@@ -130,7 +131,8 @@ def _without_costly_exif(data: bytes, exif: list[tuple[int, int]]) -> tuple[byte
 
 
 def check_blocks(jpeg: JpegFile, name: str) -> tuple[str, ...]:
-    """Raise ImageError for a JPEG that lacks blocks or scans. Return notes on a complete JPEG.
+    """Raise ImageError for a JPEG that lacks blocks, scans or its end marker, or that libjpeg
+    reports as corrupt. Return notes on any other JPEG.
 
     The check cannot find damage that keeps the number of blocks, such as one changed bit, because
     the format has no checksum. The code is "truncated" or "damaged".

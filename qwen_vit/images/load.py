@@ -114,7 +114,8 @@ def unwrap(source: Mapping[str, Any], name: str) -> ImageSource:
     >>> unwrap({"image": {"bytes": None, "path": "a.png"}, "label": 3}, "image 0")
     'a.png'
 
-    Parquet files and `datasets` use these structs. Raises ImageError with code "source-type".
+    Parquet files and `datasets` use these structs. Raises ImageError with code "source-type" for a
+    struct in which both values are None or missing, and for a row without exactly one image column.
     """
     if _is_struct(source):
         for part in (source.get("bytes"), source.get("path")):
@@ -159,7 +160,8 @@ def _is_struct(value: Mapping[str, Any]) -> bool:
 def read_image_file(path: str, name: str, limits: ImageLimits) -> bytes:
     """Return the unchanged bytes of a regular file.
 
-    Raises ImageError with this `name`.
+    Raises ImageError as `open_regular` does, if the system cannot read the file, and for more than
+    `limits.max_file_bytes` bytes.
     """
     name = name or repr(path)  # an empty path is shown in quotes
     with open_regular(

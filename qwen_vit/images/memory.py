@@ -102,7 +102,7 @@ def set_decoding_memory(n_bytes: int | None) -> None:
     >>> set_decoding_memory(None)
 
     If an image needs more, no other image is decoded at the same time. Raises ArgumentError for a
-    value that is not a whole number above 0.
+    value that is neither None nor a whole number above 0.
     """
     if n_bytes is not None and (
         isinstance(n_bytes, bool) or not isinstance(n_bytes, int) or n_bytes < 1

@@ -28,7 +28,8 @@ def patches_on_gpu(
     """Resize and cut pictures and frames on the GPU, and join all patches in order.
 
     The call does not wait for the GPU, except in an upload of 256 MiB or more. Raises
-    torch.cuda.OutOfMemoryError.
+    torch.cuda.OutOfMemoryError if the GPU has too little free memory, and ImageError as
+    `Patches.cat` does.
     """
     pictures = [part for part in parts if isinstance(part, Picture)]
     frames = [part for part in parts if isinstance(part, Frames)]

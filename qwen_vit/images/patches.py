@@ -44,7 +44,8 @@ class Patches:
     frames of a still image are equal. For videos, `pixels` has shape (N, 1176): channel, frame of
     the pair, row, column. In grid order, merge units are in raster order, and a unit's 4 patches
     are adjacent. `name` identifies the image in messages and ids, and is None for several images.
-    Raises ImageError with code "patches" if the pixels have another type or do not fit the grids.
+    Raises ImageError with code "patches" if the pixels are not uint8, do not have two axes, or have
+    another number of rows than the grids have patches.
     """
 
     pixels: torch.Tensor
@@ -92,7 +93,8 @@ class Patches:
 
         The result is on the device of the first patches. With `pinned_rows`, CPU patches go into
         pinned memory of at least that number of rows, so that one size fits every batch. Raises
-        ImageError with code "patches" if patch sizes differ.
+        ImageError with code "patches" if the rows have different numbers of values, for example
+        because one part is a video.
         """
         parts = list(parts)
         if not parts:
@@ -152,7 +154,8 @@ class Patches:
         """Return the processor's normalised `pixel_values`: float32 (N, 1176), on the same device.
 
         The values of a row are in the order channel, frame, row, column. Raises ImageError with
-        code "patches" if the configuration has a different patch size.
+        code "patches" if a row has the values of neither one frame nor `temporal_patch_size` frames
+        of this configuration.
         """
         expected = CHANNELS * config.patch_px**2
         is_video = self.pixels.shape[1] == expected * config.temporal_patch_size
@@ -185,8 +188,10 @@ def smart_resize(
 
     Sides are in pixels. The function rounds half to even, as Python does. It then reduces the size
     (floor) to at most `max_pixels`, or increases it (ceil) to at least `min_pixels`. A thin image
-    may exceed `max_pixels`, because no side is below `factor`. Raises ImageError with code
-    "zero-side" or "ratio" and with `name`, and ArgumentError for limits that no size can meet.
+    may exceed `max_pixels`, because no side is below `factor`.
+
+    Raises ImageError as `check_sides` does. Raises ArgumentError if `factor` or `min_pixels` is
+    below 1, or if `max_pixels` is below `factor`**2 or `min_pixels`.
     """
     check_sides(height, width, name)
     _check_limits(factor, min_pixels, max_pixels)
@@ -281,7 +286,7 @@ def patchify(rgb: Rgb, config: ImageConfig, *, name: str | None = None) -> Patch
 
 @contextmanager
 def limited_memory(name: str) -> Iterator[None]:
-    """Raise ImageError with code "memory" if the process runs out of memory."""
+    """Raise ImageError with code "memory" in place of a MemoryError of the block."""
     try:
         yield
     except MemoryError:
@@ -294,8 +299,7 @@ def limited_memory(name: str) -> Iterator[None]:
 
 
 def check_sides(height: int, width: int, name: str) -> None:
-    """Raise ImageError with code "zero-side" for a side below 1 pixel, or "ratio" for a thin
-    image."""
+    """Raise ImageError with code "zero-side" for a side below 1 pixel, or as `check_ratio` does."""
     if min(height, width) < 1:
         raise ImageError(
             f"the size is {width}x{height} (width x height)",

@@ -17,7 +17,8 @@ __all__ = ["open_regular", "unreadable"]
 def open_regular(path: str, name: str, *, expected: str, remedy: str) -> Iterator[BinaryIO]:
     """Open a regular file for reading.
 
-    Raises ImageError with `name` for any other path. `expected` and `remedy` apply to a directory.
+    Raises ImageError with `name` for an address, for a path that does not exist or is not a regular
+    file, and if the system cannot open the file. `expected` and `remedy` apply to a directory.
     """
     if ADDRESS.match(path):
         raise ImageError(

@@ -76,7 +76,8 @@ class Directory:
 def read_directory(data: bytes) -> Directory:
     """Read the first directory's entries, without their values.
 
-    Raises ValueError or struct.error if the directory is incomplete or has too many entries.
+    Raises struct.error if the directory is incomplete, OverflowError if its offset is 2**63 or
+    more, and ValueError for more than MAX_ENTRIES entries.
     """
     order = "<" if data[:2] == b"II" else ">"
     is_big = data[2:4] in (b"+\0", b"\0+")
@@ -115,8 +116,8 @@ def numbers(data: bytes, directory: Directory, tag: int) -> tuple[int, ...]:
 
 
 def check_directory(data: bytes) -> None:
-    """Raise ValueError for too many entries, or if the entries together claim far more bytes than
-    the data contains.
+    """Raise ValueError for more than MAX_ENTRIES entries, or if the entries together refer to over
+    HARMLESS_BYTES more bytes than the data contains. Accept an incomplete directory.
 
     Pillow copies the values of every entry, so entries that share bytes multiply the memory.
     """
@@ -133,7 +134,11 @@ def check_directory(data: bytes) -> None:
 
 
 def check_tags(image: TiffImagePlugin.TiffImageFile, name: str) -> None:
-    """Raise ImageError with code "mode" for a TIFF with a tag that Pillow would ignore."""
+    """Raise ImageError with code "mode" for five kinds of TIFF, whose tags Pillow would ignore.
+
+    These are signed samples of at most 8 bits, separate planes of more than 8 bits, inks other than
+    CMYK, YCbCr without compression, and several layers in depth.
+    """
     tags = image.tag_v2
     bits, formats = _values(tags, BITS), _values(tags, SAMPLE_FORMAT)
     photometric = tags.get(PHOTOMETRIC)
@@ -160,7 +165,8 @@ def grey_depth(image: TiffImagePlugin.TiffImageFile) -> tuple[int, bool]:
 def unread_kind(data: bytes, name: str) -> ImageError | None:
     """Return the error that names the kind of TIFF that Pillow cannot open.
 
-    Return None if the tags are incomplete, because then the file is damaged.
+    Return None if the directory or a necessary tag is missing or malformed, because then the file
+    is damaged.
     """
     try:
         directory = read_directory(data)

@@ -31,7 +31,10 @@ def ends_early(data: bytes, file_format: str) -> bool:
 
 
 def promised_bytes(data: bytes, file_format: str) -> int:
-    """Return the minimum length that a container's headers imply, or 0 if they imply none."""
+    """Return the minimum length that a container's headers imply, or 0 if they imply none.
+
+    Raises struct.error if a header is incomplete.
+    """
     if file_format == "WEBP":
         return int(8 + struct.unpack_from("<I", data, 4)[0])
     if file_format == "TIFF":

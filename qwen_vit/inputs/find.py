@@ -79,11 +79,13 @@ def find_items(
     extension in `left_out`. Neither a folder's search nor `**` in a pattern follows a link to a
     parent folder.
 
-    Raises ExportError for an input that does not exist, for an address outside object storage, and
-    for a pattern without a match. Also raises ExportError for a list or folder that cannot be read,
-    and for a single input of an unsupported kind, such as a .csv file. With `must_exist=False`,
-    reading the item reports the first two errors. A problem below an input, such as an unreadable
-    folder, becomes an item with `error`.
+    Raises ExportError for an input that does not exist or cannot be read, for an address outside
+    object storage, and for a pattern without a match. With `must_exist=False`, a path that does not
+    exist and a web address become items, whose reading reports the error. Also raises ExportError
+    for a list with an invalid line, and for a single file of an unsupported kind, such as .csv. For
+    Parquet files, raises it as `parquet_items` does, and without `columns` if no other input is
+    given. Another problem below an input, such as an unreadable folder, becomes an item with
+    `error`.
     """
     left_out = Counter() if left_out is None else left_out
     _check_alone(inputs, columns)

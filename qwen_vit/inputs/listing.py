@@ -132,7 +132,8 @@ class Listing:
 
     @classmethod
     def freeze(cls, path: Path, items: Iterable[Item], shard_size: int) -> Self:
-        """Write the file completely or not at all. Raises ExportError if two images share an id.
+        """Write the file completely or not at all. Raises ExportError if two images share an id, if
+        an input cannot be listed, or if the file cannot be written.
 
         For each image, the method keeps a hash of 8 bytes in memory, and for the first 100,000 also
         the id.

@@ -25,14 +25,15 @@ CORRECT = "correct that line"
 
 
 def text_list_items(path: str) -> Iterator[Item]:
-    """Yield the images of a list with one path per line. Raises ExportError if the list is
-    unreadable."""
+    """Yield the images of a list with one path per line. Raises ExportError if the list cannot be
+    read, is UTF-16, or has a line of more than MAX_NAME_BYTES."""
     for _, line in _lines(path):
         yield _listed(path, os.fsdecode(line), os.fsdecode(line))
 
 
 def stdin_items() -> Iterator[Item]:
-    """Yield the images of a list on standard input. Paths are relative to the current folder."""
+    """Yield the images of a list on standard input. Paths are relative to the current folder.
+    Raises ExportError for a line of more than MAX_NAME_BYTES."""
     for _, line in _bounded_lines(sys.stdin.buffer, "standard input"):
         if line.strip():
             path = os.fsdecode(line.rstrip(b"\r\n"))
@@ -40,8 +41,8 @@ def stdin_items() -> Iterator[Item]:
 
 
 def json_list_items(path: str) -> Iterator[Item]:
-    """Yield the images of a list of JSON objects. Raises ExportError if the list is unreadable. For
-    an invalid line, the error names the line."""
+    """Yield the images of a list of JSON objects. Raises ExportError as `text_list_items` does, and
+    for an invalid line, which the error names."""
     for number, line in _lines(path):
         where = f"{path}, line {number}"
         try:
@@ -150,8 +151,8 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _bounded_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines, each with its number from 1. Raises ExportError for a line that is too
-    long."""
+    """Yield the lines, each with its number from 1. Raises ExportError for a line of more than
+    MAX_NAME_BYTES."""
     for number in count(1):
         line = file.readline(MAX_NAME_BYTES + 1)
         if not line:
@@ -182,7 +183,8 @@ def _listed(
 
 
 def _failure(error: object) -> tuple[str, str] | None:
-    """Return the error of an image in an export's own listing. Ignore "error" in other lists."""
+    """Return the error that a listing of an export recorded. Return None for any other value than a
+    pair of a code of IMAGE_CODES and a text."""
     if not isinstance(error, list) or len(error) != 2:
         return None
     code, message = error

@@ -19,7 +19,7 @@ __all__ = ["as_page", "page_items"]
 def page_items(items: Iterable[Item], limits: ImageLimits) -> Iterator[Item]:
     """Yield each page of an image as an item. Yield videos and images with a single page unchanged.
 
-    An image with too many pages becomes an item with an error.
+    An image with more than `images.pages.MAX_PAGES` pages becomes an item with an error.
 
     >>> rocket = Item("rocket.jpg", "tests/photographs/rocket.jpg")
     >>> [item.id for item in page_items([rocket], ImageLimits())]
@@ -44,7 +44,8 @@ def as_page(data: bytes, item: Item) -> bytes | ImagePage:
 
 
 def _count(item: Item, limits: ImageLimits) -> int:
-    """Return the number of pages. Raises ImageError for too many pages."""
+    """Return the number of pages, or 1 for an unreadable image. Raises ImageError as `count_pages`
+    does."""
     if item.is_file and _has_one_page(item):
         return 1
     try:

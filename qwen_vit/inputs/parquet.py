@@ -44,9 +44,9 @@ column as well.
 
     @classmethod
     def of(cls, image: str | None, id: str | None) -> "ParquetColumns | None":
-        """Return the named columns, or None. Raises ArgumentError for invalid names.
+        """Return the named columns, or None without names.
 
-        `image` may be given without `id`, but not `id` without `image`.
+        Raises ArgumentError for a name that is empty or not a text, and for `id` without `image`.
         """
         for name, value in (("column", image), ("id_column", id)):
             if value is not None and (not isinstance(value, str) or not value):
@@ -64,8 +64,9 @@ def parquet_items(path: str, name: str, columns: ParquetColumns) -> Iterator[Ite
     """Yield the rows of a Parquet file. The function reads only the footer and the id column.
 
     An id is `name:row`, with rows counted from 0, or the value in the id column. Raises ExportError
-    if a column is missing or has another type, or if pyarrow is not installed. A problem of the
-    file becomes an item with an error.
+    if a column is missing, ambiguous or of another type, or if a package is not installed. Also
+    raises it if object storage reports an error while pyarrow reads. Another problem of the file
+    becomes an item with an error.
     """
     try:
         with open_parquet_file(path, name) as file:
@@ -102,7 +103,8 @@ def _size(file: BinaryIO) -> int:
 
 
 def _check_rows(metadata: Any, n_bytes: int, name: str) -> None:
-    """Raise ImageError for a number of rows that a file of this size cannot contain as images.
+    """Raise ImageError for more rows than both MANY_ROWS and the file's bytes, or if the number
+    differs from the sum of the row groups.
 
     The number comes only from the footer, so a few bytes may claim any number of rows.
     """
@@ -188,7 +190,7 @@ def _items_with_ids(
 
 
 def _check_ids(schema: Any, column: str, name: str) -> None:
-    """Raise ExportError unless the column contains text or whole numbers."""
+    """Raise ExportError as `type_of` does, or unless the column contains text or whole numbers."""
     import pyarrow as pa  # type: ignore[import-untyped]
 
     kind = type_of(schema, column, name)

@@ -20,7 +20,8 @@ MAX_BLOCK = 2**20  # values; pyarrow writes 128, and counts a block's bits in 32
 
 
 def decompressed(data: memoryview, n_bytes: int, codec: str) -> memoryview:
-    """Return data decompressed to this number of bytes. Raises ImageError, or pyarrow's errors."""
+    """Return data decompressed to this number of bytes. Raises ImageError for Hadoop's LZ4, and
+    pyarrow's errors for damaged data."""
     if codec == "UNCOMPRESSED":
         return data
     if n_bytes == 0:
@@ -57,7 +58,8 @@ def without_levels(
 
 
 def check_lengths(data: bytes | memoryview, encoding: int, most: int) -> None:
-    """Raise ValueError if the values of a page claim more than `most` lengths, or are malformed.
+    """Raise ValueError if the values of a page claim more than `most` lengths, or if the headers or
+    prefixes that this function reads are malformed.
 
     >>> check_lengths(bytes([128, 1, 4, 2, 10, 0, 0, 0, 0, 0]) + b"cats dogs ", 6, most=2)
     >>> check_lengths(bytes([128, 1, 4, 99, 10, 0, 0, 0, 0, 0]) + b"cats dogs ", 6, most=2)
@@ -65,7 +67,8 @@ def check_lengths(data: bytes | memoryview, encoding: int, most: int) -> None:
     ValueError: a page claims 99 lengths, but it has at most 2 values
 
     In DELTA_BYTE_ARRAY, a value begins with a prefix of the value before it. The function also
-    raises ValueError for a prefix that is longer than the page.
+    raises ValueError for a prefix that is longer than the page. In DELTA_BINARY_PACKED, numbers
+    have no lengths, and `most` does not apply. Empty data raises nothing.
     """
     if not data:  # pyarrow rejects this page
         return

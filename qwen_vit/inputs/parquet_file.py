@@ -15,13 +15,13 @@ BUFFER_BYTES = 2**20  # of one column, read ahead; without it pyarrow reads whol
 
 
 def open_parquet_file(path: str, name: str, version: str | None = None) -> BinaryIO:
-    """Open the file or the object. Raises ImageError or OSError."""
+    """Open the file or the object. Raises the errors of `open_input`."""
     return open_input(path, name, "a Parquet file", version=version)
 
 
 def parquet_file(file: Any) -> Any:
     """Open a file in pyarrow as a stream. pyarrow then verifies the checksums of pages that have
-    them. Raises ExportError without pyarrow."""
+    them. Raises ExportError without pyarrow, and pyarrow's errors for a damaged footer."""
     try:
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
     except ImportError:
@@ -36,7 +36,8 @@ def parquet_file(file: Any) -> Any:
 
 
 def check_images(schema: Any, column: str, name: str) -> None:
-    """Raise ExportError unless the column contains bytes, or structs with a field `bytes`."""
+    """Raise ExportError as `type_of` does, or unless the column contains bytes, or structs with a
+    field `bytes`."""
     kind = type_of(schema, column, name)
     if holds_images(kind):
         return

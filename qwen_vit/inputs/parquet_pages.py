@@ -49,8 +49,9 @@ class CheckedPages:
         self._waiting = (parquet.metadata.row_group(group), leaves, most)
 
     def read(self, size: int = -1) -> bytes:
-        """Read bytes. Raises ImageError for a page that claims impossible sizes or needs too much
-        memory."""
+        """Read bytes. Raises ImageError for a page whose header is malformed, claims impossible
+        sizes or needs too much memory, and as `decompressed` does. Also raises it for malformed
+        lengths, and for columns that overlap or exceed their declared size."""
         if self._waiting is not None:
             # not earlier: a request for an encrypted column's size ends the process, and pyarrow
             # reads no such column
@@ -217,8 +218,9 @@ def page_header(data: bytes | bytearray) -> PageHeader | None:
     >>> page_header(bytes([0x15, 0, 0x15, 200, 1, 0x15, 80, 0, 9, 9]))[:3]
     (8, 100, 40)
 
-    Returns None if the data ends within the header. Raises ValueError for another structure. The
-    header is a struct in Thrift's compact protocol:
+    Returns None if the data ends within the header. Raises ValueError for a header without sizes,
+    with too many fields, with a number that is too long, or with another type of field. The header
+    is a struct in Thrift's compact protocol:
     https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift
     """
     reader = _Compact(data)

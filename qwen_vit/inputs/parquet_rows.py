@@ -34,7 +34,8 @@ KEPT_BYTES, KEPT_ROWS = 2**26, 256  # before the newest row, for threads that re
 def read_row(item: Item) -> bytes:
     """Return the encoded image in an item's row.
 
-    Raises ImageError if the row has no image or cannot be read.
+    Raises ImageError if the row has no image, if the file, row or column no longer exists, or if
+    the file or one of its pages cannot be read.
     """
     if item.row is None or item.column is None:
         raise TypeError(f"{item} is not a Parquet row")

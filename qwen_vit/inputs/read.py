@@ -22,14 +22,14 @@ PAUSES_S = (0.1, 1.0)
 
 
 def read_item(item: Item, limits: ImageLimits) -> bytes:
-    """Return an image's bytes. Retry transient I/O errors twice.
+    """Return an image's bytes. Retry errors with an errno of TRANSIENT twice.
 
     >>> rocket = Item("rocket", "tests/photographs/rocket.jpg")
     >>> read_item(rocket, ImageLimits())[:3]
     b'\\xff\\xd8\\xff'
 
-    Raises ImageError with the id if the image cannot be read, or with the error that the listing
-    recorded.
+    Raises ImageError with the id if the image cannot be read or has more than
+    `limits.max_file_bytes` bytes, or with the error that the listing recorded.
     """
     if item.error is not None:
         code, message = item.error

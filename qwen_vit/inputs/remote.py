@@ -42,8 +42,8 @@ def listed_objects(address: str) -> Iterator[tuple[str, RemoteObject, bool]]:
     object's own.
 
     For a folder, the name is the object's path below the folder. For an object or a pattern, it is
-    the object's address. Raises ExportError if the address does not exist or cannot be listed, and
-    for a pattern that matches no object.
+    the object's address. Raises ExportError if the address does not exist or cannot be listed, for
+    a pattern that matches no object, and if a package is not installed.
     """
     address = SLASHES.sub("/", address)
     count = 0
@@ -85,7 +85,12 @@ def open_input(
     block_bytes: int = BLOCK_BYTES,
     version: str | None = None,
 ) -> BinaryIO:
-    """Open a file or an object to read it in pieces. Raises ImageError or OSError."""
+    """Open a file or an object to read it in pieces.
+
+    Raises ImageError if the object cannot be opened or has another version, or if the path is not a
+    regular file. Raises OSError if the path cannot be opened, and ExportError if a package for
+    object storage is not installed.
+    """
     if is_remote(path):
         try:
             return open_object(path, block_bytes, version)
@@ -104,7 +109,9 @@ def open_input(
 
 
 def read_object(item: Item, limits: ImageLimits) -> bytes:
-    """Return the bytes of an image in object storage. Raises ImageError with the item's id."""
+    """Return the bytes of an image in object storage. Raises ImageError with the item's id if the
+    object cannot be read or was replaced, or if the image has over `limits.max_file_bytes` bytes.
+    """
     with _image_errors(item):
         start, size, version = _extent(item)
         check_file_bytes(size, item.id, limits)
@@ -114,7 +121,8 @@ def read_object(item: Item, limits: ImageLimits) -> bytes:
 def copy_object(item: Item, file: BinaryIO, check_size: Callable[[int], None]) -> None:
     """Check an item's size, then copy its bytes from the object to a file.
 
-    Raises ImageError with the item's id, and any error of the check.
+    Raises ImageError with the item's id if the object cannot be read or was replaced, or if `file`
+    cannot be written. Also raises the ImageError of the check.
     """
     with _image_errors(item):
         start, size, version = _extent(item)

@@ -59,7 +59,8 @@ class AnimationFrames:
     """Read the frames of an animated image, with the interface of `reader.FileFrames`
     except `close`.
 
-    Raises ImageError for a still image, a damaged file, or an animation that exceeds `limits`.
+    Raises ImageError for a still image, for a damaged file, and for an animation that exceeds
+    `max_pixels`, `max_frames` or `max_decode_s` of `limits`.
     """
 
     def __init__(self, data: bytes, name: str, limits: VideoLimits) -> None:

@@ -51,8 +51,10 @@ def container_of(head: bytes | bytearray | memoryview) -> str | None:
 def check_structure(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> str:
     """Check the start, end and frame count of a file of `size` bytes, and return its container.
 
-    Raises ImageError with code "empty-file", "not-an-image", "format", "truncated" or
-    "too-many-frames".
+    Raises ImageError with one of these codes. "empty-file" means no bytes. "format" means an image
+    or another known kind of file. "not-an-image" means text or an unknown kind. "truncated" means
+    that the header of an MP4, MOV, Matroska, WebM or AVI declares more bytes. "too-many-frames"
+    means that an MP4 or MOV declares more frames than `limits.max_frames`.
     """
     head = file.read(HEAD_BYTES)
     if not head:
@@ -126,7 +128,8 @@ def _boxes(file: BinaryIO, begin: int, end: int, size: int) -> Iterator[_Box]:
 
 
 def _mov_end(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> int:
-    """Return the last box's end offset. Raises ImageError for more samples than `limits` allow."""
+    """Return the last box's end offset. Raises ImageError if a box of a video track or a fragment
+    declares more samples than `limits.max_frames`."""
     last = 0
     stack = [_boxes(file, 0, size, size)]
     is_video = True
@@ -179,7 +182,7 @@ def _matroska_end(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> 
 
 
 def _ebml_number(file: BinaryIO) -> int | None:
-    """Read a variable-length size. Return None if the size is open-ended or missing."""
+    """Read a variable-length size. Return None if the size is open-ended, missing or invalid."""
     first = file.read(1)
     if not first or not first[0]:
         return None

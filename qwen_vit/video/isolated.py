@@ -26,8 +26,8 @@ def load_in_child(
 ) -> None:
     """Load a video in a child process that may crash, and discard the result.
 
-    Raises ImageError as `load_video` does. The code is "slow" if loading took too long, and
-    "memory" if the child process crashed or was killed.
+    Raises ImageError as `open_video_item` and `load_video` do. The code is "slow" MARGIN_S after
+    `limits.max_decode_s`, and "memory" if the child process fails in another way.
     """
     late = ImageError(
         f"not decoded after {limits.max_decode_s:g} s",

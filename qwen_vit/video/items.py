@@ -27,7 +27,8 @@ def open_video_item(item: Item, limits: VideoLimits) -> Iterator[tuple[BinaryIO 
     The open file is a tar member, or a temporary copy of a video in object storage. The copy is
     removed when the block ends.
 
-    Raises ImageError for an unreadable video, and the error that the listing recorded.
+    Raises ImageError as `open_file` does, and with the error that the listing recorded. For object
+    storage, raises it as `copy_object` and `check_bytes` do.
     """
     with _opened(item, limits) as (file, is_whole):
         digest = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
@@ -62,7 +63,7 @@ def patches_by_header(
 ) -> int:
     """Count a video's patches from its header alone.
 
-    Raises the errors of `read_header`, `sample_frames` and `frame_size`.
+    Raises the errors of `open_video_item`, `read_header`, `sample_frames` and `frame_size`.
     """
     with _opened(item, limits) as (file, is_whole):
         source: Any = item.source if is_whole else file

@@ -116,8 +116,11 @@ def load_pieces(
     The function reads `file` in place of `video.source`. `threads` threads decode, and as many
     resize. `keep` collects the frames of a file that the CPU resizes, (height, width, 3), by index
     among the sampled frames. With `on_gpu`, pieces of moderate size are decoded frames, which a GPU
-    resizes and cuts. Raises ImageError with a `code` of errors.IMAGE_CODES, and ArgumentError for
-    options that do not fit.
+    resizes and cuts.
+
+    Raises ImageError with a `code` of errors.IMAGE_CODES. Raises ArgumentError if passed frames
+    have `n_frames`, `start`, `end` or `max_frames`. Also raises it as `pixel_limits` does, and for
+    an unknown `layout` of passed frames.
     """
     limits = VideoLimits() if limits is None else limits
     name = "the video" if video.name is None else video.name
@@ -172,7 +175,8 @@ def _head(source: Any, name: str) -> bytes | None:
 
 
 def _whole(source: Any, name: str, limits: VideoLimits) -> bytes:
-    """Return an animation's bytes. Raises ImageError for a file of more bytes than the limit."""
+    """Return an animation's bytes. Raises ImageError for a file of more bytes than the smaller of
+    `limits.max_file_bytes` and the default of ImageLimits. Passed bytes have no limit here."""
     if isinstance(source, bytes):
         return source
     with ExitStack() as stack:

@@ -59,7 +59,9 @@ class VideoOptions:
             resizes like transformers' Qwen2VLVideoProcessor.
 
     Raises:
-        ArgumentError: A value is invalid.
+        ArgumentError: `fps` is not a number above 0, a number of frames is below 2, a pixel limit
+            is below 1, or a time is below 0. `end` is not after `start`, a value has another type,
+            or `sampling` is unknown.
     """
 
     fps: float = 2.0

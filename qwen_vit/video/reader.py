@@ -113,7 +113,8 @@ class FileFrames:
     def frames(self, places: Sequence[int]) -> Iterator[Any]:
         """Yield FFmpeg's frames at ascending indices. A repeated index yields its frame again.
 
-        Raises ImageError if a frame is damaged, cannot be decoded, or has another size.
+        Raises ImageError if a frame is damaged, cannot be decoded, has another size or more than
+        `limits.max_pixels` pixels, and after `limits.max_decode_s`.
         """
         wanted = sorted(set(places))
         again = {place: places.count(place) for place in wanted}
@@ -340,7 +341,8 @@ def open_video(
 ) -> Iterator[FileFrames]:
     """Open a video from a path, bytes or a seekable file. The decoder uses `threads` threads.
 
-    Raises ImageError for a file that is not a readable video, and if PyAV is missing.
+    Raises ImageError as `Opener` and `video_stream` do, and for a video that is damaged, encrypted,
+    without frames or beyond `limits`.
     """
     deadline = time.monotonic() + limits.max_decode_s
     frames = FileFrames(Opener(source, name, limits), deadline, threads)
@@ -353,7 +355,7 @@ def open_video(
 def read_header(source: str | BinaryIO, name: str, limits: VideoLimits) -> VideoHeader:
     """Read the header alone. If it has no number of frames, estimate the number from the duration.
 
-    Raises ImageError like `open_video`.
+    Raises ImageError as `Opener`, `video_stream` and `check_size` do.
     """
     with Opener(source, name, limits).open() as container:
         stream = video_stream(container, name)
