@@ -75,7 +75,7 @@ class BatchEncoder:
     def encode(
         self, jobs: Iterator[Job[LoadedImage]], threads: int
     ) -> Iterator[ImageFeatures | FailedImage]:
-        """Yield the features of every image, in order."""
+        """Yield the features of every image, or its FailedImage, in order."""
         limit = InFlightLimit(self.device)
         with closing(work_ahead(jobs, threads=threads)) as loaded:
             for window in self._windows(loaded):
@@ -218,8 +218,8 @@ class BatchEncoder:
         return batches
 
     def _encode_parts(self, pieces: Sequence[_Piece]) -> list[ImageRows | ImageError]:
-        """Return each piece's rows. Split a batch that is too large for the GPU's memory into
-        halves."""
+        """Return each piece's rows or error. Split a batch that is too large for the GPU's memory
+        into halves."""
         outputs, taps = self.outputs, self.outputs.taps()
         sizes = [piece.n_patches for piece in pieces]
         try:

@@ -1,4 +1,4 @@
-"""Provide the public module `qwen_vit.downstream`: features in the formats of other software."""
+"""Provide the public import path of the integrations with transformers, vLLM and SGLang."""
 
 from qwen_vit.integrations.hf import as_hf_tower, expand_placeholders, to_hf
 from qwen_vit.integrations.sglang import to_sglang

@@ -239,7 +239,7 @@ def _as_sentence(text: str) -> str:
 
 
 class ImageError(QwenVitError, ValueError):
-    """Report that qwen_vit cannot encode an image, an array or a set of patches.
+    """Report that qwen_vit cannot encode an image, a video, an array or a set of patches.
 
     `code` is a stable, machine-readable reason such as `"truncated"`. In the package's own errors,
     it is a key of `IMAGE_CODES`.

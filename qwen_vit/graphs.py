@@ -288,7 +288,10 @@ def pad_to_graph(layout: Layout) -> Layout | None:
 
 @lru_cache(maxsize=32)  # a layout is equal only to itself
 def _graph_indices(layout: Layout) -> tuple[Layout, Tensor] | None:
-    """Return the padded layout and its indices in pinned memory, which no code may change."""
+    """Return the padded layout and its indices in pinned memory, which no code may change.
+
+    Return None if no graph fits the layout.
+    """
     static = pad_to_graph(layout)
     return None if static is None else (static, static.flat(pinned=True))
 

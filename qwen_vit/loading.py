@@ -1,4 +1,4 @@
-"""Turn images and videos of any kind into patches, in loader threads and in order."""
+"""Turn images and videos into patches or decoded pixels, in loader threads and in order."""
 
 import io
 import os
@@ -168,7 +168,7 @@ class LoadedImage:
 
 @dataclass(frozen=True, slots=True)
 class ImageLoader:
-    """Load, resize and patchify any kind of image or video, in any thread.
+    """Load any kind of image or video as patches or decoded pixels, in any thread.
 
     With `on_gpu`, the loader returns decoded pixels, which the GPU resizes and cuts. With
     `is_lent`, the caller does not change its PIL images before their features arrive. `video`
@@ -207,8 +207,8 @@ class ImageLoader:
             )
 
     def jobs(self, images: Iterable[ImageInput], *, is_ahead: bool) -> Iterator[Job[LoadedImage]]:
-        """Yield a job for each image. With `is_ahead`, a job may run after the iteration has moved
-        on."""
+        """Yield a job for each image or page. With `is_ahead`, a job may run after the iteration
+        has moved on."""
         for image, name in self._named(images):
             is_fixed = isinstance(image, FIXED) or (self.is_lent and isinstance(image, Image.Image))
             if isinstance(image, Video):
@@ -255,7 +255,7 @@ class ImageLoader:
         *,
         is_ahead: bool = False,
     ) -> LoadedImage:
-        """Return one image's patches. With on_error="skip", return its error instead of raising it.
+        """Return an image or video as a `LoadedImage`. With on_error="skip", it may hold an error.
 
         With `is_ahead`, this thread decodes the rest of a long video in `_decode_rest`.
         """
@@ -345,7 +345,7 @@ class ImageLoader:
         return LoadedImage(name, loaded.size_px, loaded.notes, loaded.patches, timing=loaded.timing)
 
     def _accept_patches(self, patches: Patches | Picture | Frames, name: str) -> LoadedImage:
-        """Return one image that the caller patchified."""
+        """Check one image's patches or decoded pixels from the caller, and return the image."""
         if len(patches.grids) != 1:
             raise ImageError(
                 f"the patches of {len(patches.grids)} images",

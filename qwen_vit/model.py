@@ -268,7 +268,7 @@ class LayerTaps:
 
 
 class VisionTower(nn.Module):
-    """Turn patches and their layout into one embedding per merged token.
+    """Turn patches and their layout into one embedding per merged token or per patch.
 
     >>> from qwen_vit import VisionEncoder
     >>> encoder = VisionEncoder.from_pretrained("tiny", device="cpu")

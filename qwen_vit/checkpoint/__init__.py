@@ -1,1 +1,1 @@
-"""Find, download, check and convert a model's weights, and copy them to the GPU."""
+"""Find, download, check and convert a model's weights, and move them to the device."""

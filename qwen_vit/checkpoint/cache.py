@@ -130,8 +130,8 @@ def recorded_licence(folder: Path) -> str | None:
 
 
 def check(folder: Path) -> dict[str, str] | None:
-    """Hash each file again. Return the kind of hash that matched, by file name, or None if no
-    hashes are recorded.
+    """Hash again each file that has a recorded hash. Return the kind of hash that matched, by file
+    name, or None if no hashes are recorded.
 
     A folder that qwen_vit wrote has a manifest. A snapshot in the Hub's cache contains links to
     files whose names are digests: sha256 for large files, and git's sha1 for others. Raises

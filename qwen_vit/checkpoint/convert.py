@@ -1,4 +1,4 @@
-"""Convert published tensors to the model's parameters: rename, permute, interleave, pad and fold.
+"""Convert published tensors to parameters: rename, permute, interleave, pad, fold and quantise.
 
 The weights of a block's two norms are folded into the linear layers that follow them. The patch
 embedding is stored twice: the published weights for float rows, and folded weights for uint8

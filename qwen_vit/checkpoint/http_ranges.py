@@ -1,4 +1,4 @@
-"""Read ranges of files over HTTP with the Hub's client, and reject inexact responses.
+"""Read JSON and ranges of files over HTTP with the Hub's client, and reject inexact responses.
 
 The HTTP clients of huggingface_hub 1 and 2 differ, so this module uses only shared names. It
 imports the client inside functions, because the import reads environment variables.

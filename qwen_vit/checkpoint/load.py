@@ -1,4 +1,4 @@
-"""Load a checkpoint's configs and tensors, and check names, shapes and types."""
+"""Open a checkpoint: read its configs, and check the names, shapes and types of its tensors."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ class Tower:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Hold a tower's weights and configs, from `load_checkpoint` or `from_tensors`.
+    """Provide a tower's weights and configs, from `load_checkpoint` or `from_tensors`.
 
     `tensors` maps the published names without prefix, such as "blocks.0.attn.qkv.weight", to
     tensors as stored. For a checkpoint in files, each look-up reads a file. `convert` rejects NaN

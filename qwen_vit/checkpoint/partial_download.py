@@ -140,7 +140,7 @@ def plan_file(tower: Tower, shards: Shards) -> tuple[bytes, list[Piece]]:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Allocate the disk space before the download."""
+    """Allocate the file's disk space or, if the file system cannot, only set the file's size."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
@@ -150,7 +150,7 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 def verify_download(folder: Path, label: str) -> None:
-    """Check a downloaded tower like any checkpoint. Raises CheckpointError for damage."""
+    """Check a downloaded tower: headers, configs and finite values. Raises CheckpointError."""
     at = VISION_FILE
     try:
         tensors = load_checkpoint(folder).tensors

@@ -64,7 +64,7 @@ class PublishedTensors(Mapping[str, Tensor], Generic[Part]):
             yield from zip(parts, self[name].chunk(len(parts)), strict=True)
 
     def on_host(self) -> "PublishedTensors[Any]":
-        """Return the same tensors in host memory, so that the GPU keeps only converted weights."""
+        """Return a map of names to host tensors, so that the GPU keeps only converted weights."""
         return self
 
     @abstractmethod
@@ -143,9 +143,9 @@ class LazyTensors(PublishedTensors[StoredTensor]):
 
 
 def _is_overwritten(path: Path, opened: os.stat_result) -> bool:
-    """Return whether another process overwrote the open file in place.
+    """Return whether the open file is still at its path, with another size or modification time.
 
-    The file's memory map then shows other bytes.
+    The file's memory map may then show other bytes.
     """
     try:
         now = path.stat()

@@ -56,7 +56,7 @@ class RangesRefusedError(Exception):
 
 
 class TransferError(Exception):
-    """Report that a transfer ended early. A retry may start after `wait_s`.
+    """Report that a transfer did not start or ended early. A retry may start after `wait_s`.
 
     `cause` is the client's error for a server's response, TooSlowError for a slow server, and None
     for a broken connection.
@@ -105,7 +105,7 @@ class Pace:
 
 
 def merge(pieces: Iterable[Piece]) -> list[Piece]:
-    """Join pieces that are adjacent both in their file and at their destination.
+    """Join consecutive pieces that are adjacent in file and destination. Drop empty pieces.
 
     >>> merge([Piece("a", 0, 4, 100), Piece("a", 4, 6, 104), Piece("a", 8, 9, 106)])
     [Piece(file='a', start=0, end=6, to=100), Piece(file='a', start=8, end=9, to=106)]

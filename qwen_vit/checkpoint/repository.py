@@ -92,7 +92,7 @@ class Repository:
         return Path(self._cache_dir or HF_HUB_CACHE)
 
     def resolve(self, name: str) -> Path | None:
-        """Fetch a file and set the commit from its path. Return None if no such file exists.
+        """Fetch a file and set the commit from its path. Return the path, or None without a file.
 
         The other files come from the same commit, even if the branch moves.
         """
@@ -110,7 +110,7 @@ class Repository:
         return path
 
     def file(self, name: str) -> Path | None:
-        """Return a small file from the cache or the network, or None if no such file exists.
+        """Return the path of a small file, fetched if necessary, or None if no such file exists.
 
         Raises NotCachedError if neither shows whether the file exists. Raises HubError if the Hub
         lists the file but returns 404, or if the file arrives damaged twice.
@@ -140,7 +140,7 @@ class Repository:
         return known if isinstance(known, Path) else None
 
     def cached_weights(self) -> list[str]:
-        """Return the files of this commit in the Hub's cache that are weights or weight indexes."""
+        """Return the names of this commit's cached files that are weights or weight indexes."""
         if self.commit is None:
             return []
         folder = cache.repository_folder(self.cache(), self.name) / "snapshots" / self.commit
@@ -164,12 +164,12 @@ class Repository:
         return Path(known) if found and self.commit in (None, found[1]) else None
 
     def whole(self, name: str) -> Path:
-        """Return a whole cached file, checked against the Hub's hash. Fetch the file if
-        necessary."""
+        """Return the path of a whole file, fetched if necessary, and checked against the Hub's hash
+        if the Hub gives one."""
         return self._fetch_sound(name, self.commit, partial(self.check, name, once=False))
 
     def _fetch_sound(self, name: str, revision: str | None, check: Callable[[Path], None]) -> Path:
-        """Return a file in the Hub's cache that `check` accepts. Fetch a damaged file again."""
+        """Return the path of a file that `check` accepts. Fetch a damaged file once again."""
         for _ in range(2):
             path = self._request_file(name, revision)
             try:
@@ -215,7 +215,7 @@ class Repository:
         cache.remember_check(folder, path, digest)
 
     def names(self) -> list[str] | None:
-        """Return the files beside config.json, or None if no list is available."""
+        """Return the names of the files beside config.json, or None if no list is available."""
         siblings = (self._info() or {}).get("siblings")
         if not isinstance(siblings, list):
             return None
@@ -286,8 +286,8 @@ class Repository:
         return path
 
     def _download_file(self, name: str, revision: str | None) -> tuple[Path, int]:
-        """Download a file, and return its path and size. Retry a FileNotFoundError four times,
-        because another process may recreate the cache's link."""
+        """Return a file's path and size, after a download if necessary. Retry a FileNotFoundError
+        four times, because another process may recreate the cache's link."""
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
@@ -334,7 +334,7 @@ class Repository:
         return self._found_address
 
     def _remote_digest(self, name: str) -> str | None:
-        """Request a digest from the Hub, because a cache without links records no digests."""
+        """Return a file's digest from the Hub, or None if unknown, for a cache without links."""
         if self.is_offline():
             return None
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
@@ -366,7 +366,8 @@ class Repository:
 
 
 def _check_small(path: Path) -> None:
-    """Hash a small file each time, because every later call would use a damaged file."""
+    """Compare a small file with the digest in its link each time, if its link has one, because
+    every later call would use a damaged file."""
     digest = cache.hub_digest(path)
     if digest is not None:
         cache.check_digest(path, digest)

@@ -92,8 +92,8 @@ def _through_slots(
 def _pieces(
     tensors: Iterable[Tensor], device: torch.device, piece_bytes: int
 ) -> Iterator[list[_Span]]:
-    """Yield all bytes in order, one slot at a time. A slot contains a part of a large tensor, or
-    many small tensors."""
+    """Yield the spans of all bytes in order, one slot at a time. A slot contains a part of a large
+    tensor, or many small tensors."""
     spans, room = [], piece_bytes
     for tensor in tensors:
         whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)

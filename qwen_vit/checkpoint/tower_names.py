@@ -1,4 +1,4 @@
-"""Define the names, shapes and types that a vision tower's tensors must have."""
+"""Define the names, shapes and types of a vision tower's tensors, and check tensors."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -145,7 +145,7 @@ def check_tower(
     source: str,
     locate: Callable[[str], str],
 ) -> dict[str, tuple[str, ...]]:
-    """Return the stored names of each published tensor: its own name, or the names of q, k and v.
+    """Check a tower. Return each published tensor's stored names: its own, or those of q, k and v.
 
     `infos` maps names without prefix to header entries. `source` and `locate` name the checkpoint
     and a tensor in messages. Raises CheckpointError for another model's tower, for a quantised or

@@ -100,7 +100,7 @@ class WeightUpdates:
     def _write(
         self, tensors: Iterable[tuple[str, Tensor]]
     ) -> tuple[dict[str, tuple[Recipe, Tensor]], set[str]]:
-        """Return each written parameter with its recipe and extremes, and all given names."""
+        """Write complete parameters. Return their recipes and extremes, and all arrived names."""
         written: dict[str, tuple[Recipe, Tensor]] = {}
         arrived: set[str] = set()
         for name, tensor in tensors:
@@ -119,7 +119,7 @@ class WeightUpdates:
         return written, arrived
 
     def _join(self, name: str) -> str | None:
-        """Return the published name that is now complete, or None if q, k or v is still missing."""
+        """Join q, k and v. Return the complete published name, or None if a part is missing."""
         joined = joined_name(name)
         if joined == name:
             return name

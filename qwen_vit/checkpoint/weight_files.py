@@ -52,7 +52,7 @@ class RemoteFiles:
 def find_tensors(
     folder: Path, wanted: Callable[[set[str]], set[str]], remote: RemoteFiles | None = None
 ) -> dict[str, StoredTensor]:
-    """Return the tensors in a folder that `wanted` selects by name.
+    """Locate the tensors in a folder that `wanted` selects by name.
 
     The weights are model.safetensors, the shards of an index, vision.safetensors, or the only other
     safetensors file. Shards without a wanted tensor may be absent.
@@ -228,7 +228,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def is_plain_basename(name: str) -> bool:
-    """Return whether `name` is the name of a safetensors file, not a path or an address.
+    """Return whether `name` is a valid, visible name of a safetensors file, not a path or address.
 
     >>> is_plain_basename("model-00001-of-00005.safetensors"), is_plain_basename("../a.safetensors")
     (True, False)

@@ -46,7 +46,7 @@ def install_command(extra: str = "") -> str:
 
 
 def install_remedy(extra: str) -> Wording:
-    """Return the remedy for an error that an export may record.
+    """Return the remedy for a missing extra, for an error that an export may record.
 
     >>> print(install_remedy("heif"))
     install the extra heif: pip install -e '.[heif]' in a checkout

@@ -119,7 +119,7 @@ def work_ahead(
 
 
 class Prefetcher(Generic[Result]):
-    """Start jobs in order in threads while their results fit.
+    """Start jobs in order in threads while undelivered results take less than `max_bytes`.
 
     A worker ends when the buffer is full, and the prefetcher starts workers again when the caller
     takes results. A waiting worker would keep the process alive after the caller stops taking
@@ -137,12 +137,12 @@ class Prefetcher(Generic[Result]):
         self._pool = ThreadPoolExecutor(threads, THREAD_NAME)
 
     def has_room(self) -> bool:
-        """Return whether another job fits beside the queued jobs and their results."""
+        """Return whether unfinished jobs and undelivered results take less than `max_bytes`."""
         with self._lock:
             return self._job_bytes + self._result_bytes < self._max_bytes
 
     def submit(self, job: Job[Result]) -> Future[Result]:
-        """Queue a job."""
+        """Queue a job, and return the future of its result."""
         future: Future[Result] = Future()
         with self._lock:
             self._job_bytes += job.n_bytes
@@ -158,7 +158,7 @@ class Prefetcher(Generic[Result]):
             self._start_workers()
 
     def close(self) -> None:
-        """Drop the jobs that have not started, and wait for the running jobs."""
+        """Drop jobs that have not started. Wait for the running jobs, except in a loader thread."""
         self._is_closed = True
         with self._lock:
             self._queue.clear()

@@ -7,7 +7,7 @@ __all__ = ["shows_progress"]
 
 
 def shows_progress() -> bool:
-    """Return whether a progress bar goes to stderr.
+    """Return whether to show a progress bar on stderr.
 
     `-q` on the command line sets the level of the package's logger to ERROR.
     """

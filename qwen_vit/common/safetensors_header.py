@@ -63,7 +63,7 @@ class TensorInfo:
 
 
 def read_header(path: AnyPath) -> dict[str, TensorInfo]:
-    """Return the tensors of a safetensors file. Raises CheckpointError with the file's path if
+    """Return a safetensors file's header entries by name. Raises CheckpointError with its path if
     the file is missing, unreadable or invalid."""
     try:
         if not path.is_file():

@@ -34,7 +34,7 @@ def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path | None:
 def read_cached(
     address: str, start: int, end: int, version: str | None, folder: Path | None
 ) -> bytes:
-    """Return a range like `read_range`, and store the range in `folder`.
+    """Return a range from `folder`, or read it like `read_range` and store it in `folder`.
 
     Without a folder or a version, nothing is stored. If the range cannot be stored, the function
     logs a warning. Raises the errors of `read_range`.

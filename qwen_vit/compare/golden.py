@@ -131,7 +131,7 @@ class Golden:
 
 
 def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the first digits of each tensor's SHA-256, over dtype, shape and bytes."""
+    """Return the first digits of each tensor's SHA-256, over name, dtype, shape and bytes."""
     return {name: weights_hash({name: tensors[name]})[:FINGERPRINT_DIGITS] for name in tensors}
 
 

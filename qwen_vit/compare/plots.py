@@ -76,12 +76,12 @@ class StageMaps:
 
 
 def stage_maps(maps: FeatureMaps) -> list[StageMaps]:
-    """Return the feature maps of the kept stages."""
+    """Return the feature maps of the kept stages as colours."""
     return [StageMaps.of(name, *pair) for name, pair in maps.stages.items()]
 
 
 def steps_png(maps: FeatureMaps, layout: StripLayout) -> list[bytes]:
-    """Draw a column for each pair of frames, with the image, our map, Hugging Face's map and the
+    """Draw a column for each pair in `maps.steps`: the image, our map, Hugging Face's map and the
     error.
 
     All columns share the same colours and error scale, so that readers can compare them.

@@ -77,7 +77,7 @@ class Section:
 
 
 def check_report(folder: Path, *, overwrite: bool) -> None:
-    """Raise ArgumentError if matplotlib or Jinja2 is missing.
+    """Check that a report can be written. Raises ArgumentError if matplotlib or Jinja2 is missing.
 
     Raises ExportError if the folder is a file, cannot be created or is not writable, or contains
     index.html and `overwrite` is False.

@@ -293,7 +293,7 @@ def _with_errors(case: Case, result: ImageComparison) -> Case:
 def _chosen(
     golden: Golden, images: Sequence[str | os.PathLike[str]]
 ) -> list[tuple[int | ImageError, str | None]]:
-    """Return the golden file's cases to compare, each with its image file or None."""
+    """Return the index of each case to compare, or an image's error, and the image file or None."""
     if not images:
         return [(index, None) for index in range(len(golden))]
     chosen: list[tuple[int | ImageError, str | None]] = []

@@ -32,7 +32,7 @@ PIXEL_HEAD = ("processor", "grid (t, h, w)", "different levels", "largest", "")
 
 
 def as_text(comparison: Comparison, *, has_stages: bool = False) -> str:
-    """Return the verdict, a table of images and, with `has_stages`, a stage table per image."""
+    """Return the verdict and a table of images or, with `has_stages`, tables of each image."""
     facts, closer = comparison.facts, closer_line(comparison)
     lines = [
         *verdict_lines(comparison),

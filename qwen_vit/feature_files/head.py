@@ -1,4 +1,4 @@
-"""Read the metadata of a feature file from its header."""
+"""Open a feature file, and read the metadata from its header."""
 
 from typing import Any
 

@@ -145,7 +145,7 @@ class ListedImages:
         return is_made_by(metadata, settings, self._description.get("accepted", ()))
 
     def of(self, shard: int) -> Sequence[str]:
-        """Return the images that a shard's lines of the listing name, including images replaced
+        """Return the ids in a shard's lines of the listing, including those of images replaced
         later."""
         facts, ids = next(each for each in self._listings if shard in each[0].shards)
         start = (shard - facts.shards.start) * self._shard_size

@@ -130,7 +130,7 @@ class FeatureFolder(Features):
 
     @cached_property
     def _ends(self) -> list[int]:
-        """Return the cumulative image count after each shard, from header shapes."""
+        """Return the cumulative count of current images after each shard."""
         return list(accumulate(self._count(index) for index in self._present))
 
     def __len__(self) -> int:
@@ -164,7 +164,7 @@ class FeatureFolder(Features):
         return self._shard(index).read_at(position)
 
     def open_shard(self, index: int) -> FeatureFile:
-        """Return a shard's file.
+        """Open a shard's file.
 
         Raises ExportError if the shard is missing, unreadable or damaged, or belongs to another
         export.

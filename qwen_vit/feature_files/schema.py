@@ -268,7 +268,7 @@ class StoredFacts(NamedTuple):
 
 
 def parse_image_facts(value: Any, path: AnyPath, remedy: str) -> Sequence[StoredFacts]:
-    """Return the facts of each image of a file, or none for a file of schema 1 without them.
+    """Return the facts of each image of a file, or no facts for None, as schema 1 may have.
 
     Raises ExportError with the remedy for any other value.
     """

@@ -109,7 +109,7 @@ class _Check:
             self.unfinished.append(f"{plural(missing, 'shard')} missing: {RESUME}")
 
     def file(self, file: FeatureFile, is_current: Callable[[str], bool] = lambda _: True) -> int:
-        """Check a file, and return the number of its failed images."""
+        """Check a file, and return the number of its failed images that are current."""
         per_row = file.metadata.get("patches_per_row")
         facts = file.metadata.get("images") or [{} for _ in file.ids]
         for name, features, entry in zip(file.ids, file, facts, strict=True):

@@ -1,1 +1,1 @@
-"""Pass features, and the encoder itself, to transformers, vLLM and SGLang."""
+"""Pass features to transformers, vLLM and SGLang, and replace their vision towers."""

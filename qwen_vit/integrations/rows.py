@@ -186,7 +186,7 @@ def whole_numbers(grid: Iterable[int]) -> tuple[int, ...]:
 
 
 def count_tokens(grid: tuple[int, ...], merge_size: int) -> int:
-    """Count the merged tokens of an image.
+    """Count the merged tokens of an image or video.
 
     >>> count_tokens((1, 4, 6), merge_size=2)
     6

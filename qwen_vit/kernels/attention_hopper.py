@@ -448,8 +448,8 @@ def _window_attention(
 
 
 def supports(qkv: torch.Tensor, is_axial: bool, adjacent_pairs: bool) -> bool:
-    """Return whether this module supports the tower's call: in bf16, on Hopper, with head dim
-    80."""
+    """Return whether this module supports a call: in bf16, on Hopper, with head dim 80, an axial
+    table and adjacent pairs."""
     return (
         qkv.dtype == torch.bfloat16
         and qkv.shape[3] == MAIN + TAIL

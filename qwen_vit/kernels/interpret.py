@@ -41,7 +41,7 @@ def interpreted(kernel: JITFunction) -> Callable[..., None]:
 
 
 def _function(kernel: JITFunction, language: "_Language") -> types.FunctionType:
-    """Return the kernel's function and its helpers with this module's `tl` and `range`."""
+    """Return the kernel's function. It and its helpers use this module's `tl` and `range`."""
     source = kernel.fn
     names = {
         name: _function(value, language) if isinstance(value, JITFunction) else value

@@ -1,4 +1,4 @@
-"""Set the options that kernel launches pass to Triton. Only `resize` has options of its own."""
+"""Set FP fusion for all kernel launches except those of `resize`, which switch it off."""
 
 __all__ = ["LAUNCH"]
 

@@ -178,7 +178,7 @@ def row_scale(squares, o_m, M, eps, K: tl.constexpr, SQUARES: tl.constexpr):
 @triton.jit
 def store_squares(squares_out, b_out, chunk, o_m, o_n, M, N):
     """Store the sum of squares of each row of a stored tile. Return the tile in float32, with 0
-    beyond the edges.
+    beyond the last column.
     """
     b_rounded = tl.where((o_n < N)[None, :], b_out.to(tl.float32), 0.0)  # [BM, BN]
     tl.store(squares_out + chunk * M + o_m, tl.sum(b_rounded * b_rounded, 1), mask=o_m < M)

@@ -3,7 +3,8 @@
 The matrix instruction sums e4m3 products with a short mantissa. Therefore each step of 128 columns
 of K starts from zero, and its sums are multiplied by the rows' scales for these columns and added
 in float32. An MMA partition of 256 columns, for SwiGLU, multiplies the left half and then the
-right, because the registers hold only one float32 tile and half a tile of sums.
+right, because the registers hold only the float32 accumulators of one tile, and one step's sums
+for half a tile.
 """
 
 import torch
@@ -240,7 +241,8 @@ def _fp8_hopper_gemm(
 
 
 def supports(rows: QuantizedRows) -> bool:
-    """Return whether `gemm` supports these rows: on Hopper, with a K that fills the ring."""
+    """Return whether `gemm` supports these rows: on Hopper, with enough steps along K for the ring
+    and FIRST_STEPS."""
     least_steps = FIRST_STEPS + TILES["residual"][0][1].num_stages
     return rows.values.shape[1] >= least_steps * BK and is_hopper(rows.values.device)
 

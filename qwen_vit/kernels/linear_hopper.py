@@ -335,7 +335,7 @@ def make_buffers(x, weight, out, BN: gl.constexpr, STAGES: gl.constexpr, GROUPS:
 
 @gluon.jit
 def make_barriers(STAGES: gl.constexpr, GROUPS: gl.constexpr):
-    """Allocate the barriers of the ring, and of the result buffers that also hold residuals."""
+    """Create the barriers of the ring, and of the result buffers that also hold residuals."""
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -389,7 +389,7 @@ def _hopper_gemm(
 
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether `gemm` supports this GEMM: in bf16, on Hopper, with whole tiles along N and
-    K."""
+    K, and enough steps along K for the ring and FIRST_STEPS."""
     N, K = weight.shape
     return (
         x.dtype == torch.bfloat16

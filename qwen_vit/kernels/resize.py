@@ -120,7 +120,7 @@ class ResizePlan:
 def _launch(
     parts: list[Integers], rows: Sequence[Pass] | Sequence[Cut], programs: list[int]
 ) -> _Launch:
-    """Append a launch's part of the table."""
+    """Append a launch's part of the table, and return its place and size."""
     begin = sum(map(len, parts))
     if not rows:
         return _Launch(begin, begin, 0)

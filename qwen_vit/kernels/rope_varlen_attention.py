@@ -57,8 +57,10 @@ def fused_rope_varlen_attention(
 def _tile_table_on_device(
     cu_seqlens: torch.Tensor, n_rows: int, cut: SegmentTiling
 ) -> torch.Tensor:
-    """Compute `layout.tile_table` on the device. The host does not know the lengths, so the last
-    tiles may be empty."""
+    """Compute the tiles of `layout.tile_table` on the device, but in the order of the segments.
+
+    The host does not know the lengths, so the last tiles may be empty.
+    """
     cu_seqlens = cu_seqlens.clamp(0, n_rows)  # wrong values must not address rows outside qkv
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     tiles_before = ((ends - starts + cut.rows - 1) // cut.rows).cumsum(0)

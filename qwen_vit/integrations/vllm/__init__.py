@@ -1,4 +1,4 @@
-"""Convert features for vLLM's engine, server and encoder cache."""
+"""Convert features for vLLM's engine, server and encoder cache, and replace its vision tower."""
 
 from qwen_vit.integrations.vllm.cached import (
     CachedFeatures,

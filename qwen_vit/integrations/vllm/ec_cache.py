@@ -1,4 +1,4 @@
-"""Write vLLM's encoder cache as files, so that a request needs only a grid and a uuid.
+"""Write and read vLLM's encoder cache as files, so that a request needs only a grid and a uuid.
 
 vLLM's `ECExampleConnector` reads an item's rows from FOLDER/UUID/encoder_cache.safetensors, one
 tensor `ec_cache` (tokens, width). The connector does not check entries, and rows of a wrong width
@@ -281,7 +281,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _make_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Create the folder, or check that it is a cache with the same settings."""
+    """Create the folder with its settings, or check that it is a cache with the same settings."""
     if SETTINGS not in _names(folder):
         with atomic_file(folder / SETTINGS) as file:
             file.write(json.dumps(settings, sort_keys=True, indent=1).encode() + b"\n")
