@@ -3,8 +3,8 @@
 The matrix instruction sums e4m3 products with a short mantissa. Therefore each step of 128 columns
 of K starts from zero, and its sums are multiplied by the rows' scales for these columns and added
 in float32. An MMA partition of 256 columns, for SwiGLU, multiplies the left half and then the
-right, because the registers hold only the float32 accumulators of one tile, and one step's sums
-for half a tile.
+right. The reason is that the registers hold only the float32 accumulators of one tile, and one
+step's sums for half a tile.
 """
 
 import torch
