@@ -114,7 +114,7 @@ class VisionEncoder(LoadedTower):
             device_map: transformers' name for `device`. Any value raises ArgumentError.
 
         Raises:
-            HubError: The Hub or its cache cannot provide the files.
+            HubError: The name is unknown, or the Hub and its cache cannot provide the files.
             CheckpointError: The checkpoint is missing, damaged, unsupported, or of another model.
             ArgumentError: An argument is invalid, or this machine does not support it.
         """

@@ -87,10 +87,10 @@ def find_checkpoint(
 
     The function downloads the config files and the vision tensors once. `revision`, `token`,
     `cache_dir` and `local_files_only` have the same meaning as in huggingface_hub. `download`
-    describes `subfolder`. Raises HubError if the Hub and its cache cannot provide a file. Raises
-    CheckpointError for a path that is no folder, and for a repository with a damaged or unsupported
-    checkpoint. Raises ArgumentError for an empty `revision`, an invalid `subfolder`, and for either
-    if it does not apply.
+    describes `subfolder`. Raises HubError for an unknown name, and if the Hub and its cache cannot
+    provide a file. Raises CheckpointError for a path that is no folder, and for a damaged or
+    unsupported checkpoint of a repository. Raises ArgumentError for an empty `revision`, an invalid
+    `subfolder`, and for either if it does not apply.
     """
     return download(
         model,
