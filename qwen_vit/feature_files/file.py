@@ -16,7 +16,7 @@ from torch import Tensor
 from qwen_vit.common.store_path import AnyPath, StorePath, as_path
 from qwen_vit.errors import ExportError, plural
 from qwen_vit.feature_files.collection import Features
-from qwen_vit.feature_files.head import cannot_read, open_tensors
+from qwen_vit.feature_files.head import WRITE_AGAIN, cannot_read, open_tensors
 from qwen_vit.feature_files.schema import (
     EMBEDS,
     RESUME,
@@ -30,8 +30,6 @@ from qwen_vit.feature_files.writer import rows_sha256
 from qwen_vit.features import ImageFeatures, VideoFeatures
 
 __all__ = ["FeatureFile", "file_content", "open_shard"]
-
-WRITE_AGAIN = "write it again with `qwen-vit encode`"
 
 
 class FeatureFile(Features):

@@ -10,7 +10,13 @@ from qwen_vit.errors import CheckpointError, ExportError
 from qwen_vit.feature_files.ranges import RangedTensors
 from qwen_vit.feature_files.schema import EMBEDS, INTEGERS, METADATA_KEY, parse_metadata
 
-__all__ = ["cannot_read", "open_tensors"]
+__all__ = ["WRITE_AGAIN", "cannot_read", "open_tensors"]
+
+WRITE_AGAIN = "write it again with `qwen-vit encode`"
+OTHER_FILE = (
+    "pass a file of `qwen-vit encode`. For a checkpoint, pass its folder as the model. For a "
+    "golden file, use `qwen-vit compare --golden`"
+)
 
 
 def cannot_read(path: AnyPath, error: OSError) -> ExportError:
@@ -48,6 +54,9 @@ def open_tensors(path: AnyPath, remedy: str) -> tuple[dict[str, Any], Any]:
     file = safe_open(path, framework="pt", device="cpu") if remote is None else remote
     text = (file.metadata() or {}).get(METADATA_KEY)
     if missing or text is None:
+        # without any of its parts, the file was never a feature file; a shard has its own remedy
+        if len(missing) == 1 + len(INTEGERS) and text is None and remedy == WRITE_AGAIN:
+            remedy = OTHER_FILE
         raise ExportError(
             "a safetensors file, but not a feature file",
             name=str(path),

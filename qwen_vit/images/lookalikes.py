@@ -25,6 +25,11 @@ OTHERS = (
     (rb"%pdf", "a PDF document", "render its pages to PNG first"),
     (rb"%!ps(?!-adobe[^\n]*epsf)", "a PostScript document", "render its pages to PNG first"),
     (rb"par1", "a Parquet file", "pass it to `qwen-vit export --column NAME`"),
+    (
+        rb".{4}\x00{4}\{[\s\"}]",
+        "a safetensors file",
+        "draw stored features with `qwen-vit show`, or describe the file with `qwen-vit info`",
+    ),
     (rb"\x93numpy", "a NumPy file", "pass numpy.load(...) instead"),
     (rb"pk[\x03\x05][\x04\x06]", "a zip archive", "unpack it first"),
     (rb"\x1f\x8b", "a gzip archive", "unpack it first"),
@@ -79,6 +84,8 @@ def find_lookalike(data: bytes) -> Lookalike | None:
     "a text file, not an image: it starts with '404 Not Found'"
     >>> find_lookalike(b'{"id": 1}').what, find_lookalike(bytes(8))
     ('a JSON file', None)
+    >>> find_lookalike(bytes([64, 0, 0, 0, 0, 0, 0, 0]) + b'{"a": {}}').what
+    'a safetensors file'
     """
     head = data[:HEAD_BYTES].lower()
     begin = head.removeprefix(b"\xef\xbb\xbf").lstrip()

@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 from qwen_vit.errors import ImageError
 from qwen_vit.images.lookalikes import find_lookalike
+from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, suffix_of
 from qwen_vit.video.options import VideoLimits
 
 __all__ = ["HEAD_BYTES", "check_structure", "container_of"]
@@ -79,11 +80,14 @@ def check_structure(file: BinaryIO, size: int, name: str, limits: VideoLimits) -
 def _no_video(head: bytes, name: str) -> ImageError:
     for pattern, what in PICTURES:
         if re.match(pattern, head, re.DOTALL):
+            is_misnamed = suffix_of(name) in VIDEO_SUFFIXES
             return ImageError(
                 f"an image ({what}), not a video",
                 name=name,
                 expected=EXPECTED,
-                remedy="pass the file to `encode`, with a suffix that matches its content",
+                remedy="give the file an image's extension, such as .jpg"
+                if is_misnamed
+                else "pass the file to `encode`",
                 code="format",
             )
     known = find_lookalike(head)

@@ -84,6 +84,17 @@ def test_what_may_not_be_read_is_not_called_torn(
     assert "cannot be read (Permission denied). Check its permissions" in message
 
 
+def test_a_file_that_was_never_a_feature_file_is_not_to_be_written_again(path: Path) -> None:
+    """For a checkpoint or a golden file, `encode` once was the remedy."""
+    save_file({"visual.patch_embed.proj.weight": torch.ones(2)}, path)
+    message = refused(path)
+    assert "For a checkpoint, pass its folder as the model." in message
+    assert "For a golden file, use `qwen-vit compare --golden`." in message
+    assert "again" not in message
+    save_file({"image_embeds": torch.ones(2, 2)}, path)  # a part of a feature file
+    assert refused(path).endswith("Write it again with `qwen-vit encode`.")
+
+
 def test_other_safetensors_files_are_no_feature_files(path: Path) -> None:
     save_file({"x": torch.ones(2)}, path)
     assert "a safetensors file, but not a feature file. Expected image_embeds" in refused(path)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from qwen_vit.common.installation import install_command
 from qwen_vit.config import ImageConfig
@@ -66,6 +67,17 @@ def test_an_empty_file(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     path.touch()
     assert refused(path).code == "empty-file"
+
+
+def test_an_image_gets_a_remedy_that_fits_its_name(tmp_path: Path) -> None:
+    """A JPEG named .jpg was once asked for "a suffix that matches its content"."""
+    for name, remedy in (
+        ("a.jpg", "Pass the file to `encode`."),
+        ("a.mp4", "Give the file an image's extension, such as .jpg."),
+    ):
+        Image.new("RGB", (8, 8)).save(tmp_path / name, "JPEG")
+        error = refused(tmp_path / name)
+        assert (error.fact, error.remedy) == ("an image (JPEG), not a video", remedy)
 
 
 def test_sound_alone(tmp_path: Path) -> None:
