@@ -1,13 +1,9 @@
 """Handle Ctrl-C and missing packages while a command imports slow packages."""
 
-import os
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
-from qwen_vit.cli.exit_codes import EXIT_INTERRUPTED
+from qwen_vit.cli.interrupts import exit_at_interrupts, raise_at_interrupts
 from qwen_vit.common.installation import install_command
 from qwen_vit.errors import ArgumentError
 
@@ -24,13 +20,7 @@ def slow_imports() -> Iterator[None]:
 
     Raises ArgumentError if a package is missing or cannot be imported.
     """
-    # only the main thread may set a handler, and a background job must still ignore Ctrl-C
-    is_default = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if is_default:
-        signal.signal(signal.SIGINT, _exit_at_once)
+    exit_at_interrupts()
     try:
         yield
     except ModuleNotFoundError as error:
@@ -40,11 +30,4 @@ def slow_imports() -> Iterator[None]:
     except ImportError as error:  # if Triton is missing, the text contains the remedy
         raise ArgumentError(str(error)) from None
     finally:
-        if is_default:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _exit_at_once(*_: object) -> NoReturn:
-    # do not raise: numpy and torch catch exceptions of their imports and continue half imported
-    os.write(2, b"interrupted\n")
-    os._exit(EXIT_INTERRUPTED)
+        raise_at_interrupts()

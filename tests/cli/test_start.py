@@ -172,6 +172,36 @@ def test_an_interrupt_while_torch_is_imported_ends_with_130(tmp_path: Path) -> N
         assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+at = sys.argv.pop(1)
+
+class Interrupter:
+    def find_spec(self, name, *_):
+        if name == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupter())
+from qwen_vit.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.usefixtures("heeded_interrupts")
+@pytest.mark.parametrize(
+    "module",
+    ["qwen_vit.cli.imports", "qwen_vit.errors", "qwen_vit.cli.main", "click", "qwen_vit.cli.info"],
+)
+def test_an_interrupt_in_the_first_imports_ends_with_130(module: str) -> None:
+    """Ctrl-C in the first 0.15 s once printed a traceback, and the exit code was -2."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IMPORT, module, "info", "tiny"],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["-h"], *([name, "--help"] for name in cli_module.COMMANDS)]
 )
