@@ -136,7 +136,7 @@ def download(
             "a file",
             name=name,
             expected="a checkpoint's folder",
-            remedy="pass the folder that contains this file and config.json",
+            remedy="pass a folder that contains config.json and the weights",
         )
     if is_path(name):
         raise CheckpointError(

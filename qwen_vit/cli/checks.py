@@ -110,7 +110,7 @@ def check_paths(inputs: Sequence[str], *, must_exist: bool = False) -> None:
 
 
 def check_model_or_features(path: str, subfolder: str | None = None) -> None:
-    """Raise ArgumentError for a folder that cannot contain a checkpoint or an export.
+    """Raise ArgumentError for a folder without a checkpoint or an export, or for another file.
 
     >>> check_model_or_features("tests/photographs")
     Traceback (most recent call last):
@@ -118,7 +118,19 @@ def check_model_or_features(path: str, subfolder: str | None = None) -> None:
 export. Expected config.json and model.safetensors, or export.json of `qwen-vit export`. Pass \
 another folder.
     """
+    from qwen_vit.inputs.tars import MEDIA_SUFFIXES
+
     folder = Path(path, subfolder or "")
+    if Path(path).is_file() and not path.lower().endswith(MODEL_SUFFIXES):
+        raise ArgumentError(
+            "a file, but not a feature file",
+            name=path,
+            expected="a checkpoint, a feature file (.safetensors) or an export's folder",
+            remedy=f"to count an image's tokens, run `qwen-vit info MODEL --image "
+            f"{shlex.quote(path)}`"
+            if path.lower().endswith(MEDIA_SUFFIXES)
+            else "pass another path",
+        )
     with suppress(OSError):  # the caller's functions report these errors
         if folder.is_dir() and not any(
             each.name.endswith(MODEL_SUFFIXES)

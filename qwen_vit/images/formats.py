@@ -27,7 +27,7 @@ from qwen_vit.common.installation import install_remedy
 from qwen_vit.errors import ImageError, with_options
 from qwen_vit.images.gif import GifFile
 from qwen_vit.images.image import ImageLimits, check_pixels
-from qwen_vit.images.lookalikes import find_lookalike
+from qwen_vit.images.lookalikes import JSON_SUFFIX, LIST_SUFFIXES, find_lookalike
 
 __all__ = ["DECODERS", "IDENTIFY_BYTES", "decoder", "identify"]
 
@@ -167,6 +167,8 @@ def _refused(data: bytes, name: str, on_request: str) -> ImageError:
         code, fact, remedy = "format", f"of an unsupported format ({kind})", "convert it to PNG"
     elif known is not None:  # after Pillow's formats, because some of them are text
         code, fact, remedy = known.code, known.fact("an image"), known.remedy
+        if name.lower().endswith((*LIST_SUFFIXES, JSON_SUFFIX)):
+            remedy = "pass the files that the list names; only encode, export and show read lists"
     return ImageError(fact, name=name, expected=ALLOWED, remedy=remedy, code=code)
 
 

@@ -3,7 +3,10 @@
 import re
 from typing import NamedTuple
 
-__all__ = ["Lookalike", "find_lookalike"]
+__all__ = ["JSON_SUFFIX", "LIST_SUFFIXES", "Lookalike", "find_lookalike"]
+
+LIST_SUFFIXES = (".txt", ".lst")
+JSON_SUFFIX = ".jsonl"  # of a list with one object per line
 
 HEAD_BYTES = 1024
 TEXT_SHOWN = 40  # characters: enough for "404 Not Found" or a path

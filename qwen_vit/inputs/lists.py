@@ -13,13 +13,12 @@ from qwen_vit.common.storage import is_remote
 from qwen_vit.common.strict_json import is_integer, parse_json, short_repr
 from qwen_vit.errors import IMAGE_CODES, CheckpointError, ExportError, ImageError
 from qwen_vit.images.image import ADDRESS
+from qwen_vit.images.lookalikes import JSON_SUFFIX, LIST_SUFFIXES
 from qwen_vit.inputs.listing import MAX_NAME_BYTES, Item
 from qwen_vit.inputs.remote import below, open_input, refuse
 
 __all__ = ["JSON_SUFFIX", "LIST_SUFFIXES", "json_list_items", "stdin_items", "text_list_items"]
 
-LIST_SUFFIXES = (".txt", ".lst")
-JSON_SUFFIX = ".jsonl"
 MAX_FILE = 2**63 - 1  # bytes
 CORRECT = "correct that line"
 

@@ -319,6 +319,38 @@ def test_the_closest_option_or_command_is_suggested(
     assert f". Did you mean {meant}? See `qwen-vit" in done.err
 
 
+@pytest.mark.parametrize("name", ["list.txt", "list.jsonl"])
+def test_a_command_without_lists_names_those_that_read_them(
+    folder: Path, run: Any, name: str
+) -> None:
+    """The remedy once was to pass a list as .txt, which this file is."""
+    Path(name).write_text('{"path": "a.png"}\n' if name.endswith("l") else "a.png\n")
+    for arguments in (("info", "tiny", "--image", name), ("compare", name, "--model", "tiny")):
+        done = run(*arguments)
+        assert done.code == 2
+        remedy = ". Pass the files that the list names; only encode, export and show read lists."
+        assert remedy in done.out + done.err
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("a.png", "To count an image's tokens, run `qwen-vit info MODEL --image a.png`."),
+        ("list.txt", "Pass another path."),
+    ],
+)
+def test_another_file_is_answered_with_what_info_describes(
+    folder: Path, run: Any, command: str, name: str, remedy: str
+) -> None:
+    """The remedy once was to pass the image's folder."""
+    Path("list.txt").write_text("a.png\n")
+    expected = "Expected a checkpoint, a feature file (.safetensors) or an export's folder."
+    done = run(command, name)
+    assert (done.code, done.out) == (2, "")
+    assert done.err == f"error: {name}: a file, but not a feature file. {expected} {remedy}\n"
+
+
 def test_one_failed_image_has_one_cause(folder: Path, run: Any) -> None:
     Path("t.jpg").write_text("404 Not Found")
     done = run("encode", "t.jpg", *TO_FILE)
