@@ -121,17 +121,17 @@ another folder.
     from qwen_vit.inputs.tars import MEDIA_SUFFIXES
 
     folder = Path(path, subfolder or "")
-    if Path(path).is_file() and not path.lower().endswith(MODEL_SUFFIXES):
-        raise ArgumentError(
-            "a file, but not a feature file",
-            name=path,
-            expected="a checkpoint, a feature file (.safetensors) or an export's folder",
-            remedy=f"to count an image's tokens, run `qwen-vit info MODEL --image "
-            f"{shlex.quote(path)}`"
-            if path.lower().endswith(MEDIA_SUFFIXES)
-            else "pass another path",
-        )
     with suppress(OSError):  # the caller's functions report these errors
+        if os.path.isfile(path) and not path.lower().endswith(MODEL_SUFFIXES):
+            raise ArgumentError(
+                "a file, but not a feature file",
+                name=path,
+                expected="a checkpoint, a feature file (.safetensors) or an export's folder",
+                remedy=f"to count an image's tokens, run `qwen-vit info MODEL --image "
+                f"{shlex.quote(path)}`"
+                if path.lower().endswith(MEDIA_SUFFIXES)
+                else "pass another path",
+            )
         if folder.is_dir() and not any(
             each.name.endswith(MODEL_SUFFIXES)
             for pattern in ("*", "*/config.json")
