@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Self
 
 from tqdm import tqdm
@@ -24,11 +25,13 @@ MAX_FAILURES_LOGGED = 20
 
 
 class _Lines:
-    """Write whole lines to a log, because a log cannot overwrite a line as a terminal does."""
+    """Write whole lines to a log, because a log cannot overwrite a line as a terminal does. Ignore
+    write errors, for example of a full disk."""
 
     def write(self, text: str) -> None:
-        if line := text.strip():
-            sys.stderr.write(f"{line}\n")
+        with suppress(OSError):
+            if line := text.strip():
+                sys.stderr.write(f"{line}\n")
 
     def flush(self) -> None:
         """Do nothing, because the log already contains every line."""

@@ -76,14 +76,15 @@ class Directory:
 def read_directory(data: bytes) -> Directory:
     """Read the first directory's entries, without their values.
 
-    Raises struct.error if the directory is incomplete, OverflowError if its offset is 2**63 or
-    more, and ValueError for more than MAX_ENTRIES entries.
+    Raises struct.error if the directory is incomplete, and ValueError for more than MAX_ENTRIES
+    entries.
     """
     order = "<" if data[:2] == b"II" else ">"
     is_big = data[2:4] in (b"+\0", b"\0+")
     pointer = "Q" if is_big else "I"
     [start] = struct.unpack_from(order + pointer, data, 8 if is_big else 4)
     count_format, entry_format = ("Q", "HHQ") if is_big else ("H", "HHI")
+    start = min(start, len(data))  # struct.error instead of OverflowError
     [count] = struct.unpack_from(order + count_format, data, start)
     if count > MAX_ENTRIES:
         raise ValueError(f"a directory of {count} entries, expected at most {MAX_ENTRIES}")
@@ -94,7 +95,8 @@ def read_directory(data: bytes) -> Directory:
         at += struct.calcsize("=" + entry_format)
         entry = Entry(kind, number, at)
         if entry.n_bytes > inline:
-            entry = Entry(kind, number, struct.unpack_from(order + pointer, data, at)[0])
+            [begin] = struct.unpack_from(order + pointer, data, at)
+            entry = Entry(kind, number, min(begin, len(data)))
         entries[tag] = entry
         at += inline
     return Directory(entries, order, at)

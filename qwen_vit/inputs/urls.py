@@ -68,7 +68,7 @@ def read_url(url: str, name: str, limits: ImageLimits) -> bytes:
                 target = response.headers.get("Location")
                 if response.status not in REDIRECTS or target is None:
                     return _body(response, name, limits, end)
-                url = urljoin(url, target)
+                url = _joined(url, target)
         raise _RefusedError(f"more than {MAX_REDIRECTS} redirects", "list the final address", "url")
     except _RefusedError as error:
         raise ImageError(error.fact, name=name, remedy=error.remedy, code=error.code) from None
@@ -86,6 +86,15 @@ def read_url(url: str, name: str, limits: ImageLimits) -> bytes:
         raise ImageError(
             f"cannot be fetched ({reason})", name=name, remedy="try again later", code="unreadable"
         ) from error
+
+
+def _joined(url: str, target: str) -> str:
+    try:
+        return urljoin(url, target)
+    except ValueError:
+        raise _RefusedError(
+            "redirects to an invalid address", "list the final address", "url"
+        ) from None
 
 
 @contextmanager

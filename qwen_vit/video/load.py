@@ -176,18 +176,21 @@ def _head(source: Any, name: str) -> bytes | None:
 
 def _whole(source: Any, name: str, limits: VideoLimits) -> bytes:
     """Return an animation's bytes. Raises ImageError for a file of more bytes than the smaller of
-    `limits.max_file_bytes` and the default of ImageLimits. Passed bytes have no limit here."""
-    if isinstance(source, bytes):
-        return source
+    `limits.max_file_bytes` and the default of ImageLimits."""
+    most = min(limits.max_file_bytes, ImageLimits().max_file_bytes)
     with ExitStack() as stack:
-        file = stack.enter_context(open_file(source, name)) if isinstance(source, str) else source
-        file.seek(0)
-        data: bytes = file.read(min(limits.max_file_bytes, ImageLimits().max_file_bytes) + 1)
-    if len(data) > min(limits.max_file_bytes, ImageLimits().max_file_bytes):
+        if isinstance(source, bytes):
+            data = source
+        else:
+            is_path = isinstance(source, str)
+            file = stack.enter_context(open_file(source, name)) if is_path else source
+            file.seek(0)
+            data = file.read(most + 1)
+    if len(data) > most:
         raise ImageError(
-            f"an animation of more than {len(data) - 1} bytes",
+            f"an animation of more than {most} bytes",
             name=name,
-            expected=f"at most {len(data) - 1}",
+            expected=f"at most {most}",
             remedy="convert the animation to a video",
             code="file-too-large",
         )

@@ -106,7 +106,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "awq": (
         lambda folder: edit_tensors(folder, blocks__0__attn__qkv__qweight=torch.zeros(4)),
-        ("quantised or have another type (blocks.0.attn.qkv.qweight",),
+        ("quantised or other type (blocks.0.attn.qkv.qweight",),
     ),
     "missing": (
         lambda folder: edit_config(folder, vision_config=replace(SMALL, depth=4).to_json()),
