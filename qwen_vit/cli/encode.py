@@ -81,7 +81,7 @@ def encode(
 
     IMAGES are images, videos, folders, quoted patterns, tars and lists. The command searches
     folders to every depth. A .txt list has one path per line. Each line of a .jsonl list has a
-    "path" and, optionally, an "id". The input - reads a list from standard input. Parquet files
+    "path" and, optionally, an "id". Pass '-' to read a list from standard input. Parquet files
     need --column, and https:// addresses in a list need --allow-urls.
 
     The file contains image_embeds, image_grid_thw and image_token_offsets. Each block of --layers

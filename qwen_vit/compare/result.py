@@ -186,7 +186,8 @@ class Comparison:
         return not golden or golden["weights_sha256"] == self.facts["weights_sha256"]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the whole comparison as JSON values. NaN and infinity become null."""
+        """Return the comparison, without the feature maps, as JSON values. NaN and infinity become
+        null."""
         document = {
             **self.facts,
             "agrees": self.passed,

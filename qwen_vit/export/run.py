@@ -140,7 +140,7 @@ def load_encoder(
 
 
 def warn_of_idle(n_shards: int, n_workers: int, workers: str) -> None:
-    """Log a warning if there are fewer shards than `workers`, such as "parts"."""
+    """Log a warning if `n_shards` is less than `n_workers`. The warning calls them `workers`."""
     if n_shards < n_workers:
         logger.warning(
             "%s for %d %s: lower %s so that no process is idle",

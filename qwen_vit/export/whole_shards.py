@@ -57,7 +57,8 @@ def segments_to_keep(
     """Return the segments whose rows this run's shard reuses. `names` are the shard's ids.
 
     This run must have the segments' settings and versions, because a shard records one version of
-    each package. Only decoders that were missing then may differ.
+    each package. The exception is a decoder that was not
+    installed when the segments were written.
     """
     settings = plan.settings_of(shard)
     ours = makers_in(settings)

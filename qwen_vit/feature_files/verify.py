@@ -60,8 +60,8 @@ def verify_features(
     rows that its grid implies. The rows must be finite and match the recorded digests. An export
     must also have all its shards, and its listings must match their recorded hashes. The function
     calls `on_image` for each image. Raises ExportError if the path has no features, if an export's
-    settings or listings are damaged, or if a feature file cannot be opened. A shard that cannot be
-    opened is one of the `problems`.
+    settings or listings cannot be read, or if a feature file cannot be opened. A shard that cannot
+    be opened, and a listing with another hash, are `problems`.
     """
     features = open_features(as_path(path))  # a cache would hide what the store has
     check = _Check(on_image)

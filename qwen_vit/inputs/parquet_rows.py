@@ -135,7 +135,12 @@ class _Reader:
     def _open(self) -> None:
         self._file = open_parquet_file(self._path, self._path, self._version)
         self._pages = CheckedPages(self._file)
-        self._parquet = parquet_file(self._pages)
+        try:
+            self._parquet = parquet_file(self._pages)
+        except (ExportError, ImageError, MemoryError, OSError):
+            raise
+        except Exception as error:  # noqa: BLE001 - pyarrow raises many kinds for a damaged file
+            raise cannot_read(self._path, error) from None
         check_images(self._parquet.schema_arrow, self._column, self._path)
         metadata = self._parquet.metadata
         groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]

@@ -473,7 +473,7 @@ def full_attention(
 ) -> None:
     """Fill `out` (N, H, D) with full attention. `k_rotated` (N, H, D) are the keys after RoPE.
 
-    Only benchmarks and tests change `k_rows` and `num_stages`.
+    Only `tools.tune` changes `k_rows` and `num_stages`.
     """
     N, _, H, D = qkv.shape
     keys, values = k_rotated.view(N, H * D), qkv.view(N, 3 * H * D)

@@ -1,5 +1,6 @@
 """Test the output, progress, questions and usage errors of `qwen-vit export`."""
 
+import contextlib
 import io
 import json
 import os
@@ -278,6 +279,17 @@ def test_a_log_is_told_now_and_then_in_whole_lines(
     lines = capsys.readouterr().err.split("\n")
     assert any("11/11" in line and "tokens/s" in line for line in lines)
     assert not any("\r" in line for line in lines)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_log_does_not_stop_an_export(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress_module, "LINE_EVERY_S", 1e-9)
+    with contextlib.suppress(OSError), open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr("sys.stderr", full)
+        done = export(show_progress=True)
+    assert done.exported == 10
 
 
 def test_what_is_no_image_by_its_name_is_counted(export_dir: Path, run: Any) -> None:

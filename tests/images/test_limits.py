@@ -366,3 +366,12 @@ def test_the_peak_of_memory_does_not_follow_the_threads() -> None:
     one, eight = peak(1), peak(8)
     print(f"peaks: {one:,} kB with one thread, {eight:,} kB with eight")
     assert eight < 1.5 * one
+
+
+@pytest.mark.parametrize("offset", [2**40, 2**63, 2**64 - 1])
+def test_an_exif_directory_beyond_the_file_is_ignored(offset: int) -> None:
+    """An offset of 2^63 or more once raised OverflowError, and ended an export."""
+    tiff = b"II+\0\x08\0\0\0" + struct.pack("<Q", offset)
+    file = io.BytesIO()
+    Image.new("RGB", (56, 56)).save(file, "JPEG", exif=b"Exif\0\0" + tiff)
+    assert load_image(file.getvalue()).width == 56

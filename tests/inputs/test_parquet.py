@@ -321,6 +321,8 @@ def test_a_file_that_changed_after_the_listing(parquet_dir: Path) -> None:
     assert "no longer has row 2" in failure(last).fact
     pq.write_table(pa.table({"image": ["text"]}), "x.parquet")
     assert failure(last).code == "unreadable"
+    Path("x.parquet").write_bytes(b"garbage" * 100)
+    assert failure(last).code == "damaged"
     Path("x.parquet").unlink()
     assert failure(last).code == "missing"
 

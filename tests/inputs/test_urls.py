@@ -132,6 +132,7 @@ def test_redirects_within_the_allowed_hosts_are_followed(site: Site) -> None:
         ("https://images.example.org:22/", "its host images.example.org:22 is not allowed"),
         ("https://images.example.org:x/", "not a valid address"),
         ("/a b", "not a valid address"),
+        ("http://[", "redirects to an invalid address"),
     ],
 )
 def test_redirects_elsewhere_are_refused(site: Site, target: str, fact: str) -> None:

@@ -216,6 +216,8 @@ def test_limits_on_bytes_frames_and_time(tmp_path: Path) -> None:
     make_video(path, 60)
     size = path.stat().st_size
     assert refused(path, VideoLimits(max_file_bytes=size - 1)).code == "file-too-large"
+    gif = Path("tests/fuzz/videos/moves.gif").read_bytes()
+    assert refused(gif, VideoLimits(max_file_bytes=len(gif) - 1)).code == "file-too-large"
     assert refused(path, VideoLimits(max_frames=59)).code == "too-many-frames"
     assert refused(path, VideoLimits(max_decode_s=1e-9)).code == "slow"
     with pytest.raises(
