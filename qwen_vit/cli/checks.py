@@ -9,7 +9,7 @@ from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
-from qwen_vit.common.atomic_file import cannot_write, check_utf8, refuse_link
+from qwen_vit.common.atomic_file import cannot_write, check_parent, check_utf8, refuse_link
 from qwen_vit.errors import ArgumentError, ExportError
 
 __all__ = ["check_distinct", "check_model_or_features", "check_output", "check_paths"]
@@ -25,7 +25,7 @@ def check_output(
 
     >>> check_output(Path("no-such-folder/f.safetensors"), False)
     Traceback (most recent call last):
-    qwen_vit.errors.ExportError: no-such-folder: not a folder. Create the folder first.
+    qwen_vit.errors.ExportError: no-such-folder: does not exist. Create the folder first.
 
     A name without a suffix is accepted, because only a different suffix names another format.
     """
@@ -39,14 +39,13 @@ def check_output(
             remedy=f"pass {option} {out.with_suffix(suffix)}",
         )
     try:
-        existing, parent = _status(out), _status(out.absolute().parent)
+        existing = _status(out)
+        check_parent(out)
     except OSError as error:
         raise cannot_write(out, error) from None
     refuse_link(out)
     if existing is not None and stat.S_ISDIR(existing.st_mode):
         raise ExportError("a folder", name=name, expected="a file to write", remedy=remedy)
-    if parent is None or not stat.S_ISDIR(parent.st_mode):
-        raise ExportError("not a folder", name=str(out.parent), remedy="create the folder first")
     if not os.access(out.absolute().parent, os.W_OK):
         raise ExportError("not writable", name=str(out.parent), remedy="check its permissions")
     if existing is not None and not stat.S_ISREG(existing.st_mode):

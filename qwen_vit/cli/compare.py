@@ -98,6 +98,8 @@ def compare(
         if as_json
         else as_text(comparison, has_stages=is_verbose())
     )
+    if save_golden is not None:
+        print_log(f"wrote {display_name(str(save_golden))}")
     if report is not None and comparison.images:
         page = write_report(report, comparison, command=shlex.join(["qwen-vit", *sys.argv[1:]]))
         print_log(f"wrote {display_name(str(page))}")

@@ -3,6 +3,7 @@
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ __all__ = [
     "AtomicFile",
     "atomic_file",
     "cannot_write",
+    "check_parent",
     "check_utf8",
     "refuse_link",
     "sync_folder",
@@ -124,6 +126,21 @@ def check_utf8(path: Path) -> None:
             expected="a path that safetensors can open",
             remedy="pass another path",
         ) from None
+
+
+def check_parent(path: Path) -> None:
+    """Raise ExportError if the parent folder of an output does not exist.
+
+    Also raises the other OSErrors of os.stat.
+    """
+    try:
+        is_folder, fact = stat.S_ISDIR(os.stat(path.absolute().parent).st_mode), "not a folder"
+    except FileNotFoundError:
+        is_folder, fact = False, "does not exist"
+    except NotADirectoryError:
+        is_folder, fact = False, "not a folder"
+    if not is_folder:
+        raise ExportError(fact, name=str(path.parent), remedy="create the folder first")
 
 
 def refuse_link(path: Path) -> None:

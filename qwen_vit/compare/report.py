@@ -12,7 +12,7 @@ from datetime import date
 from importlib.resources import files
 from pathlib import Path
 
-from qwen_vit.common.atomic_file import atomic_file, cannot_write
+from qwen_vit.common.atomic_file import atomic_file, cannot_write, check_parent
 from qwen_vit.compare.plots import (
     StageMaps,
     drift_png,
@@ -91,10 +91,7 @@ def check_report(folder: Path, *, overwrite: bool) -> None:
                 expected="a folder for the report",
                 remedy=Wording("pass another folder", shell="pass another --report"),
             )
-        if not folder.absolute().parent.is_dir():
-            raise ExportError(
-                "not a folder", name=str(folder.parent), remedy="create the folder first"
-            )
+        check_parent(folder)
         if (folder / PAGE).exists() and not overwrite:
             raise ExportError(
                 "already exists",

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from re import Pattern
 
-from qwen_vit.common.atomic_file import atomic_file, cannot_write, check_utf8
+from qwen_vit.common.atomic_file import atomic_file, cannot_write, check_parent, check_utf8
 from qwen_vit.common.store_path import AnyPath
 from qwen_vit.errors import ExportError, Wording, display_name
 from qwen_vit.export.lock import LOCK_NAME, hold_folder
@@ -170,10 +170,7 @@ class LocalFolder(ExportFolder):
         folder = self.scratch
         check_utf8(folder)
         try:
-            if not folder.absolute().parent.is_dir():
-                raise ExportError(
-                    "not a folder", name=str(folder.parent), remedy="create the folder first"
-                )
+            check_parent(folder)
             if os.path.lexists(folder) and not folder.is_dir():
                 raise ExportError("not a folder", name=str(folder), remedy=OTHER_FOLDER)
             if make:

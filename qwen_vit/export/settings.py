@@ -202,13 +202,14 @@ class StoredExport:
         self, differences: Sequence[str], names: set[str], changes: InputChanges | None
     ) -> ExportError:
         ways = ["to continue this export, pass its original inputs and settings"]
-        if names and all(name.partition(".")[0] in MADE_BY for name in names):
+        is_same_start = all(name.partition(".")[0] in MADE_BY for name in names)
+        if names and is_same_start:
             ways.append(
                 with_options("to continue with these versions, pass {}", ("accept_versions", True))
             )
         if changes is not None and changes.describe() and not changes.moved:
             ways[0] += Wording(", or inputs of None", shell=f", or only --resume {self.folder}")
-            if changes.new:
+            if changes.new and is_same_start:
                 ways.append(with_options("to add the new images, pass {}", ("extend", True)))
         ways.append("to start a new export, " + OTHER_FOLDER)
         if not has_shards(self.folder):

@@ -25,7 +25,7 @@ REFUSED = {
     ),
     "no folder": (
         ("a.png", "--out", "no/f.safetensors"),
-        ("no: not a folder. Create the folder first.",),
+        ("no: does not exist. Create the folder first.",),
     ),
     "folder is a file": (
         ("a.png", "--out", "a.png/f"),
@@ -258,7 +258,7 @@ def test_a_path_that_the_shell_split_is_named_whole(
         (("export", "gone", "--model", "tiny", "--out", "e"), ""),
         (("show", "gone", "--model", "tiny"), ""),
         (("compare", "gone", "--model", "tiny"), ""),
-        (("show", "gone.safetensors"), "a feature file of `qwen-vit encode` or a folder"),
+        (("show", "gone.safetensors"), ""),
         (("info", "gone.safetensors"), "a feature file of `qwen-vit encode` or a folder"),
         (("verify", "gone.safetensors"), "a feature file of `qwen-vit encode` or a folder"),
         (("info", "gone"), "a local folder, 'organisation/repository' on the Hub, or 'tiny'"),

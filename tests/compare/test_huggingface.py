@@ -206,7 +206,10 @@ def test_an_image_that_cannot_be_read_is_skipped_and_ends_with_1(run: Any, tmp_p
     code, out, _ = run(torn, *SMALL)
     assert (code, "skipped: " in out, "agrees" in out) == (2, True, False)  # as `encode` and `show`
     assert out.splitlines()[1] == "nothing was compared: every image was skipped"
-    assert "agrees: 1 of 1 image," in run(CHELSEA, torn, *SMALL)[1]
+    saved = tmp_path.parent / f"{tmp_path.name}.safetensors"
+    _, out, err = run(CHELSEA, torn, *SMALL, "--save-golden", saved)
+    assert "agrees: 1 of 1 image," in out
+    assert err.endswith(f"wrote {saved}\n")
     code, out, err = run(torn, *SMALL, "--save-golden", tmp_path / "golden.safetensors")
     assert (code, out, list(tmp_path.iterdir())) == (2, "", [torn])
     assert f"not saved: 1 of 1 image failed ({torn}" in err

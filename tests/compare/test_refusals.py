@@ -83,7 +83,7 @@ BAD_USAGE = {
     ),
     "report in no folder": (
         (CHELSEA, *SMALL, "--report", "no/page"),
-        "no: not a folder. Create the folder first.",
+        "no: does not exist. Create the folder first.",
     ),
     "same image twice": (
         (CHELSEA, CHELSEA, *SMALL, "--save-golden", "g"),

@@ -77,7 +77,7 @@ def test_quiet_leaves_results_and_errors(export_dir: Path, run: Any) -> None:
     assert (code, err) == (1, "")
     assert out.startswith("10 done, 0 to do, 1 failed")
     assert "waited for" not in out
-    assert run("p", "--out", "nowhere/out", "-q")[2].startswith("error: nowhere: not a folder")
+    assert run("p", "--out", "nowhere/out", "-q")[2].startswith("error: nowhere: does not exist")
     assert "waited for: read and decode" in run("p", "--out", "more", "-v")[1]
 
 
@@ -154,7 +154,7 @@ def test_a_dry_run_refuses_what_the_export_would(export_dir: Path, run: Any) -> 
     begun = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     for arguments, words in (
         (("p", "--out", "file"), "file: not a folder"),
-        (("p", "--out", "no/out"), "no: not a folder"),
+        (("p", "--out", "no/out"), "no: does not exist"),
         (("p", "--out", "p"), "no export.json"),
         (("p", "--out", "o" * 300), "File name too long"),
         (("p/0.png", "--out", "out"), "contains a different export: its images: "),

@@ -49,6 +49,16 @@ def equals_a_fresh_export(done: Any) -> None:
     assert verify_features("out").problems == ()
 
 
+def test_extend_is_suggested_only_if_it_works(growing_dir: Path) -> None:
+    """--extend cannot add images that another setting would encode."""
+    export()
+    write("p/new.png", tiny_png(99))
+    for options, works in ((OPTIONS, True), (replace(OPTIONS, shard_size=7), False)):
+        with pytest.raises(ExportError) as caught:
+            export(options)
+        assert ("to add the new images, pass extend=True" in str(caught.value)) is works
+
+
 def listings() -> list[str]:
     return sorted(name for name in os.listdir("out") if name.startswith("listing"))
 

@@ -117,8 +117,8 @@ def test_a_folder_of_other_things_is_refused_and_left_alone(export_dir: Path) ->
         ("out", r"out: the folder contains notes.txt \(1 in all\) and no export.json"),
         ("p/x.png", r"p/x.png: not a folder\. Pass another folder"),
         ("dangling", r"dangling: not a folder\. Pass another folder"),
-        ("no/out", r"no: not a folder\. Create the folder first"),
-        ("n" * 300 + "/out", "File name too long|not a folder"),
+        ("no/out", r"no: does not exist\. Create the folder first"),
+        ("n" * 300 + "/out", "File name too long|does not exist"),
         ("caf\udce9", r"caf\\udce9': not UTF-8\. Expected a path that safetensors can open"),
     ):
         with pytest.raises(ExportError, match=words):

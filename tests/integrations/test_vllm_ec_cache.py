@@ -232,7 +232,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert content(tmp_path) == {"notes.txt": b"mine"}
     with pytest.raises(ExportError, match=r"notes.txt: not a folder"):
         write_ec_cache(PICTURES, tmp_path / "notes.txt", MODEL)
-    with pytest.raises(ExportError, match=r"no-such: not a folder. Create the folder first"):
+    with pytest.raises(ExportError, match=r"no-such: does not exist. Create the folder first"):
         write_ec_cache(PICTURES, tmp_path / "no-such" / "ec", MODEL)
     for name, words in (("notes.txt", "not a folder"), ("none", "not a folder"), ("", "without")):
         with pytest.raises(ExportError, match=rf"{words}.*Expected an encoder cache"):

@@ -207,7 +207,7 @@ def test_odd_names_are_text_on_the_page_and_no_paths(undrawn: None, folder: Path
         (("f.safetensors", "p"), "`show` accepts no other input beside stored features"),
         (("f.safetensors",), "f.safetensors: does not exist"),
         (("p", *TINY, "--out", "a.jpeg"), "Expected .html for a page, .png for a picture, or"),
-        (("p", *TINY, "--out", "no/a.html"), "no: not a folder. Create the folder first."),
+        (("p", *TINY, "--out", "no/a.html"), "no: does not exist. Create the folder first."),
         (("p", *TINY, "--point", "here"), "'here' is not a pixel. Expected X,Y such as 120,80."),
         (("p/a.png", *TINY, "--point", "56,0"), "the point 56,0 is outside the image."),
     ],

@@ -25,6 +25,7 @@ from qwen_vit.common.atomic_file import (
     TEMPORARY_SUFFIX,
     atomic_file,
     cannot_write,
+    check_parent,
     check_utf8,
 )
 from qwen_vit.common.safetensors_header import TensorInfo, build_header, read_header
@@ -258,10 +259,7 @@ def _names(folder: Path) -> list[str]:
     files but no `qwen_vit.json`.
     """
     try:
-        if not folder.absolute().parent.is_dir():
-            raise ExportError(
-                "not a folder", name=str(folder.parent), remedy="create the folder first"
-            )
+        check_parent(folder)
         if os.path.lexists(folder) and not folder.is_dir():
             raise ExportError("not a folder", name=str(folder), remedy="pass another folder")
         folder.mkdir(exist_ok=True)
