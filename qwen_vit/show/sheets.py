@@ -44,10 +44,10 @@ def show_features(
         One picture per image, in order. A notebook displays a picture, and `save` writes it.
 
     Raises:
-        ArgumentError: matplotlib (the extra `show`) is missing. There are no features, the rows are
-            not cells, the layer or the frame does not exist, or widths differ. The point is outside
-            its image or in an image of unknown size, or an image of `pictures` does not fit its
-            features.
+        ArgumentError: matplotlib (the extra `show`) is missing. There are no features, an image
+            failed, the rows are not cells, the layer or the frame does not exist, or widths differ.
+            The point is outside its image or in an image of unknown size, or an image of `pictures`
+            does not fit its features.
         ImageError: qwen_vit cannot read an image of `pictures`.
     """
     check_packages("show", "matplotlib")

@@ -127,9 +127,9 @@ def view_features(
             or does not fit, and logs a warning.
 
     Raises:
-        ArgumentError: There are no features, the rows are not cells, the layer or the frame does
-            not exist, or widths differ. Also for a point outside its image or in an image of
-            unknown size, and for an image of `pictures` that does not fit its features.
+        ArgumentError: There are no features, an image failed, the rows are not cells, the layer or
+            the frame does not exist, or widths differ. Also for a point outside its image or in an
+            image of unknown size, and for an image of `pictures` that does not fit its features.
         ImageError: qwen_vit cannot read an image of `pictures`.
     """
     features = list(features)
@@ -170,6 +170,11 @@ def view_features(
 
 
 def _map_of(features: DenseFeatures, layer: int | None, frame: int) -> Tensor:
+    error = getattr(features, "error", None)  # of a FailedImage
+    if error is not None:
+        raise ArgumentError(
+            f"this image failed: {error.fact}", name=features.id, remedy="omit the image"
+        )
     if layer is None:
         frames = features.map
     elif layer in features.layers:

@@ -20,7 +20,8 @@ from qwen_vit import (
     write_features,
 )
 from qwen_vit.common.installation import install_command
-from qwen_vit.errors import ArgumentError
+from qwen_vit.errors import ArgumentError, ImageError
+from qwen_vit.features import FailedImage
 from qwen_vit.show import draw
 from qwen_vit.show.page import PageText, feature_page
 from qwen_vit.show.sheets import panel_titles
@@ -171,3 +172,9 @@ def test_without_the_extra_the_package_to_install_is_named(
     command = re.escape(install_command("show"))
     with pytest.raises(ArgumentError, match=rf"show needs .*: matplotlib\. Run {command}"):
         features().show()
+
+
+def test_a_failed_image_is_an_error_that_names_it() -> None:
+    failed = FailedImage("a.png", ImageError("a truncated PNG", name="a.png"), "decode")
+    with pytest.raises(ArgumentError, match=r"a\.png: this image failed: a truncated PNG\. Omit"):
+        show_features([failed])  # type: ignore[list-item]
