@@ -33,7 +33,14 @@ from qwen_vit.compare.result import Comparison, ImageComparison, Preprocessing, 
 from qwen_vit.compare.videos import digest_of, load_rows
 from qwen_vit.config import Grid
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import ArgumentError, ComparisonError, ImageError, plural, with_options
+from qwen_vit.errors import (
+    ArgumentError,
+    ComparisonError,
+    ImageError,
+    Wording,
+    plural,
+    with_options,
+)
 from qwen_vit.images.image import ImageLimits, RgbImage
 from qwen_vit.images.load import load_image, read_image_file
 from qwen_vit.images.patches import Patches, patchify
@@ -82,7 +89,7 @@ def compare_checkpoint(
         )
     if not images and golden is None:
         raise ArgumentError(
-            "images is empty",
+            Wording("images is empty", shell="IMAGES is empty"),
             remedy=with_options(
                 "pass at least one image, or {}, whose file contains images", "golden"
             ),

@@ -119,9 +119,14 @@ def verdict_lines(comparison: Comparison) -> list[str]:
         stages = [(stage, image) for image in agreeing for stage in image.stages]
         worst, image = max(stages, key=lambda s: s[0].verdict.excess)
         is_fp32 = comparison.facts["dtype"] == "float32"
+        n_videos = sum(bool(each.steps or each.frames) for each in comparison.images)
+        n_images = len(comparison.images) - n_videos
+        counts = [plural(n_images, "image")] * bool(n_images) + [plural(n_videos, "video")] * bool(
+            n_videos
+        )
         unit = " relative" if is_fp32 else " times Hugging Face's error"
         lines.append(
-            f"agrees: {len(agreeing)} of {plural(len(comparison.images), 'image')}, "
+            f"agrees: {len(agreeing)} of {' and '.join(counts)}, "
             f"{plural(len(stages), 'stage')}; the worst is {worst.verdict.measured:.2g}{unit}, "
             f"allowed {worst.verdict.allowed:.2g} ({worst.name} of {display_name(image.id)})"
         )

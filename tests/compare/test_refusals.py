@@ -59,7 +59,7 @@ def test_a_transformers_that_does_not_import_is_named_with_its_versions(
 
 
 BAD_USAGE = {
-    "no images": (("--model", "tiny"), "images is empty. Pass at least one image"),
+    "no images": (("--model", "tiny"), "IMAGES is empty. Pass at least one image"),
     "both goldens": (
         (CHELSEA, *SMALL, "--golden", "a", "--save-golden", "b"),
         "--golden compares with a file and --save-golden writes one. Expected one of the two. Omit",
