@@ -69,7 +69,7 @@ def encode(
     as_json: bool, column: str | None, id_column: str | None, formats: tuple[str, ...], pages: Any,
     exif: Any, allow_urls: tuple[str, ...], **loading: Any,
 ) -> None:  # fmt: skip
-    """Encode IMAGES or videos into one feature file.
+    """Encode images and videos into one feature file.
 
     \b
     qwen-vit encode photos/*.jpg --model tiny --out features.safetensors

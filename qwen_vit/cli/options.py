@@ -251,11 +251,11 @@ def video_options(command: Command) -> Command:
         ),
         click.option(
             "--max-frame-pixels", type=int,
-            help="Set the largest height x width of a video frame.  [default: 602112]",
+            help="Set the largest height x width of a resized video frame.  [default: 602112]",
         ),
         click.option(
             "--min-frame-pixels", type=int,
-            help="Set the smallest height x width of a video frame.  [default: 100352]",
+            help="Set the smallest height x width of a resized video frame.  [default: 100352]",
         ),
         click.option(
             "--sampling", type=click.Choice(["qwen", "transformers"]), default="qwen",

@@ -27,7 +27,8 @@ ROWS_IN_A_GROUP = 4_096  # of Parquet, at least: the writer has one group in mem
 
 @dataclass(frozen=True, slots=True)
 class ManifestRow:
-    """Describe the outcome of one image. `index` is its line, counted from 0 through all listings.
+    """Describe the outcome of one image. `index` is the image's line number, counted from 0 across
+    all listings.
 
     `kind` is "image" or "video". A failed file's kind follows from its name. `status` is "ok" or
     "error". The image's features are the rows `row_begin` to `row_end` - 1 of `shard`. Sizes are

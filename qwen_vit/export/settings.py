@@ -289,9 +289,9 @@ def read_stored(
     """Return the export in the folder, or None if the folder has no export.
 
     `found` is the listing of the inputs, if available. If a listing's file is missing or damaged,
-    `found` replaces it, provided that its hash is equal. With `found`, an export of one part
-    without any shard counts as no export. Raises ExportError as `read_description` does, for
-    another schema, and for a listing that nothing can replace.
+    `found` replaces it, provided that its hash is equal. If `found` is given and this run is not
+    split into parts, an export without any shard counts as no export. Raises ExportError as
+    `read_description` does, for another schema, and for a listing that nothing can replace.
     """
     path = folder / SETTINGS
     if not folder.has(SETTINGS):

@@ -87,7 +87,7 @@ def publish_unsent(plan: ExportPlan, shard: int) -> None:
 
 
 def _rows_in(plan: ExportPlan, shard: int, path: AnyPath, then: str) -> list[ManifestRow] | None:
-    """Return the rows of a shard's file, or None if the file is damaged."""
+    """Return the manifest rows of a shard's file, or None if the file is damaged."""
     if isinstance(path, Path) and path.is_dir():
         raise ExportError(
             "a folder", name=str(path), expected="a feature file", remedy="move the folder away"

@@ -115,7 +115,8 @@ def _name_and_source(facts: Mapping[str, Any], where: str) -> tuple[str, str]:
 
 
 def _is_name(value: object) -> TypeGuard[str]:
-    """Return whether a value is a text that can be a file name, with surrogates for other bytes."""
+    """Return whether a value is a string that can be a file name. Surrogate escapes may stand for
+    bytes that are not UTF-8."""
     if not isinstance(value, str) or not value:
         return False
     try:

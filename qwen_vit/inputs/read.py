@@ -22,7 +22,8 @@ PAUSES_S = (0.1, 1.0)
 
 
 def read_item(item: Item, limits: ImageLimits) -> bytes:
-    """Return an image's bytes. Retry errors with an errno of TRANSIENT twice.
+    """Return an image's bytes. Try again up to twice if an error's errno is in TRANSIENT, unless
+    its code is "slow".
 
     >>> rocket = Item("rocket", "tests/photographs/rocket.jpg")
     >>> read_item(rocket, ImageLimits())[:3]
