@@ -1,6 +1,6 @@
 """Define the package's errors. Each error has a fact, and usually an expected value or a remedy.
 
-Each part is an attribute: `name`, `fact`, `expected`, `remedy`. A missing part is an empty text.
+Each part is an attribute: `name`, `fact`, `expected`, `remedy`. A missing part is an empty string.
 Only this module builds the message, and no code parses it.
 """
 
@@ -168,8 +168,8 @@ class QwenVitError(Exception):
     Args:
         fact: the fault, without a full stop.
         name: the file, image or argument of the fact. The message escapes unprintable characters.
-        expected: the expected value, or an empty text if the fact or the remedy implies the value.
-        remedy: an instruction for the user, or an empty text. The attribute is a sentence.
+        expected: the expected value, or an empty string if the fact or the remedy implies it.
+        remedy: an instruction for the user, or an empty string. The attribute is a sentence.
 
     Each part may be a `Wording`, which spells options for Python and for the command line.
     """

@@ -101,7 +101,7 @@ def check_layers(layers: Iterable[Any], depth: int | None = None) -> tuple[int, 
     >>> check_layers([31, 7], depth=32)
     (7, 31)
 
-    Without `depth`, any block number >= 0 is valid. Raises ArgumentError for a text, for a value
+    Without `depth`, any block number >= 0 is valid. Raises ArgumentError for a string, for a value
     that is not iterable, and for repeated or nonexistent blocks.
     """
     last = "" if depth is None else f" to {depth - 1}"

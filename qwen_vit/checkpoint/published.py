@@ -68,7 +68,7 @@ def closest_names(name: str) -> list[str]:
 
 
 def did_you_mean(name: str) -> str:
-    """Return a question with the checkpoints that a name may mean, or an empty text.
+    """Return a question with the checkpoints that a name may mean, or an empty string.
 
     >>> did_you_mean("Qwen2.5-VL-7B")
     'did you mean Qwen/Qwen2.5-VL-7B-Instruct?'

@@ -363,7 +363,7 @@ def os_errors() -> Iterator[None]:
 
 
 def service_code(error: BaseException | None) -> str:
-    """Return the code that S3 gave for an error or one of its causes, or an empty text."""
+    """Return the code that S3 gave for an error or one of its causes, or an empty string."""
     seen = set[int]()
     while error is not None and id(error) not in seen:
         response = getattr(error, "response", None)

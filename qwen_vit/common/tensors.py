@@ -41,7 +41,7 @@ Expected finite weights. Delete the file and download it again (qwen-vit downloa
 
 
 def odd_kind(tensor: Tensor) -> str:
-    """Return why a tensor has no plain values in memory, or an empty text for an ordinary tensor.
+    """Return why a tensor has no plain values in memory, or an empty string for an ordinary tensor.
 
     >>> odd_kind(torch.zeros(2)), odd_kind(torch.zeros(2).to_sparse())
     ('', 'sparse')

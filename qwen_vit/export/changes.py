@@ -68,7 +68,7 @@ class InputChanges:
         return changes
 
     def describe(self) -> str:
-        """Return the changes in words, or an empty text if there are none."""
+        """Return the changes in words, or an empty string if there are none."""
         counts = [
             (self.gone, "missing"),
             (self.new, "new"),

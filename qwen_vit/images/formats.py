@@ -133,7 +133,7 @@ def _is_hevc(data: bytes) -> bool:
 
 
 def _on_request(data: bytes, name: str, formats: Sequence[str]) -> str:
-    """Return the optional format of these bytes, or an empty text."""
+    """Return the optional format of these bytes, or an empty string."""
     if re.match(rb"P[1-6fy]", data) and data[2:3].isspace():
         return "PPM"
     if data.startswith(b"\0\0\1\0"):
@@ -173,7 +173,7 @@ def _refused(data: bytes, name: str, on_request: str) -> ImageError:
 
 
 def _known_to_pillow(data: bytes) -> str:
-    """Return the name of the format whose signature Pillow finds, or an empty text."""
+    """Return the name of the format whose signature Pillow finds, or an empty string."""
     Image.init()
     for file_format in sorted(set(Image.ID) - {*DECODERS, "CUR"}):  # a TGA may begin like a cursor
         factory, accepts = Image.OPEN[file_format]

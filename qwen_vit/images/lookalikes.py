@@ -58,7 +58,7 @@ class Lookalike(NamedTuple):
         what: the kind, such as "a PDF document".
         remedy: the next step for the user.
         is_image: whether the file is an image of an unsupported format.
-        start: the first characters of plain text, or an empty text.
+        start: the first characters of plain text, or an empty string.
     """
 
     code: str
@@ -111,7 +111,7 @@ def find_lookalike(data: bytes) -> Lookalike | None:
 
 
 def _as_text(data: bytes) -> str:
-    """Return the start of UTF-8 or UTF-16 text without outer white space, or an empty text."""
+    """Return the start of UTF-8 or UTF-16 text without outer white space, or an empty string."""
     is_wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
         text = data[: len(data) & ~1].decode("utf-16") if is_wide else data.decode("utf-8-sig")

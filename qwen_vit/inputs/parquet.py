@@ -46,7 +46,7 @@ column as well.
     def of(cls, image: str | None, id: str | None) -> "ParquetColumns | None":
         """Return the named columns, or None without names.
 
-        Raises ArgumentError for a name that is empty or not a text, and for `id` without `image`.
+        Raises ArgumentError for a name that is empty or not a string, and for `id` without `image`.
         """
         for name, value in (("column", image), ("id_column", id)):
             if value is not None and (not isinstance(value, str) or not value):

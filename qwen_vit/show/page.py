@@ -41,7 +41,7 @@ class PageText:
         cell_px: the side of a cell, in pixels of the resized image.
         window_px: the size of a window, such as "112 x 112 pixels".
         full_attention: a sentence on the blocks that attend to the whole image.
-        command: the command that creates the page again, or an empty text.
+        command: the command that creates the page again, or an empty string.
     """
 
     title: str
