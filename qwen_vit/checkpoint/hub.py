@@ -132,12 +132,10 @@ def download(
     if name in PACKAGED:
         return Download(Source(folder=packaged_weights() / name, name=name))
     if os.path.exists(name):
-        raise CheckpointError(
-            "a file",
-            name=name,
-            expected="a checkpoint's folder",
-            remedy="pass a folder that contains config.json and the weights",
-        )
+        has_config = Path(name).with_name("config.json").is_file()
+        what = "the folder that contains this file" if has_config else "a folder with config.json"
+        remedy = f"pass {what}" + " and the weights" * (not has_config)
+        raise CheckpointError("a file", name=name, expected="a checkpoint's folder", remedy=remedy)
     if is_path(name):
         raise CheckpointError(
             "does not exist",

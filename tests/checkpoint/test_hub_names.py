@@ -64,7 +64,13 @@ def test_a_file_is_not_a_checkpoint_and_its_folder_is_asked_for(tmp_path: Path) 
     write_checkpoint(tmp_path, SMALL)
     with pytest.raises(CheckpointError, match=r"a file\. Expected a checkpoint's folder") as caught:
         find_checkpoint(tmp_path / "model.safetensors")
-    assert "Pass the folder that contains this file" in caught.value.remedy
+    assert caught.value.remedy == "Pass the folder that contains this file."
+    other = tmp_path / "other" / "a.jpg"
+    other.parent.mkdir()
+    other.write_bytes(b"")
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint(other)
+    assert caught.value.remedy == "Pass a folder with config.json and the weights."
 
 
 @pytest.mark.parametrize(
