@@ -168,7 +168,7 @@ def engine_towers(*, full: bool = True) -> str:
         article = ARTICLE_MS.get(size)
         body.append([*cells, ms(article) if article else ""])
     used = {f"engines towers {towers[name]['commit']}": None for name in (*settings, "plugin")}
-    [*_, row] = [row for row in ledger() if row["what"] == "engines towers"]
+    [*_, row] = [row for row in ledger() if f"{row['what']} {row['commit']}" in used]
     named = [LABELS[name] for name in settings]
     head = ["images", "qwen_vit plugin", *named, "article, not measured here"]
     command = "python -m tools.benchmarks.engines towers"
