@@ -102,14 +102,13 @@ def is_single_still(images: Any) -> bool:
 
 
 def as_images(images: Any) -> Iterator[Any]:
-    """Return an iterator over one image, a stack or an iterable of images.
-
-    Raises ArgumentError for another input.
-    """
+    """Return an iterator over one image, a stack or an iterable of images, or raise
+    ArgumentError."""
     try:
         return iter([images] if is_one_image(images) else images)
     except TypeError:
-        raise ArgumentError(f"images is {images!r}", expected="an iterable of images") from None
+        expected = "an image, or an iterable of images"
+        raise ArgumentError(f"images is {images!r}", expected=expected) from None
 
 
 def as_videos(videos: Any, options: VideoOptions) -> Video | Iterable[Video]:

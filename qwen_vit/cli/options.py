@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from qwen_vit.checkpoint.published import PACKAGED, cached_repositories, published_checkpoints
@@ -277,6 +278,12 @@ def take_video_options(options: dict[str, Any]) -> dict[str, Any]:
     """Remove the options of `video_options`. Return `video` and `as_video`."""
     from qwen_vit.video.options import VideoOptions
 
+    source = click.get_current_context().get_parameter_source
+    for flag in ("fps", "max_frames"):
+        if options["n_frames"] is not None and source(flag) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"--n-frames does not go with --{flag.replace('_', '-')}. Omit one of the two."
+            )
     names = ("fps", "n_frames", "start", "end", "max_frames", "sampling")
     chosen = {name: options.pop(name) for name in names}
     for side in ("min", "max"):

@@ -102,7 +102,7 @@ def export_text(done: ExportReport) -> str:
     counts = counts_text(done.exported, to_do, failed - done.failed_earlier, done.failed_earlier)
     lines = [
         f"{counts}: {plural(done.rows, 'row')}, {done.bytes / 1e6:,.1f} MB, {done.seconds:,.1f} s",
-        f"wrote {display_name(str(done.manifest))}",
+        f"manifest: {display_name(str(done.manifest))}",
     ]
     if done.resumed and (new := done.images - done.resumed):
         lines.insert(1, f"{plural(new, 'image')} in this run, {done.resumed:,} in earlier ones")

@@ -13,7 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from qwen_vit.errors import ImageError
 from qwen_vit.export.manifest import ManifestRow
 from qwen_vit.export.plan import ExportPlan
-from qwen_vit.feature_files.schema import rows_by_tensor
+from qwen_vit.feature_files.schema import n_bytes_of
 from qwen_vit.features import FailedImage, ImageFeatures
 
 __all__ = ["Progress"]
@@ -61,7 +61,7 @@ class Progress:
         if isinstance(features, FailedImage):
             self._count(0, 0, features.error)
         else:
-            n_bytes = sum(rows.nbytes for rows in rows_by_tensor(features).values())
+            n_bytes = n_bytes_of(features)
             self._count(len(features.embeds), n_bytes)
 
     def count_shard(self, rows: Sequence[ManifestRow], n_bytes: int) -> None:

@@ -44,7 +44,7 @@ from qwen_vit.export.whole_shards import (
     segments_to_keep,
     whole_shard,
 )
-from qwen_vit.feature_files.schema import rows_by_tensor
+from qwen_vit.feature_files.schema import n_bytes_of
 from qwen_vit.features import FailedImage, ImageFeatures
 from qwen_vit.images.frames import Frames
 from qwen_vit.images.isolated import decode_in_child
@@ -204,7 +204,7 @@ def _started(groups: Iterator[Group], before: ShardWriter | None, n_bytes: int) 
         while not first or (before is not None and before.is_saving and n_bytes > 0):
             images, features = next(groups)
             first.append((images, features))
-            n_bytes -= sum(_n_bytes(each) for each in features)
+            n_bytes -= sum(n_bytes_of(each) for each in features)
     except StopIteration:
         pass
     except KeyboardInterrupt as interrupt:
@@ -216,10 +216,6 @@ def _raising(error: BaseException) -> Iterator[Group]:
     """Raise the error at the first request."""
     raise error
     yield
-
-
-def _n_bytes(features: ImageFeatures) -> int:
-    return sum(rows.nbytes for rows in rows_by_tensor(features).values())
 
 
 def _image_loader(
@@ -377,7 +373,7 @@ def _in_groups(
             images.append(image)
             if each is not None:
                 features.append(each)
-                n_bytes += _n_bytes(each)
+                n_bytes += n_bytes_of(each)
             if len(images) == most or n_bytes >= GROUP_BYTES:
                 yield images, features
                 images, features, n_bytes = [], [], 0

@@ -55,6 +55,7 @@ __all__ = [
     "RowFacts",
     "StoredFacts",
     "layer_name",
+    "n_bytes_of",
     "parse_errors",
     "parse_image_facts",
     "parse_metadata",
@@ -156,6 +157,11 @@ def rows_by_tensor(features: ImageFeatures) -> dict[str, Tensor]:
     """
     layers = {layer_name(block): rows for block, rows in features.layers.items()}
     return {EMBEDS: features.embeds, **{name: layers[name] for name in sorted(layers)}}
+
+
+def n_bytes_of(features: ImageFeatures) -> int:
+    """Return the number of bytes of an image's rows in all tensors."""
+    return sum(rows.nbytes for rows in rows_by_tensor(features).values())
 
 
 def shard_name(index: int) -> str:

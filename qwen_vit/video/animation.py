@@ -55,6 +55,14 @@ def _format_of(head: bytes) -> str | None:
     return FORMATS.get(head[:4])
 
 
+def _is_transparent(frame: Image.Image) -> bool:
+    # an opaque animation may have an alpha channel: WebP uses it for the difference of two frames
+    return frame.has_transparency_data and frame.convert("RGBA").getchannel("A").getextrema() != (
+        255,
+        255,
+    )
+
+
 class AnimationFrames:
     """Read the frames of an animated image, with the interface of `reader.FileFrames`
     except `close`.
@@ -66,7 +74,7 @@ class AnimationFrames:
     def __init__(self, data: bytes, name: str, limits: VideoLimits) -> None:
         self._name, self._limits = name, limits
         self._deadline = time.monotonic() + limits.max_decode_s
-        self.notes: tuple[str, ...] = ("transparency composited on white",)
+        self.notes: tuple[str, ...] = ()
         with self._errors():
             kind = _format_of(data[:12]) or ""
             self._image: Any = self._opened(kind, data)
@@ -121,6 +129,8 @@ class AnimationFrames:
             if place >= self._limits.max_frames:
                 raise too_many_frames(place, self._name, self._limits)
             self._image.load()  # Pillow sets a WebP frame's duration here
+            if not self.notes and _is_transparent(self._image):
+                self.notes = ("alpha composited on white",)
             self._check_clock()
             duration = float(self._image.info.get("duration") or 0)
             yield duration if duration >= MIN_MS else USUAL_MS

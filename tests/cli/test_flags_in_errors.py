@@ -142,6 +142,8 @@ def test_words_survive_pickling_copies_and_sums() -> None:
         (("--normalize",), "--normalize is for --output mean"),
         (("--fps", "-1"), "--fps is -1.0."),
         (("--n-frames", "1"), "--n-frames is 1."),
+        (("--n-frames", "4", "--fps", "2"), "--n-frames does not go with --fps. Omit"),
+        (("--max-frames", "9", "--n-frames", "4"), "--n-frames does not go with --max-frames."),
         (("--max-frame-pixels", "0"), "--max-frame-pixels is 0."),
         (("--start", "3", "--end", "2"), "--start is 3.0 s and --end 2.0 s."),
         (("--id-column", "id"), "Pass --column as well."),

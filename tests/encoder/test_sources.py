@@ -171,7 +171,9 @@ def test_unknown_options_are_refused() -> None:
         with pytest.raises(ArgumentError, match=rf"limits is {limits}\. Expected ImageLimits"):
             tiny().encode([], limits=limits)  # type: ignore[call-overload]
     for images in (None, 5):
-        with pytest.raises(ArgumentError, match=rf"images is {images}\. Expected an iterable"):
+        with pytest.raises(
+            ArgumentError, match=rf"images is {images}\. Expected an image, or an iterable"
+        ):
             tiny().encode(images)  # type: ignore[call-overload]
 
 

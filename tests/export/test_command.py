@@ -50,7 +50,7 @@ def test_the_command_exports_and_tells_what_was_skipped(export_dir: Path, run: A
     assert code == 1
     assert out.startswith("10 done, 0 to do, 1 failed: 40 rows, 0.0 MB, ")
     assert "failed: 1 truncated\n" in out
-    assert "wrote out/manifest.parquet" in out
+    assert "manifest: out/manifest.parquet" in out
     assert err.startswith("skipped: x.png: a truncated PNG")
     assert len(err.splitlines()) == 1  # no bar where there is no terminal
     Path("p/x.png").write_bytes(tiny_png(3))

@@ -103,7 +103,7 @@ def test_commands(server: S3Server, qwen_vit: Callable[..., Any]) -> None:
     assert server.objects("out") == {}
     done = qwen_vit("export", *words, "--out", OUT, "--allow-failed", "1")
     assert done.code == 0, done.err
-    assert f"wrote {OUT}/manifest.parquet" in done.out
+    assert f"manifest: {OUT}/manifest.parquet" in done.out
     done = qwen_vit("export", "--resume", OUT, "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["resumed"] == 11

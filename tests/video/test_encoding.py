@@ -149,6 +149,17 @@ def test_an_animation_is_an_image_unless_a_video_is_asked_for(kind: str, tmp_pat
     assert video.grid_thw[0] == 2
     # frames 0, 2, 3 and 5 of 6 in 0.9 s: the moments 0, 0.3, 0.45 and 0.75 s
     assert video.frame_seconds == (0.0, 0.1, 0.1, 0.7)
+    assert video.notes == ()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_a_transparent_animation_has_a_note(kind: str, tmp_path: Path) -> None:
+    path = str(tmp_path / f"animation.{kind.lower()}")
+    pictures = [Image.fromarray(frame).convert("RGBA") for frame in frames(3)]
+    pictures[0].paste((0, 0, 0, 0), (0, 0, 30, 30))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    pictures[0].save(path, kind, save_all=True, append_images=pictures[1:], **options)
+    assert tiny().encode_video(path, n_frames=2, **SMALL).notes == ("alpha composited on white",)
 
 
 def test_a_list_of_pictures_is_one_video_and_a_list_of_paths_several(tmp_path: Path) -> None:

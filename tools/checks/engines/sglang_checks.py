@@ -112,7 +112,7 @@ def refusals(context: Context) -> list[Result]:
     results = []
     for scenario, expected in (
         ("float16", "float16"),
-        ("quantised", "quantised or have another type"),
+        ("quantised", "of a quantised or other type"),
         ("incomplete", "vision tower were not loaded"),
     ):
         log = _error_of(context, scenario, **BY_PACKAGE)

@@ -30,7 +30,7 @@ REFUSALS = {  # what an engine is started with, and what its error says
     "cudagraph_mm_encoder": "qwen_vit does not run with cudagraph_mm_encoder",
     "compile_mm_encoder": "qwen_vit does not run with compile_mm_encoder",
     "enable_tower_connector_lora": "qwen_vit does not run with enable_tower_connector_lora",
-    "quantised": "quantised or have another type",
+    "quantised": "of a quantised or other type",
     "compressed": "this checkpoint's vision tower is quantised (visual.",
     "incomplete": "weights were not initialized from checkpoint",  # vLLM's own words
 }
