@@ -95,9 +95,8 @@ def repository_folder(cache: Path, repo: str) -> Path:
 def find(folder: Path) -> Manifest | None:
     """Return a folder's manifest, or None if the folder does not exist.
 
-    The function checks the file sizes and the header of vision.safetensors. Raises CheckpointError
-    if a file is missing, if a size, the header or the manifest has changed, or if a newer version
-    of qwen_vit wrote the folder.
+    The function checks the manifest, the file sizes and the header of vision.safetensors. Raises
+    CheckpointError if the check fails, or if a newer version of qwen_vit wrote the folder.
     """
     if not folder.is_dir():
         return None
@@ -134,8 +133,7 @@ def check(folder: Path) -> dict[str, str] | None:
     name, or None if no hashes are recorded.
 
     A folder that qwen_vit wrote has a manifest. A snapshot in the Hub's cache contains links to
-    files whose names are digests: sha256 for large files, and git's sha1 for others. Raises
-    CheckpointError for any difference.
+    files whose names are digests: sha256 for large files, and git's sha1 for others.
     """
     if (folder / MANIFEST_FILE).is_file():
         manifest = find(folder)
@@ -163,10 +161,7 @@ def hub_digest(path: Path) -> str | None:
 
 
 def check_digest(path: Path, digest: str) -> str:
-    """Check a file against a sha256 or git's sha1. Return the kind of hash that matched.
-
-    Raises CheckpointError if the hashes differ.
-    """
+    """Check a file against a sha256 or git's sha1. Return the kind of hash that matched."""
     if len(digest) == 64:
         _compare(path, _file_sha256(path), digest)
         return "the Hub's sha256"
@@ -176,7 +171,8 @@ def check_digest(path: Path, digest: str) -> str:
 
 
 def was_checked(repository: Path, path: Path, digest: str) -> bool:
-    """Return whether an earlier check accepted this digest and the file has not changed since."""
+    """Return whether an earlier check accepted this digest for a file of the same size and
+    modification time."""
     return _mark(repository, path, digest).exists()
 
 
@@ -350,7 +346,6 @@ def _last_change(folder: Path) -> float:
 
 
 def _owner() -> str:
-    """Return `_process_space` and this process's id, joined by a hyphen."""
     return f"{_process_space()}-{os.getpid()}"
 
 

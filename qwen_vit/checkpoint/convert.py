@@ -1,7 +1,7 @@
 """Convert published tensors to parameters: rename, permute, interleave, pad, fold and quantise.
 
-The weights of a block's two norms are folded into the linear layers that follow them. The patch
-embedding is stored twice: the published weights for float rows, and folded weights for uint8
+The weights of a block's two norms become factors of the linear layers that follow them. The patch
+embedding has two sets of weights: the published ones for float rows, and folded ones for uint8
 pixels.
 """
 
@@ -83,12 +83,11 @@ def convert(
     `dtype` is bfloat16 or float32. For bfloat16, the patch embedding's weights are float16. With
     `quantization`, the MLP's weights are e4m3 with scales.
 
-    The function reads each tensor on demand and converts it on `device`. Only the patch embedding,
-    a small tensor, is converted on the CPU, in float64. The bits do not depend on the device.
+    The function reads each tensor on demand and converts it on `device`. It converts only the patch
+    embedding, a small tensor, on the CPU, in float64. The bits do not depend on the device.
 
     Raises CheckpointError for weights that are NaN or infinite, or that overflow during the
-    conversion. `locate` gives the place of a NaN or infinite weight for the message. Raises
-    ArgumentError for another `dtype`.
+    conversion. `locate` gives the place of a NaN or infinite weight for the message.
     """
     planned = list(
         recipes(config, image_config, dtype, device, quantization=quantization, locate=locate)
@@ -171,7 +170,6 @@ def recipes(
 def _mlp_recipes(
     mlp: str, gain: str, config: VisionConfig, dtype: torch.dtype, quantization: Quantization | None
 ) -> Iterator[Recipe]:
-    """Yield the recipes of a block's MLP. With `quantization`, weights are e4m3 with scales."""
     I_padded = padded_mlp_size(config)
     woven = interleave if quantization is None else interleave_fp8
     parts = ("weight",) if quantization is None else ("weight", "weight_scale")

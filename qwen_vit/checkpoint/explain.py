@@ -15,10 +15,7 @@ NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 def explain(
     error: Exception, *, name: str, label: str, cache_dir: Path, local_files_only: bool
 ) -> HubError:
-    """Convert an error of huggingface_hub or the system to HubError, with cause and remedy.
-
-    `name` is the repository's name. `label` is the name with the subfolder and the revision.
-    """
+    """`name` is the repository's name. `label` is the name with the subfolder and the revision."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,

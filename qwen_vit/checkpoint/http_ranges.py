@@ -63,11 +63,7 @@ def open_http_range(
 
 
 def fetch_json(url: str, token: str | bool | None, *, deadline_s: float) -> Any:
-    """Return a JSON document of at most MAX_JSON_BYTES that arrives before the deadline.
-
-    Raises the client's own errors, HubError for a larger or slower body, and ValueError for a body
-    that is not JSON.
-    """
+    """Return a JSON document of at most MAX_JSON_BYTES that arrives before the deadline."""
     from huggingface_hub import get_session, hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 

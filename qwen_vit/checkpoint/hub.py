@@ -1,8 +1,9 @@
 """Find a checkpoint in the package, in a local folder, or in a repository on the Hugging Face Hub.
 
 From a repository, this module fetches the config files and the vision tensors. It reads shards that
-are in the Hub's cache, and byte ranges of the others. If ranges are refused or keep breaking, it
-fetches whole shards. Downloads are stored by commit, so a later load of it needs no network.
+are in the Hub's cache, and byte ranges of the others. If the server refuses ranges or the
+connection keeps breaking, it fetches whole shards. It stores downloads by commit, so a later load
+of the same commit needs no network.
 """
 
 import logging
@@ -60,8 +61,8 @@ class Download:
     """Count a download's bytes: fetched now, kept on the disk, and left on the Hub (saved).
 
     `kept_bytes` counts weights, and `saved_bytes` counts the checkpoint's other weights. Both are
-    None for a local checkpoint. `saved_bytes` is also None if the index does not give the total
-    size. `licence` is the licence in the model card, if qwen_vit read the card.
+    None for a checkpoint outside the Hub. `saved_bytes` is also None if the index does not give the
+    total size. `licence` is the licence in the model card, if qwen_vit read the card.
     """
 
     source: Source
@@ -87,10 +88,7 @@ def find_checkpoint(
 
     The function downloads the config files and the vision tensors once. `revision`, `token`,
     `cache_dir` and `local_files_only` have the same meaning as in huggingface_hub. `download`
-    describes `subfolder`. Raises HubError for an unknown name, and if the Hub and its cache cannot
-    provide a file. Raises CheckpointError for a path that is no folder, and for a damaged or
-    unsupported checkpoint of a repository. Raises ArgumentError for an empty `revision`, an invalid
-    `subfolder`, and for either if it does not apply.
+    describes `subfolder`.
     """
     return download(
         model,
@@ -260,7 +258,8 @@ def _folder(repository: Repository) -> Path:
 
 
 def _kept(repository: Repository) -> Download | None:
-    """Return the result of an earlier download, or None if there is none or it must be repeated."""
+    """Return an earlier download of the commit, or None. Discard a damaged download, but raise its
+    error offline."""
     if repository.commit is None:
         return None
     folder = _folder(repository)

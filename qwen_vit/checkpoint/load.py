@@ -89,10 +89,6 @@ class Checkpoint:
             config: the tower's config, or the content of config.json.
             image_config: the image settings, or the content of preprocessor_config.json. None
                 selects transformers' defaults.
-
-        Raises CheckpointError as load_checkpoint does. Raises ArgumentError for an argument that is
-        neither a config nor a mapping whose keys are strings. Also raises ArgumentError for a
-        vision weight that is not a dense tensor with values.
         """
         if not isinstance(config, VisionConfig):
             config = VisionConfig.from_json(_check_mapping(config, "config"), source="config")
@@ -125,7 +121,6 @@ class Checkpoint:
         return replace(self, tensors=self.tensors.on_host())
 
     def weights_sha256(self) -> str:
-        """Return the tensors' `weights_hash`, computed once."""
         return self.tensors.sha256()
 
     def locate(self, name: str) -> str:
@@ -143,8 +138,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
 config.json and safetensors weights.
 
     The function checks the headers immediately: names, shapes and types. Conversion checks the
-    values. Raises CheckpointError, which names the place, if a part is missing or damaged, or
-    belongs to another model.
+    values.
     """
     tower = find_tower(Path(folder))
     stored = tower.stored()
@@ -161,8 +155,7 @@ config.json and safetensors weights.
 def find_tower(folder: Path, remote: RemoteFiles | None = None) -> Tower:
     """Find the vision tower in a folder, and check its config, names, shapes and types.
 
-    `remote` are weight files on the Hub, of which the function reads only the headers. Raises
-    CheckpointError as load_checkpoint does, and the errors of `remote.header_of`.
+    `remote` are weight files on the Hub, of which the function reads only the headers.
     """
     prefix = ""
 

@@ -35,7 +35,7 @@ CHUNK_BYTES = 2**20
 class Shards:
     """Read the shards of one checkpoint: local files, and remote files with range requests.
 
-    Each header is read once. `label` names the repository in messages.
+    The class reads each header once. `label` names the repository in messages.
     """
 
     def __init__(
@@ -50,7 +50,6 @@ class Shards:
         self.file_bytes: dict[str, int] = {}
 
     def remote_files(self) -> RemoteFiles:
-        """Return the shards that are on the Hub, for `find_tower`."""
         return RemoteFiles(self.remote, self.header_of)
 
     def origins(self) -> dict[str, str]:
@@ -60,8 +59,6 @@ class Shards:
         )
 
     def header_of(self, name: str) -> dict[str, TensorInfo]:
-        """Return a shard's header, read once. Raises CheckpointError for a damaged header, and the
-        errors of `open_range`."""
         if name not in self._headers:
             start, file_bytes = ranges.read(self.open_range, name, 0, START_BYTES)
             source = str(self.local.get(name, f"{self._label}: {name}"))
@@ -101,8 +98,6 @@ def write_tower(tower: Tower, shards: Shards, folder: Path, label: str) -> None:
     """Write the tower's config files and its tensors, as stored, into an empty folder.
 
     The function then checks the result like any checkpoint: names, shapes, types and finite values.
-    Raises RangesRefusedError, TransferError, HubError or the client's own error if a shard cannot
-    be read. Raises CheckpointError if the result is damaged.
     """
     for path in tower.settings:
         shutil.copyfile(path, folder / path.name)
@@ -150,7 +145,7 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 def verify_download(folder: Path, label: str) -> None:
-    """Check a downloaded tower: headers, configs and finite values. Raises CheckpointError."""
+    """Check a downloaded tower: headers, configs and finite values."""
     at = VISION_FILE
     try:
         tensors = load_checkpoint(folder).tensors

@@ -48,17 +48,14 @@ class PublishedTensors(Mapping[str, Tensor], Generic[Part]):
         self._sha256: str | None = None
 
     def sha256(self) -> str:
-        """Return `weights_hash`, computed once."""
         if self._sha256 is None:
             self._sha256 = weights_hash(self)
         return self._sha256
 
     def stored_as(self, name: str) -> tuple[str, ...]:
-        """Return the stored names of a tensor: its own name, or the names of q, k and v."""
         return part_names(name, split=len(self._parts[name]) > 1)
 
     def as_stored(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors under their stored names."""
         for name in self:
             parts = self.stored_as(name)
             yield from zip(parts, self[name].chunk(len(parts)), strict=True)
@@ -100,7 +97,6 @@ class LazyTensors(PublishedTensors[StoredTensor]):
         self._open_files: dict[Path, tuple[Any, os.stat_result]] = {}
 
     def locate(self, name: str) -> str:
-        """Return each part's file, the file's size and the part's name in it."""
         return " with ".join(
             f"{source.path} ({self._open(source)[1].st_size} bytes): {source.name}"
             for source in self._parts[name]
@@ -145,7 +141,7 @@ class LazyTensors(PublishedTensors[StoredTensor]):
 def _is_overwritten(path: Path, opened: os.stat_result) -> bool:
     """Return whether the open file is still at its path, with another size or modification time.
 
-    The file's memory map may then show other bytes.
+    The file's memory map may then show changed bytes.
     """
     try:
         now = path.stat()
@@ -165,7 +161,6 @@ class GivenTensors(PublishedTensors[Tensor]):
         )
 
     def locate(self, name: str) -> str:
-        """Return the name, because there is no file."""
         return name
 
     def _read(self, part: Tensor) -> Tensor:

@@ -92,7 +92,8 @@ class Repository:
         return Path(self._cache_dir or HF_HUB_CACHE)
 
     def resolve(self, name: str) -> Path | None:
-        """Fetch a file and set the commit from its path. Return the path, or None without a file.
+        """Fetch a file and set the commit from its path. Return the path, or None if the repository
+        lacks the file.
 
         The other files come from the same commit, even if the branch moves.
         """
@@ -112,8 +113,7 @@ class Repository:
     def file(self, name: str) -> Path | None:
         """Return the path of a small file, fetched if necessary, or None if no such file exists.
 
-        Raises NotCachedError if neither shows whether the file exists. Raises HubError if the Hub
-        lists the file but returns 404, or if the file arrives damaged twice.
+        Raises NotCachedError if neither the cache nor the Hub shows whether the file exists.
         """
         known = self._look_up(name)
         # the cache also records which files a repository lacks
@@ -122,20 +122,17 @@ class Repository:
         return self._fetch_if_there(name, self.commit or self._revision)
 
     def explain(self, error: Exception) -> HubError:
-        """Convert an error of huggingface_hub or the system to HubError, with cause and remedy."""
         return explain(
             error, name=self.name, label=self.label, cache_dir=self.cache(),
             local_files_only=self.local_files_only,
         )  # fmt: skip
 
     def not_cached(self) -> NotCachedError:
-        """Return the error for weights that are not in the cache while there is no network."""
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         return NotCachedError.of(self.explain(LocalEntryNotFoundError("")))
 
     def cached(self, name: str) -> Path | None:
-        """Return a file's path in the Hub's cache, or None if the file is not there."""
         known = self._look_up(name)
         return known if isinstance(known, Path) else None
 
@@ -147,12 +144,11 @@ class Repository:
         return [path.name for path in folder.glob(self._inside("*.safetensors*"))]
 
     def _inside(self, name: str) -> str:
-        """Return the path of a file in the repository."""
         return f"{self.subfolder}/{name}" if self.subfolder else name
 
     def _look_up(self, name: str) -> Any:
         """Return a file's path in the cache, None if the cache does not know the file, or a mark
-        that the commit lacks it."""
+        that the commit lacks the file."""
         from huggingface_hub import try_to_load_from_cache
 
         at = self.commit or self._revision
@@ -169,7 +165,7 @@ class Repository:
         return self._fetch_sound(name, self.commit, partial(self.check, name, once=False))
 
     def _fetch_sound(self, name: str, revision: str | None, check: Callable[[Path], None]) -> Path:
-        """Return the path of a file that `check` accepts. Fetch a damaged file once again."""
+        """Return the path of a file that `check` accepts. Fetch a damaged file a second time."""
         for _ in range(2):
             path = self._request_file(name, revision)
             try:
@@ -202,7 +198,7 @@ class Repository:
         """Hash a cached file and compare the hash with the Hub's checksum, if the Hub gives one.
 
         huggingface_hub checks only sizes. The function records a good file, and hashes it again
-        only after a change or with `once=False`. Raises CheckpointError for a difference.
+        only after a change or with `once=False`.
         """
         digest = cache.hub_digest(path) or self._remote_digest(name)
         if digest is None or len(digest) not in (40, 64):
@@ -225,7 +221,6 @@ class Repository:
         return [name for name in names if "/" not in name]  # folders contain other models or parts
 
     def licence(self) -> str | None:
-        """Return the licence in the model card, or None if it is unknown."""
         card = (self._info() or {}).get("cardData")
         card = card if isinstance(card, dict) else {}
         licence = card.get("license_name") or card.get("license")

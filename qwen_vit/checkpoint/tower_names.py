@@ -114,8 +114,6 @@ def find_prefix(names: Collection[str], source: str) -> str:
 
     >>> find_prefix(["visual.patch_embed.proj.weight", "model.norm.weight"], "folder")
     'visual.'
-
-    Raises CheckpointError, which names `source`, if there is no tower or more than one.
     """
     prefixes = tower_prefixes(names)
     if not prefixes:
@@ -148,8 +146,7 @@ def check_tower(
     """Check a tower. Return each published tensor's stored names: its own, or those of q, k and v.
 
     `infos` maps names without prefix to header entries. `source` and `locate` name the checkpoint
-    and a tensor in messages. Raises CheckpointError for another model's tower, for a quantised or
-    incomplete tower, and for any name or shape that differs from `config`.
+    and a tensor in messages.
     """
     _refuse_other_towers(infos, source, locate)
     _refuse_as_tools_save({name: info.shape for name, info in infos.items()}, source)
@@ -196,7 +193,6 @@ Expected [1280] from config.json. Use the config.json that belongs to the weight
 
 
 def tensor_info(tensor: Tensor) -> TensorInfo:
-    """Describe a tensor in memory like an entry of a file's header."""
     dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
     return TensorInfo(dtype, tuple(tensor.shape), 0, tensor.nbytes)
 

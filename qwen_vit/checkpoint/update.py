@@ -41,7 +41,6 @@ class WeightUpdates:
         tower: the `VisionTower`, whose parameters this class writes in place.
         config: the tower's architecture.
         image_config: the image settings, on which the weights for uint8 pixels depend.
-        quantization: the tower's quantization.
     """
 
     def __init__(

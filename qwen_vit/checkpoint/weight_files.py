@@ -132,8 +132,7 @@ def choose_weights(
     >>> choose_weights(["README.md", "model.safetensors"], "folder", Path)
     'model.safetensors'
 
-    Raises a CheckpointError that names the content of `source`: an adapter (of the base model in
-    `adapter_config`), pickles, GGUF, several sets of weights, or nothing.
+    `adapter_config` returns the file that names the base model of an adapter, for the message.
     """
     names = sorted(names)
     for name in PREFERRED_FILES:
@@ -206,8 +205,7 @@ def _adapter_base(path: Path | None) -> str:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Return the shard of each tensor. Raises CheckpointError unless the index is readable, and
-    maps each tensor to the plain name of a safetensors file."""
+    """Return the shard of each tensor. Each shard is the plain name of a safetensors file."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(

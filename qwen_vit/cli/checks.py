@@ -109,7 +109,7 @@ def check_paths(inputs: Sequence[str], *, must_exist: bool = False) -> None:
 
 
 def check_model_or_features(path: str, subfolder: str | None = None) -> None:
-    """Raise ArgumentError for a folder without a checkpoint or an export, or for another file.
+    """Raise ArgumentError for a file or a folder that cannot be a checkpoint or features.
 
     >>> check_model_or_features("tests/photographs")
     Traceback (most recent call last):

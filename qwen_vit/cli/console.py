@@ -32,7 +32,6 @@ logger = logging.getLogger("qwen_vit")
 
 
 def _spell_flags(record: logging.LogRecord) -> bool:
-    """Spell the options in a log line as flags, in errors and in other wordings."""
     if isinstance(record.args, tuple):
         record.args = tuple(
             each.text(in_shell=True)
@@ -56,19 +55,17 @@ def flags_in_logs() -> Iterator[None]:
 
 
 def set_verbosity(verbosity: int) -> None:
-    """Set the log level: -1 for errors, 0 for warnings and errors, 1 for all messages."""
+    """Set the log level: -1 for errors, 0 also for warnings, 1 also for details."""
     logger.setLevel(LEVELS[verbosity])
     if verbosity < 0:  # the Hub's client reads the variable when Python imports it
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def is_quiet() -> bool:
-    """Return whether the commands log only errors and show no progress."""
     return not logger.isEnabledFor(logging.WARNING)
 
 
 def is_verbose() -> bool:
-    """Return whether the commands log details and print complete tables."""
     return logger.isEnabledFor(logging.INFO)
 
 
@@ -81,10 +78,7 @@ def open_missing_streams() -> None:
 
 
 def print_data(text: str) -> None:
-    """Write data to stdout. A reader that stops early, such as `head`, is not an error.
-
-    Raises ExportError if stdout cannot be written.
-    """
+    """Write data to stdout. A reader that stops early, such as `head`, is not an error."""
     try:
         click.echo("\n".join(map(one_line, text.split("\n"))))
     except OSError as error:
@@ -103,12 +97,10 @@ def print_log(text: str) -> None:
 
 
 def print_error(text: str) -> None:
-    """Write an error to stderr, after "error: "."""
     _write_log(f"error: {text}")
 
 
 def _write_log(text: str) -> None:
-    """Write a line to stderr. Ignore write errors."""
     # without tqdm there is no progress bar, and importing tqdm is slow
     loaded = sys.modules.get("tqdm")
     above_bars = loaded.tqdm.external_write_mode(file=sys.stderr) if loaded else nullcontext()

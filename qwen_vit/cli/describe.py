@@ -25,8 +25,7 @@ def describe(source: Source, image: str | os.PathLike[str] | None = None) -> dic
     >>> describe(find_checkpoint("tiny"))["tensors"]
     66
 
-    All values are JSON values. Raises CheckpointError for a damaged checkpoint. Raises ImageError
-    for an image that cannot be encoded.
+    All values are JSON values.
     """
     checkpoint = load_checkpoint(source.folder)
     config, image_config = checkpoint.config, checkpoint.image_config

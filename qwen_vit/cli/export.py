@@ -253,7 +253,6 @@ def _print_report(done: "ExportReport", *, as_json: bool, with_waits: bool) -> N
 
 
 def _refuse_start_options(ctx: click.Context) -> None:
-    """Raise UsageError for an option that --resume does not accept."""
     for name in OF_START:
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             why = "OUT names the folder" if name == "out" else "the export has recorded this option"
@@ -290,7 +289,6 @@ def _part(text: str) -> tuple[int, int]:
 
 @contextmanager
 def _hint_resume(out: "AnyPath") -> Iterator[None]:
-    """If an interrupt ends the block, print how to resume the export."""
     try:
         yield
     except KeyboardInterrupt:

@@ -41,9 +41,6 @@ def list_images(
     """Return the images of files, folders, patterns, tars, lists, and "-" for standard input.
 
     `column` names the image column of Parquet files. `pages="all"` lists every page and frame.
-
-    Raises ExportError if there are no images, if two images have the same id, or if `out` is one of
-    the images. Also raises the errors of `check_paths`, `ParquetColumns.of` and `find_items`.
     """
     from qwen_vit.images.image import ImageLimits
     from qwen_vit.inputs.find import find_items, is_missing, no_image_found, warn_of_skipped
@@ -67,7 +64,6 @@ def list_images(
 
 
 def load_encoder(model: str, **loading: Any) -> "VisionEncoder":
-    """Load a checkpoint. With -v, log the loading time."""
     from qwen_vit.encoder import VisionEncoder
 
     start = time.perf_counter()
@@ -89,11 +85,8 @@ def encode_one_by_one(
 ) -> "Iterator[tuple[ImageFeatures | FailedImage, float]]":
     """Yield each image's features or error, and the milliseconds from its file to its features.
 
-    Features are in CPU memory, because encoding needs the GPU's memory. The function prints failed
-    images to stderr, and on a terminal also a progress bar. With on_error="raise", it raises the
-    ImageError of the first failed image instead. `exif`, `limits` and `options` are arguments of
-    `VisionEncoder.encode`. `video` contains the options for videos. With `as_video`, the function
-    encodes an animation as a video.
+    Features are in CPU memory, because encoding needs the GPU's memory. With on_error="raise", the
+    function raises the ImageError of the first failed image.
     """
     from tqdm import tqdm
 
@@ -150,8 +143,6 @@ def _loader(
 
 
 def _load(item: "Item", loader: "ImageLoader") -> "LoadedImage":
-    """Return an image or video as patches or, for a GPU, as decoded pixels. If an image
-    cannot be decoded, return its error and, if known, its size."""
     from qwen_vit.inputs.pages import as_page
     from qwen_vit.inputs.read import read_item
     from qwen_vit.video.items import open_video_item, video_of_item

@@ -17,8 +17,6 @@ def slow_imports() -> Iterator[None]:
 
     >>> with slow_imports():
     ...     import torch
-
-    Raises ArgumentError if a package is missing or cannot be imported.
     """
     exit_at_interrupts()
     try:

@@ -40,7 +40,6 @@ class _LazyGroup(click.Group):
     """Import a command's module, which is named after the command, only on request."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return the imported command, or None if no command has this name."""
         if cmd_name not in self.commands:
             return None
         command: click.Command = getattr(import_module(f"qwen_vit.cli.{cmd_name}"), cmd_name)
@@ -69,7 +68,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line. Turn this package's errors into one line and an exit code."""
+    """Run the command line. Turn errors into a message and an exit code."""
     open_missing_streams()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("huggingface_hub").propagate = False  # the library prints its own messages
@@ -112,7 +111,6 @@ def _guess(error: click.ClickException, close: Sequence[str]) -> str:
 
 
 def _usage_text(error: click.ClickException) -> str:
-    """Return a text with the fault in the arguments and the command that lists the valid ones."""
     text = error.format_message()
     if close := getattr(error, "possibilities", None):  # click prints them in alphabetical order
         text = f"{error.message.removesuffix('.')}. Did you mean {_guess(error, close)}?"

@@ -51,7 +51,6 @@ class LocalPath(click.Path):
     """Convert an argument to a path on this machine."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return a Path. Fail for an address in object storage."""
         if isinstance(value, str) and is_remote(value):
             self.fail(f"{value} is an address. Pass a path on this machine.", param, ctx)
         return super().convert(value, param, ctx)
@@ -61,7 +60,6 @@ class Folder(click.Path):
     """Convert an argument to a folder on this machine, or to a prefix in object storage."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return a Path, or a StorePath for an address."""
         if isinstance(value, str) and is_remote(value):
             return as_path(value)
         return super().convert(value, param, ctx)
@@ -80,7 +78,6 @@ class Dtype(click.Choice[str]):
     REFUSED = ("float16", "fp16", "half")
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return torch's name. Fail for float16, with the reason."""
         if value in self.REFUSED:
             fact = "Activations of the published 3B model overflow float16."
             self.fail(f"{fact} Use float32 on a CPU, or bfloat16 on a GPU.", param, ctx)
@@ -90,7 +87,6 @@ class Dtype(click.Choice[str]):
 def complete_model(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Return the names of checkpoints and folders that begin with the typed text."""
     names = dict.fromkeys([*PACKAGED, *published_checkpoints(), *cached_repositories()])
     found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
     return [*found, CompletionItem(incomplete, type="dir")]
@@ -141,12 +137,10 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 
 def device_option(help: str = "Compute on cuda, cuda:1 or cpu.") -> Callable[[Command], Command]:
-    """Return the option that sets the device."""
     return click.option("--device", default="auto", show_default=True, help=help)
 
 
 def output_options(command: Command) -> Command:
-    """Add the options that choose the rows of an image."""
     options = (
         click.option(
             "--output", type=click.Choice(["merged", "patch", "mean"]), default="merged",
@@ -173,7 +167,6 @@ def _layers(text: str) -> tuple[int, ...]:
 
 
 def column_options(command: Command) -> Command:
-    """Add the options that choose columns of Parquet files."""
     options = (
         click.option("--column", metavar="NAME", help="Read images from this Parquet column."),
         click.option(
@@ -188,7 +181,6 @@ def column_options(command: Command) -> Command:
 
 
 def format_options(command: Command) -> Command:
-    """Add the options for more formats, and for further pages and frames of an image file."""
     options = (
         click.option(
             "--formats", default="", metavar="F,F,...", callback=lambda _, __, text: _formats(text),
@@ -216,7 +208,6 @@ def _formats(text: str) -> tuple[str, ...]:
 
 
 def pixel_options(command: Command) -> Command:
-    """Add the options that limit the size of an image."""
     # help lists the option first that is added last
     for side, word in (("max", "largest"), ("min", "smallest")):
         help = f"Set the {word} height x width after resizing."
@@ -231,7 +222,6 @@ exif_option = click.option(
 
 
 def video_options(command: Command) -> Command:
-    """Add the options that choose a video's frames and their size."""
     options = (
         click.option(
             "--fps", type=float, default=2.0, show_default=True,
@@ -275,7 +265,8 @@ as_video_option = click.option(
 
 
 def take_video_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Remove the options of `video_options`. Return `video` and `as_video`."""
+    """Remove the options of `video_options` and `as_video` from `options`. Return them as the
+    arguments `video` and `as_video`."""
     from qwen_vit.video.options import VideoOptions
 
     source = click.get_current_context().get_parameter_source
@@ -292,7 +283,6 @@ def take_video_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def source_options(command: Command) -> Command:
-    """Add the options that choose a checkpoint, for every command that opens a checkpoint."""
     options = (
         click.option("--revision", help="Use this branch, tag or commit of the Hub's repository."),
         click.option("--subfolder", help="Use this folder inside MODEL."),
@@ -309,8 +299,6 @@ def source_options(command: Command) -> Command:
 
 
 def verbosity_options(command: Command) -> Command:
-    """Add -q and -v, which set the amount of output to stderr, to a command."""
-
     def apply(ctx: click.Context, param: click.Parameter, value: int) -> None:
         set_verbosity(value or 0)  # None in click 8.2
 

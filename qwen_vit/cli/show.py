@@ -97,9 +97,8 @@ def show(
     video, `show` draws the features of the first two sampled frames, without the frames themselves.
     The command skips and reports images that it cannot encode, and then exits with 1.
 
-    A feature map shows
-    three principal components as colours. `show` fits them to all images together, so the same
-    colour means similar features.
+    A feature map shows three principal components as colours. `show` fits them to all images
+    together, so the same colour means similar features.
 
     Drawing needs the extra `show`. In a checkout: pip install -e '.[show]'.
     """

@@ -33,11 +33,9 @@ class ShowInput:
 
     Attributes:
         pictures: the images by id. An image without an entry is the file that its id names, if any.
-        model: the checkpoint's name.
         source: the encoder of the features, such as "tiny, float32 on cpu".
         window: the side of an attention window, in patches.
         full_attention: the blocks with full attention, or None if they are unknown.
-        failed: the failed images.
         total: the number of images without `limit`.
     """
 
@@ -61,7 +59,6 @@ class ShowInput:
 def encode_images(
     inputs: Sequence[str], model: str, output: str, layer: int | None, limit: int, **loading: Any
 ) -> ShowInput:
-    """Encode the first `limit` images of files, folders, patterns, tars and lists."""
     items = list_images(inputs)
     encoder = load_encoder(model, **loading)
     chosen = items[:limit]
@@ -118,7 +115,8 @@ def _no_features(stored: FeatureFile | FeatureFolder, path: str) -> ArgumentErro
 
 
 def _find_pictures(ids: Sequence[str], images: Sequence[str]) -> dict[str, ImageSource]:
-    """Return each id's image: the one image whose path shares the longest ending with the id."""
+    """Map each id to the one image whose path shares the longest ending with the id. Log the ids
+    without such an image."""
     wanted = {name: _parts(name) for name in ids}
     found: dict[str, list[Item]] = {name: [] for name in ids}
     length = dict.fromkeys(ids, 1)  # length of the longest common ending so far, in parts of a path
@@ -153,7 +151,6 @@ def _find_pictures(ids: Sequence[str], images: Sequence[str]) -> dict[str, Image
 
 
 def _common_length(left: Sequence[str], right: Sequence[str]) -> int:
-    """Return the number of equal items at the start of two sequences."""
     pairs = enumerate(zip(left, right, strict=False))
     shortest = min(len(left), len(right))
     return next((index for index, (one, other) in pairs if one != other), shortest)

@@ -31,7 +31,6 @@ ROWS_OF = {"merged": "tokens", "patch": "patches", "mean": "rows"}
 
 
 def estimate_text(estimate: Estimate, folder: AnyPath) -> str:
-    """Return the size and time that an export into `folder` would need, as text."""
     seconds, n_bytes = estimate.seconds, estimate.bytes
     duration = "unknown"
     if seconds is not None:
@@ -96,7 +95,6 @@ def counts_text(done: int, to_do: int, failed: int, failed_earlier: int = 0, sav
 
 
 def export_text(done: ExportReport) -> str:
-    """Return a report of an export, as text."""
     failed = sum(done.failed.values())
     to_do = done.images - done.exported - failed
     counts = counts_text(done.exported, to_do, failed - done.failed_earlier, done.failed_earlier)
@@ -117,7 +115,7 @@ def export_text(done: ExportReport) -> str:
 
 
 def waits_text(done: ExportReport) -> str:
-    """Return each stage's share of the time for which an export waited, as text."""
+    """Return each stage's share of the time for which the export waited."""
     total = sum(done.waits.values()) or 1.0
     shares = (f"{stage} {seconds / total:.0%}" for stage, seconds in done.waits.items())
     return f"waited for: {', '.join(shares)}"
@@ -126,8 +124,6 @@ def waits_text(done: ExportReport) -> str:
 def encoded_table(
     features: Sequence[ImageFeatures | FailedImage], milliseconds: Sequence[float]
 ) -> str:
-    """Return a table with a line per image: facts about its features, or the reason for its
-    failure."""
     good = next((each for each in features if isinstance(each, ImageFeatures)), None)
     counted = ROWS_OF["merged" if good is None else good.output]
     rows = [("file", "size", "grid (t, h, w)", counted, "width", "ms", "notes")]
@@ -172,7 +168,6 @@ def encoded_json(
     features: Sequence[ImageFeatures | FailedImage], milliseconds: Sequence[float], out: Path,
     encoder: VisionEncoder, options: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return an encoding as a JSON document: images, encoder and options."""
     return {
         "out": str(out),
         "model": encoder.source.name,
@@ -188,7 +183,6 @@ def encoded_json(
 
 
 def _image_json(feature: ImageFeatures | FailedImage, merge_unit: int) -> dict[str, Any]:
-    """Return an image's facts by name. A failed image has null for a missing value."""
     size_px = feature.size_px if feature.size_px != UNKNOWN_SIZE else None
     facts: dict[str, Any] = {"id": feature.id, "size_px": size_px}
     if isinstance(feature, FailedImage):
@@ -220,7 +214,6 @@ def facts_text(facts: dict[str, Any]) -> str:
 
 
 def features_text(facts: dict[str, Any]) -> str:
-    """Return a line for each fact of stored features, with counts in words."""
     rest = dict(facts)
     head = {"kind": rest.pop("kind"), "path": rest.pop("path")}
     done = rest.pop("images_done")

@@ -34,11 +34,9 @@ class Findings:
         return bool(self.problems) and not self.unfinished
 
     def to_json(self) -> dict[str, Any]:
-        """Return the findings as JSON values."""
         return {"verified": self.checked, "problems": self.problems}
 
     def text(self) -> str:
-        """Return the verdict, the checks, and the first problems."""
         checked = self.checked
         if isinstance(checked, dict):
             checked = "; ".join(f"{name}: {how}" for name, how in checked.items())
@@ -72,7 +70,6 @@ def verify_checkpoint(source: Source) -> Findings:
 
 
 def verify_stored(path: str) -> Findings:
-    """Read every row of a feature file or an export folder."""
     with tqdm(unit="image", file=sys.stderr, disable=not shows_progress()) as bar:
         found = verify_features(path, on_image=bar.update)
     with_digests = f"{found.digests:,} images" if found.digests < found.images else "all images"

@@ -35,9 +35,9 @@ class AtomicFile:
     >>> growing.file.write(b"whole or absent")  # doctest: +SKIP
     >>> growing.commit()  # doctest: +SKIP
 
-    The hidden name starts with a dot and the file's own name, and ends in TEMPORARY_SUFFIX. A
-    killed process may leave such a file behind. Raises ExportError if the file cannot be written,
-    or if `path` exists and `overwrite` is False.
+    The hidden name starts with a dot and the start of the file's own name, and ends in
+    TEMPORARY_SUFFIX. A killed process may leave such a file behind. With `overwrite=False`,
+    `commit` raises ExportError if `path` exists.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = True) -> None:
@@ -52,7 +52,8 @@ class AtomicFile:
             raise cannot_write(path, error) from None
 
     def commit(self, path: Path | None = None) -> None:
-        """Flush the file to the disk, and give it its name, or another name in the same folder."""
+        """Flush the file to the disk, and rename it to its path, or to another path in the same
+        folder."""
         self.path = path or self.path
         try:
             self.file.flush()
@@ -88,7 +89,7 @@ class AtomicFile:
         )
 
     def discard(self) -> None:
-        """Remove an uncommitted file. A second call has no effect."""
+        """Close the file, and remove it if it is not committed. A second call has no effect."""
         with suppress(OSError):
             self.file.close()
         with suppress(OSError):
@@ -102,8 +103,8 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
     >>> with atomic_file(Path("notes.txt")) as file:  # doctest: +SKIP
     ...     file.write(b"whole or absent")
 
-    The block should only write, because every OSError in it is reported as an error of this file.
-    Raises ExportError as `AtomicFile` does.
+    The block should only write, because the function reports every OSError of the block as an error
+    of this file.
     """
     growing = AtomicFile(path, overwrite=overwrite)
     try:
@@ -129,7 +130,7 @@ def check_utf8(path: Path) -> None:
 
 
 def check_parent(path: Path) -> None:
-    """Raise ExportError if the parent folder of an output does not exist.
+    """Raise ExportError if an output's parent is not an existing folder.
 
     Also raises the other OSErrors of os.stat.
     """
@@ -152,7 +153,6 @@ def refuse_link(path: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> ExportError:
-    """Return the error to raise if `path` cannot be written."""
     return ExportError(
         f"could not be written ({error.strerror or error})",
         name=str(path),
@@ -161,8 +161,8 @@ def cannot_write(path: Path, error: OSError) -> ExportError:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder, so that new names in it survive a power cut, if the file system supports
-    this."""
+    """Flush a folder, so that new names in it survive a power cut, if the file system can flush
+    folders."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

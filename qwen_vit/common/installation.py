@@ -70,7 +70,6 @@ def _pip(*arguments: str) -> str:
 
 
 def _from_here(path: Path) -> Path:
-    """Return a path below the current folder as a relative path, and any other path unchanged."""
     with suppress(OSError, ValueError):  # the current folder may be deleted: raise no other error
         return path.relative_to(Path.cwd())
     return path

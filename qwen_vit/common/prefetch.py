@@ -29,7 +29,6 @@ Result = TypeVar("Result", bound=_Weighs)
 
 
 def core_count() -> int:
-    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -40,8 +39,7 @@ def thread_count(wanted: int | None, cores: int | None = None) -> int:
     (3, 8, 1)
 
     `cores` defaults to the cores of this process. A single core gets one thread. All threads share
-    the GIL, so more threads would slow the thread that submits GPU work. Raises ArgumentError
-    unless `wanted` is a whole number from 1 to 1,000.
+    the GIL, so more threads would slow the thread that submits GPU work.
     """
     if wanted is None:
         cores = core_count() if cores is None else cores
@@ -60,7 +58,7 @@ def thread_count(wanted: int | None, cores: int | None = None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Job(Generic[Result]):
-    """Describe a call that computes one result, and the bytes that it keeps until its end.
+    """Describe a call that computes one result, and the bytes that the call keeps until its end.
 
     After delivery, `then` continues in the same thread. It receives the result, and a function that
     returns whether the caller has stopped taking results. It must not raise an error. With one
@@ -83,9 +81,9 @@ def work_ahead(
 
     The function iterates over `jobs` in the caller's thread. At most `max_jobs` jobs are in
     progress. While results of `max_bytes` wait for the caller, only the job that the caller waits
-    for may start. An exception of a job, or of `jobs` itself, is raised after the earlier results.
-    Closing the generator ends the threads, which finish running jobs and drop the others. With
-    `threads=1`, all jobs run in the caller's thread.
+    for may start. The function raises an exception of a job, or of `jobs` itself, after the earlier
+    results. Closing the generator ends the threads, which finish running jobs and drop the others.
+    With `threads=1`, all jobs run in the caller's thread.
     """
     if threads == 1:
         for job in jobs:
@@ -137,12 +135,10 @@ class Prefetcher(Generic[Result]):
         self._pool = ThreadPoolExecutor(threads, THREAD_NAME)
 
     def has_room(self) -> bool:
-        """Return whether unfinished jobs and undelivered results take less than `max_bytes`."""
         with self._lock:
             return self._job_bytes + self._result_bytes < self._max_bytes
 
     def submit(self, job: Job[Result]) -> Future[Result]:
-        """Queue a job, and return the future of its result."""
         future: Future[Result] = Future()
         with self._lock:
             self._job_bytes += job.n_bytes

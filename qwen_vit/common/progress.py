@@ -7,8 +7,4 @@ __all__ = ["shows_progress"]
 
 
 def shows_progress() -> bool:
-    """Return whether to show a progress bar on stderr.
-
-    `-q` on the command line sets the level of the package's logger to ERROR.
-    """
     return sys.stderr.isatty() and logging.getLogger("qwen_vit").isEnabledFor(logging.WARNING)

@@ -54,7 +54,8 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Describe one tensor of a file: its dtype in safetensors' terms, its shape and its bytes."""
+    """Describe one tensor of a file: its dtype in safetensors' terms, its shape, and its byte range
+    after the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -63,8 +64,7 @@ class TensorInfo:
 
 
 def read_header(path: AnyPath) -> dict[str, TensorInfo]:
-    """Return a safetensors file's header entries by name. Raises CheckpointError with its path if
-    the file is missing, unreadable or invalid."""
+    """Return the checked header entries of a safetensors file by name."""
     try:
         if not path.is_file():
             raise CheckpointError(
@@ -74,7 +74,7 @@ def read_header(path: AnyPath) -> dict[str, TensorInfo]:
                 remedy=DOWNLOAD_AGAIN,
             )
         size = path.stat().st_size
-        with path.open("rb", buffering=0) as file:  # for an object, it reads only the header
+        with path.open("rb", buffering=0) as file:  # a StorePath then reads only the header
             start = file.read(START_BYTES)
             length = header_length(start, file_bytes=size, source=str(path))
             file.seek(LENGTH_BYTES)
@@ -127,7 +127,7 @@ def header_length(start: bytes, *, file_bytes: int, source: str) -> int:
 
 def parse_header(raw: bytes, *, file_bytes: int, source: str) -> dict[str, TensorInfo]:
     """Parse the JSON header of a file of `file_bytes`, and check that its tensors cover the data
-    without overlaps or gaps. Raises CheckpointError."""
+    without overlaps or gaps."""
     named = f"{source} ({file_bytes} bytes)"
     try:
         header = parse_json(raw, source=f"{named}, header")

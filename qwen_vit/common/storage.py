@@ -88,7 +88,7 @@ def find_object(address: str) -> RemoteObject | None:
 def list_objects(folder: str) -> Iterator[RemoteObject]:
     """Yield the objects below a folder, to every depth, in byte order of their names.
 
-    S3 is listed page by page, in constant memory. Raises OSError.
+    For S3, the function lists page by page, in constant memory.
     """
     files, path = files_of(folder)
     scheme = folder[: folder.index("://") + 3]
@@ -104,7 +104,7 @@ def list_objects(folder: str) -> Iterator[RemoteObject]:
 def list_names(folder: str) -> set[str]:
     """Return the names directly in a folder. A folder's name ends in a slash.
 
-    Raises OSError. A missing folder has no names.
+    A missing folder has no names.
     """
     files, path = files_of(folder)
     with os_errors():
@@ -130,7 +130,8 @@ def list_names(folder: str) -> set[str]:
 
 
 def match_objects(pattern: str) -> Iterator[RemoteObject]:
-    """Yield the objects that a pattern with `*`, `?`, `[...]` or `**` matches, in order."""
+    """Yield the objects that a pattern with `*`, `?`, `[...]` or `**` matches, in byte order of
+    their names."""
     from fsspec.utils import glob_translate  # type: ignore[import-untyped]
 
     magic = MAGIC.search(pattern)
@@ -211,7 +212,7 @@ def storage_errors(error: OSError, doing: str = "read") -> tuple[str, str, str]:
 
 
 class _ObjectFile(io.RawIOBase):
-    """Read an open object, whose errors are OSErrors with a number."""
+    """Read an open object. Convert the errors of reads to OSErrors with a number."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -270,7 +271,7 @@ def _range_of_s3(files: Any, path: str, start: int, end: int, version: str | Non
 
 
 def _only_version(file: Any, path: str, size: int, version: str | None) -> None:
-    """Limit an open S3 object to this version. None allows any version."""
+    """Limit an open S3 object to one version. None allows any version."""
     file.details = {"name": path, "size": size, "ETag": version}
     if version is not None:
         file.read_kw = {**file.read_kw, "IfMatch": version}
@@ -315,7 +316,6 @@ def _filesystem(scheme: str) -> Any:
 
 
 def is_s3(files: Any) -> bool:
-    """Return whether a file system is s3fs."""
     return is_store(files, "s3")
 
 

@@ -42,7 +42,7 @@ def put_file(address: str, path: Path, *, is_new: bool) -> None:
     """Upload a file. The object appears complete or not at all.
 
     With `is_new`, the function raises FileExistsError if the object exists, and does not replace
-    it. A store without conditional writes may replace it. Raises OSError for other errors.
+    it. A store without conditional writes may replace it.
     """
     files, place = files_of(address)
     options: dict[str, Any] = {"mode": "create" if is_new else "overwrite"}  # for s3fs and gcsfs
@@ -58,8 +58,7 @@ def put_bytes(address: str, data: bytes, *, replaces: str | None = None) -> str 
 
     Without `replaces`, raises FileExistsError if the object exists. Otherwise raises
     FileExistsError if S3, GCS or Azure finds another version. The same error can mean that this
-    call wrote the object, and that the response was lost before a retry. Raises OSError for other
-    errors.
+    call wrote the object, and that the response was lost before a retry.
     """
     files, place = files_of(address)
     _with_condition(lambda: _put(files, place, data, replaces))
@@ -68,7 +67,7 @@ def put_bytes(address: str, data: bytes, *, replaces: str | None = None) -> str 
 
 
 def remove_object(address: str) -> None:
-    """Delete an object if it exists. Raises OSError."""
+    """Delete an object if it exists."""
     files, place = files_of(address)
     with os_errors():
         try:
@@ -80,7 +79,7 @@ def remove_object(address: str) -> None:
 def has_conditions(address: str, data: bytes) -> bool:
     """Return whether the store rejects a conditional write of an object that already exists.
 
-    The object must contain `data`. Some servers ignore the condition. Raises OSError.
+    The object must contain `data`. Some servers ignore the condition.
     """
     files, place = files_of(address)
     try:
@@ -91,7 +90,7 @@ def has_conditions(address: str, data: bytes) -> bool:
 
 
 def written_s(address: str) -> float:
-    """Return the time of an object's last write, in seconds since 1970. Raises OSError."""
+    """Return the time of an object's last write, in seconds since 1970."""
     files, place = files_of(address)
     with os_errors():
         return float(files.modified(place).timestamp())
@@ -148,7 +147,7 @@ def _unmet_conditions() -> Iterator[None]:
 def _with_condition(put: Callable[[], Value]) -> Value:
     """Run a conditional write. If the condition fails, raise FileExistsError.
 
-    After a conflict with a request in progress, the function tries three more times.
+    After a conflict with a request in progress, the function tries at most three more times.
     """
     pauses_s = iter(RIVAL_PAUSES_S)
     while True:

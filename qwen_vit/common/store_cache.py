@@ -36,8 +36,8 @@ def read_cached(
 ) -> bytes:
     """Return a range from `folder`, or read it like `read_range` and store it in `folder`.
 
-    Without a folder or a version, nothing is stored. If the range cannot be stored, the function
-    logs a warning. Raises the errors of `read_range`.
+    Without a folder or a version, the function stores nothing. If the function cannot store the
+    range, it logs a warning.
     """
     if folder is None or version is None or end <= start:
         return read_range(address, start, end, version)

@@ -50,12 +50,10 @@ class StorePath:
 
     @property
     def name(self) -> str:
-        """Return the last part of the address."""
         return self.address.rstrip("/").rpartition("/")[2]
 
     @property
     def parent(self) -> "StorePath":
-        """Return the address without its last part."""
         return StorePath(self.address.rstrip("/").rpartition("/")[0], cache=self.cache)
 
     def absolute(self) -> "StorePath":
@@ -63,41 +61,35 @@ class StorePath:
         return self
 
     def names(self) -> set[str]:
-        """Return the names of the objects directly in this folder. Raises OSError."""
+        """Return the names of the objects directly in this folder."""
         with _facts():
             return {name for name in list_names(self.address) if not name.endswith("/")}
 
     def is_file(self) -> bool:
-        """Return whether the address names an object. Raises OSError if the store reports an
-        error."""
         try:
             return self._object is not None
         except FileNotFoundError:
             return False
 
     def is_dir(self) -> bool:
-        """Return whether the address is a prefix of objects. Raises OSError if the store reports an
-        error."""
+        """Return whether the address is a prefix of objects."""
         try:
             return self._object is None
         except FileNotFoundError:
             return False
 
     def exists(self) -> bool:
-        """Return whether an object or a prefix exists. Raises OSError."""
         return self.is_file() or self.is_dir()
 
     def stat(self) -> _Status:
-        """Return the size of the object. Raises OSError."""
         return _Status(self._found().size)
 
     def content(self) -> tuple[str, int, str | None]:
-        """Return a value that changes with the object. Raises OSError."""
+        """Return a value that changes with the object."""
         found = self._found()
         return found.address, found.size, found.version
 
     def read_bytes(self) -> bytes:
-        """Return the whole object's bytes. Raises OSError."""
         return self.read(0, self._found().size)
 
     def open(self, mode: str = "rb", buffering: int = -1) -> Any:
@@ -106,7 +98,7 @@ class StorePath:
         return _Ranges(self) if buffering == 0 else io.BytesIO(self.read_bytes())
 
     def read(self, start: int, end: int) -> bytes:
-        """Return the bytes from `start` to `end`, or to the object's end. Raises OSError."""
+        """Return the bytes from `start` to `end`, or to the object's end."""
         found = self._found()
         end = min(end, found.size)
         with _facts():
@@ -170,7 +162,7 @@ class _Ranges(io.RawIOBase):
 
 @contextmanager
 def _facts() -> Iterator[None]:
-    """Set a store's OSErrors to the fact and the remedy for a message."""
+    """Replace the text of a store's OSErrors by the fact and the remedy for a message."""
     try:
         yield
     except OSError as error:

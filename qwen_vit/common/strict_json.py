@@ -24,8 +24,7 @@ MAX_JSON_BYTES = 64 * 2**20  # the index of the largest published model is under
 
 
 def read_json(path: AnyPath) -> dict[str, Any]:
-    """Read a small JSON file with one object. Raises CheckpointError with the path if the file is
-    missing, unreadable or larger than 64 MiB, or has other content."""
+    """Read one JSON object from a file of at most 64 MiB."""
     try:
         if not _is_file(path):
             raise CheckpointError(
@@ -63,8 +62,6 @@ def parse_json(raw: bytes, *, source: str) -> dict[str, Any]:
 
     >>> parse_json(b'{"depth": 4}', source="config.json")
     {'depth': 4}
-
-    Raises CheckpointError with `source` for any other content.
     """
 
     def refuse_constant(name: str) -> None:
@@ -111,8 +108,7 @@ def parse_json(raw: bytes, *, source: str) -> dict[str, Any]:
 
 
 def child_object(config: Mapping[str, Any], key: str, source: str) -> tuple[Mapping[str, Any], str]:
-    """Return the object under `key`, and its name for messages. Raises CheckpointError for another
-    kind of value."""
+    """Return the object under `key`, and its name for messages."""
     value = config[key]
     if not isinstance(value, Mapping):
         raise CheckpointError(

@@ -15,7 +15,7 @@ MIN_TRANSFORMERS = "5.18"
 
 
 def require_transformers(purpose: str, *, alternative: str = "") -> None:
-    """Raise ArgumentError if transformers is missing or too old. The error names the version.
+    """Raise ArgumentError if transformers is missing or too old.
 
     For the message, `purpose` names the feature that needs transformers, and `alternative` is
     another way, if one exists.
