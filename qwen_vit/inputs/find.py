@@ -66,26 +66,21 @@ def find_items(
     ['tests/photographs/astronaut.png', 'tests/photographs/chelsea.png']
 
     A file's id is its path as the caller passed it, normalised by pathlib. In a folder, the id is
-    the path below the folder. In a tar, the id is the tar's name and the member's name. Parquet
-    files are read only if `columns` is given. A row's id is the file's name and the row, or the
-    value in the id column.
+    the path below the folder. In a tar, the id is the tar's name and the member's name. The
+    function reads Parquet files only with `columns`. A row's id is the file's name and the row, or
+    the value in the id column.
 
     A .txt or .lst list has one path per line. A .jsonl list has one object per line, with "path" or
     "source", and optionally "id". Paths in a list are relative to its folder. "-" reads a list from
     standard input, whose paths are relative to the current folder.
 
     The function searches folders to every depth, through links, in byte order of the names. In
-    folders and tars, it skips files without an image or video extension, and counts them by
-    extension in `left_out`. Neither a folder's search nor `**` in a pattern follows a link to a
-    parent folder.
+    folders and tars, it skips files of other kinds, and counts them by extension in `left_out`.
+    Neither a folder's search nor `**` in a pattern follows a link to a parent folder.
 
-    Raises ExportError for an input that does not exist or cannot be read, for an address outside
-    object storage, and for a pattern without a match. With `must_exist=False`, a path that does not
-    exist and a web address become items, whose reading reports the error. Also raises ExportError
-    for a list with an invalid line, and for a single file of an unsupported kind, such as .csv. For
-    Parquet files, raises it as `parquet_items` does, and without `columns` if no other input is
-    given. Another problem below an input, such as an unreadable folder, becomes an item with
-    `error`.
+    With `must_exist=False`, a path that does not exist and a web address become items, whose
+    reading reports the error. A problem below an input, such as an unreadable folder, becomes an
+    item with `error`.
     """
     left_out = Counter() if left_out is None else left_out
     _check_alone(inputs, columns)
@@ -111,8 +106,7 @@ def is_missing(given: str) -> bool:
 
 
 def check_inputs(inputs: Sequence[str], columns: ParquetColumns | None = None) -> None:
-    """Check each input up to its first image, except standard input. Raises ExportError as
-    find_items does.
+    """Check each input up to its first image, except standard input.
 
     >>> check_inputs(["tests/photographs/rocket.jpg"])
     """
@@ -123,7 +117,6 @@ def check_inputs(inputs: Sequence[str], columns: ParquetColumns | None = None) -
 
 
 def warn_of_skipped(left_out: Counter[str]) -> None:
-    """Log a warning that counts the skipped files of folders and tars by extension."""
     if left_out:
         kinds = left_out.most_common(MAX_SUFFIXES_LOGGED)
         named = ", ".join(
@@ -135,7 +128,6 @@ def warn_of_skipped(left_out: Counter[str]) -> None:
 
 
 def no_image_found(inputs: Sequence[str], left_out: Counter[str]) -> ExportError:
-    """Return the error for inputs without images. `left_out` counts other files."""
     has_parquet = left_out[PARQUET_SUFFIX] > 0
     lists = (*LIST_SUFFIXES, JSON_SUFFIX)
     if all(given == STDIN or given.lower().endswith(lists) for given in inputs):
@@ -362,7 +354,6 @@ def _entries(folder: str, below: str) -> Iterator[tuple[Item, bool]]:
 
 
 def _listing_error(folder: str, name: str) -> ImageError | None:
-    """Return the error of a folder that cannot be listed, or None."""
     try:
         os.scandir(folder).close()
     except OSError as error:

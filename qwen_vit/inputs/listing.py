@@ -68,8 +68,8 @@ class Item:
 
     @property
     def is_video(self) -> bool:
-        """Return whether the file has a video's name. For a row of a Parquet file, only reading
-        shows the kind.
+        """Return whether the file has a video's name. False for a row of a Parquet file, whose kind
+        only reading shows.
 
         >>> Item("clip.mp4", "/data/clip.mp4").is_video, Item("a", "/data/a.jpg").is_video
         (True, False)
@@ -100,7 +100,6 @@ class Item:
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> Self:
-        """Read a line that `to_json` wrote."""
         error = facts.get("error")
         return cls(
             facts["id"],
@@ -132,8 +131,7 @@ class Listing:
 
     @classmethod
     def freeze(cls, path: Path, items: Iterable[Item], shard_size: int) -> Self:
-        """Write the file completely or not at all. Raises ExportError if two images share an id, if
-        an input cannot be listed, or if the file cannot be written.
+        """Write the file completely or not at all.
 
         For each image, the method keeps a hash of 8 bytes in memory, and for the first 100,000 also
         the id.
@@ -155,7 +153,6 @@ class Listing:
 
     @classmethod
     def open(cls, path: Path, shard_size: int) -> Self:
-        """Open a frozen listing. Raises OSError if its file cannot be read."""
         digest, starts, position, count = hashlib.sha256(), [], 0, 0
         with open(path, "rb") as file:
             for count, line in enumerate(file, start=1):
@@ -166,14 +163,12 @@ class Listing:
         return cls(path, count, digest.hexdigest(), shard_size, tuple(starts))
 
     def shard(self, index: int) -> list[Item]:
-        """Return the images of one shard."""
         with self._opened() as file:
             file.seek(self.starts[index])
             lines = islice(file, self.shard_length(index))
             return [Item.from_json(json.loads(line)) for line in lines]
 
     def shard_length(self, index: int) -> int:
-        """Return the number of images of a shard. The last shard may have fewer images."""
         return min(self.shard_size, self.n_images - index * self.shard_size)
 
     def spread(self, count: int) -> list[Item]:
@@ -197,7 +192,6 @@ class Listing:
 
 
 def read_listing(path: Path) -> Iterator[Item]:
-    """Yield the images of a frozen listing, in order."""
     with open(path, "rb") as file:
         for line in file:
             yield Item.from_json(json.loads(line))
@@ -216,7 +210,6 @@ class _Ids:
         self._hashes = array("q")
 
     def add(self, item: Item) -> None:
-        """Add an item, and raise ExportError if it has the id of one of the first items."""
         if item.id in self._first:
             raise _same_id(item)
         if len(self._first) < IDS_KEPT:
@@ -224,7 +217,6 @@ class _Ids:
         self._hashes.append(hash(item.id))
 
     def check(self, listing: BinaryIO) -> None:
-        """Raise ExportError for the first item of a listing that has an earlier item's id."""
         ordered = np.sort(np.frombuffer(self._hashes, np.int64))
         twice = {*ordered[1:][ordered[1:] == ordered[:-1]].tolist()}
         seen: set[str] = set()
@@ -239,7 +231,6 @@ class _Ids:
 
 
 def _same_id(item: Item) -> ExportError:
-    """Return the error for the second of two images with one id."""
     where, row = "is" if item.is_file else "is in", ""
     remedy = "pass each image once, export the folder that contains both images, or pass a "
     remedy += '.jsonl list with an "id" for each'

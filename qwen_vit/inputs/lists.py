@@ -24,15 +24,12 @@ CORRECT = "correct that line"
 
 
 def text_list_items(path: str) -> Iterator[Item]:
-    """Yield the images of a list with one path per line. Raises ExportError if the list cannot be
-    read, is UTF-16, or has a line of more than MAX_NAME_BYTES."""
     for _, line in _lines(path):
         yield _listed(path, os.fsdecode(line), os.fsdecode(line))
 
 
 def stdin_items() -> Iterator[Item]:
-    """Yield the images of a list on standard input. Paths are relative to the current folder.
-    Raises ExportError for a line of more than MAX_NAME_BYTES."""
+    """Yield the images of a list on standard input. Paths are relative to the current folder."""
     for _, line in _bounded_lines(sys.stdin.buffer, "standard input"):
         if line.strip():
             path = os.fsdecode(line.rstrip(b"\r\n"))
@@ -40,8 +37,6 @@ def stdin_items() -> Iterator[Item]:
 
 
 def json_list_items(path: str) -> Iterator[Item]:
-    """Yield the images of a list of JSON objects. Raises ExportError as `text_list_items` does, and
-    for an invalid line, which the error names."""
     for number, line in _lines(path):
         where = f"{path}, line {number}"
         try:

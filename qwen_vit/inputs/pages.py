@@ -39,13 +39,11 @@ def page_items(items: Iterable[Item], limits: ImageLimits) -> Iterator[Item]:
 
 
 def as_page(data: bytes, item: Item) -> bytes | ImagePage:
-    """Return an item's image: its bytes, or the page that the item selects."""
     return data if item.page is None else ImagePage(data, item.page)
 
 
 def _count(item: Item, limits: ImageLimits) -> int:
-    """Return the number of pages, or 1 for an unreadable image. Raises ImageError as `count_pages`
-    does."""
+    """Return the number of pages, or 1 for an unreadable image."""
     if item.is_file and _has_one_page(item):
         return 1
     try:

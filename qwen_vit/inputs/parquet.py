@@ -44,10 +44,7 @@ column as well.
 
     @classmethod
     def of(cls, image: str | None, id: str | None) -> "ParquetColumns | None":
-        """Return the named columns, or None without names.
-
-        Raises ArgumentError for a name that is empty or not a string, and for `id` without `image`.
-        """
+        """Return the named columns, or None without names."""
         for name, value in (("column", image), ("id_column", id)):
             if value is not None and (not isinstance(value, str) or not value):
                 fact = with_options("{} is {value!r}", name, value=value)
@@ -63,10 +60,8 @@ column as well.
 def parquet_items(path: str, name: str, columns: ParquetColumns) -> Iterator[Item]:
     """Yield the rows of a Parquet file. The function reads only the footer and the id column.
 
-    An id is `name:row`, with rows counted from 0, or the value in the id column. Raises ExportError
-    if a column is missing, ambiguous or of another type, or if a package is not installed. Also
-    raises it if object storage reports an error while pyarrow reads. Another problem of the file
-    becomes an item with an error.
+    An id is `name:row`, with rows counted from 0, or the value in the id column. A problem of the
+    file's content becomes an item with an error.
     """
     try:
         with open_parquet_file(path, name) as file:
@@ -124,8 +119,7 @@ def _check_rows(metadata: Any, n_bytes: int, name: str) -> None:
 
 
 def needs_column(path: str) -> ExportError:
-    """Return the error for a Parquet file whose image column is not named. The error lists the
-    columns of images, if the file can be read."""
+    """Return the error for a Parquet file whose image column is not named."""
     columns: list[str] = []
     try:
         with open_parquet_file(path, path) as file:
@@ -190,7 +184,8 @@ def _items_with_ids(
 
 
 def _check_ids(schema: Any, column: str, name: str) -> None:
-    """Raise ExportError as `type_of` does, or unless the column contains text or whole numbers."""
+    """Raise ExportError unless exactly one column has this name and contains text or whole
+    numbers."""
     import pyarrow as pa  # type: ignore[import-untyped]
 
     kind = type_of(schema, column, name)

@@ -1,7 +1,7 @@
 """Check the lengths in a delta-encoded Parquet page before pyarrow decodes the page.
 
 pyarrow allocates 4 bytes for each length that the content claims, and repeated lengths need no
-bytes at all, so a page of 20 bytes could take 8 GB. The encodings are described at
+bytes at all, so a page of 20 bytes could take 8 GB. Source:
 https://parquet.apache.org/docs/file-format/data-pages/encodings/
 """
 
@@ -20,8 +20,7 @@ MAX_BLOCK = 2**20  # values; pyarrow writes 128, and counts a block's bits in 32
 
 
 def decompressed(data: memoryview, n_bytes: int, codec: str) -> memoryview:
-    """Return data decompressed to this number of bytes. Raises ImageError for Hadoop's LZ4, and
-    pyarrow's errors for damaged data."""
+    """Return data decompressed to this number of bytes."""
     if codec == "UNCOMPRESSED":
         return data
     if n_bytes == 0:

@@ -15,13 +15,12 @@ BUFFER_BYTES = 2**20  # of one column, read ahead; without it pyarrow reads whol
 
 
 def open_parquet_file(path: str, name: str, version: str | None = None) -> BinaryIO:
-    """Open the file or the object. Raises the errors of `open_input`."""
     return open_input(path, name, "a Parquet file", version=version)
 
 
 def parquet_file(file: Any) -> Any:
     """Open a file in pyarrow as a stream. pyarrow then verifies the checksums of pages that have
-    them. Raises ExportError without pyarrow, and pyarrow's errors for a damaged footer."""
+    them."""
     try:
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
     except ImportError:
@@ -36,8 +35,8 @@ def parquet_file(file: Any) -> Any:
 
 
 def check_images(schema: Any, column: str, name: str) -> None:
-    """Raise ExportError as `type_of` does, or unless the column contains bytes, or structs with a
-    field `bytes`."""
+    """Raise ExportError unless exactly one column has this name and contains bytes, or structs with
+    a field `bytes`."""
     kind = type_of(schema, column, name)
     if holds_images(kind):
         return
@@ -90,7 +89,6 @@ def _is_bytes(kind: Any) -> bool:
 
 
 def cannot_read(name: str, error: Exception) -> ImageError:
-    """Return the error for a file that pyarrow or the system cannot read."""
     if "crypt" in str(error):  # pyarrow has no exception type for encryption
         return ImageError(
             "encrypted",

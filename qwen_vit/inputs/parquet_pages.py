@@ -49,9 +49,7 @@ class CheckedPages:
         self._waiting = (parquet.metadata.row_group(group), leaves, most)
 
     def read(self, size: int = -1) -> bytes:
-        """Read bytes. Raises ImageError for a page whose header is malformed, claims impossible
-        sizes or needs too much memory, and as `decompressed` does. Also raises it for malformed
-        lengths, and for columns that overlap or exceed their declared size."""
+        """Return the file's next bytes, after a check of the page headers in them."""
         if self._waiting is not None:
             # not earlier: a request for an encrypted column's size ends the process, and pyarrow
             # reads no such column
@@ -67,20 +65,16 @@ class CheckedPages:
         return data
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Set the position."""
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
-        """Return the position."""
         return self._file.tell()
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
     @property
     def closed(self) -> bool:
-        """Return whether the file is closed."""
         return self._file.closed
 
 
@@ -120,8 +114,8 @@ class _Chunk:
             self._take(memoryview(data)[place - at :])
 
     def _take(self, data: memoryview) -> None:
-        """Collect the bytes of a header, or of a page with a delta encoding, and check it at its
-        end."""
+        """Collect the bytes of a header, or of a page with a delta encoding, and check the header
+        or the page at its end."""
         if self._header is None:
             self._held += data[: max(1_024, len(self._held))]
             if (header := self._read_header()) is not None:
@@ -181,7 +175,6 @@ class _Chunk:
             )
 
     def _check_content(self, header: "PageHeader", page: memoryview) -> None:
-        """Check the lengths in a page with a delta encoding."""
         codec = self._codec if header.is_compressed else "UNCOMPRESSED"
         try:
             # the levels of version 2 are not compressed
@@ -218,10 +211,8 @@ def page_header(data: bytes | bytearray) -> PageHeader | None:
     >>> page_header(bytes([0x15, 0, 0x15, 200, 1, 0x15, 80, 0, 9, 9]))[:3]
     (8, 100, 40)
 
-    Returns None if the data ends within the header. Raises ValueError for a header without sizes,
-    with too many fields, with a number that is too long, or with another type of field. The header
-    is a struct in Thrift's compact protocol:
-    https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift
+    Returns None if the data ends within the header. The header is a struct in Thrift's compact
+    protocol: https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift
     """
     reader = _Compact(data)
     try:
@@ -258,8 +249,8 @@ class _Compact:
     def fields(self, depth: int) -> dict[tuple[int, int], Any]:
         """Read a struct, and return its integers, flags and structs by number and type.
 
-        If a field's number repeats, the last value counts, and repeated structs are merged, as in
-        Thrift.
+        If a field's number repeats, the last value counts, and the reader merges repeated structs,
+        as in Thrift.
         """
         found: dict[tuple[int, int], Any] = {}
         number = 0

@@ -32,11 +32,7 @@ KEPT_BYTES, KEPT_ROWS = 2**26, 256  # before the newest row, for threads that re
 
 
 def read_row(item: Item) -> bytes:
-    """Return the encoded image in an item's row.
-
-    Raises ImageError if the row has no image, if the file, row or column no longer exists, or if
-    the file or one of its pages cannot be read.
-    """
+    """Return the encoded image in an item's row."""
     if item.row is None or item.column is None:
         raise TypeError(f"{item} is not a Parquet row")
     try:
@@ -170,7 +166,6 @@ class _Reader:
             raise error.without_frames()
 
     def _read_ahead(self, wanted: int) -> None:
-        """Read the next rows of the group, up to AHEAD_ROWS rows or AHEAD_BYTES bytes."""
         end = min(self.next_row + AHEAD_ROWS, self._starts[self._reading + 1])
         n_bytes = 0
         while self.next_row < end and n_bytes < AHEAD_BYTES:

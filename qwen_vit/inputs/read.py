@@ -22,15 +22,12 @@ PAUSES_S = (0.1, 1.0)
 
 
 def read_item(item: Item, limits: ImageLimits) -> bytes:
-    """Return an image's bytes. Try again up to twice if an error's errno is in TRANSIENT, unless
-    its code is "slow".
+    """Return an image's bytes. Try again up to twice after an I/O error in TRANSIENT whose code is
+    not "slow".
 
     >>> rocket = Item("rocket", "tests/photographs/rocket.jpg")
     >>> read_item(rocket, ImageLimits())[:3]
     b'\\xff\\xd8\\xff'
-
-    Raises ImageError with the id if the image cannot be read or has more than
-    `limits.max_file_bytes` bytes, or with the error that the listing recorded.
     """
     if item.error is not None:
         code, message = item.error

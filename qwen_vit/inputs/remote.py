@@ -42,8 +42,7 @@ def listed_objects(address: str) -> Iterator[tuple[str, RemoteObject, bool]]:
     object's own.
 
     For a folder, the name is the object's path below the folder. For an object or a pattern, it is
-    the object's address. Raises ExportError if the address does not exist or cannot be listed, for
-    a pattern that matches no object, and if a package is not installed.
+    the object's address.
     """
     address = SLASHES.sub("/", address)
     count = 0
@@ -67,13 +66,11 @@ def listed_objects(address: str) -> Iterator[tuple[str, RemoteObject, bool]]:
 
 
 def refuse(address: str, error: OSError) -> ExportError:
-    """Return the ExportError for an address that cannot be listed or read."""
     fact, remedy, _ = storage_errors(error)
     return ExportError(fact, name=address, remedy=remedy)
 
 
 def remote_item(name: str, found: RemoteObject) -> Item:
-    """Return an object as one image."""
     return Item(name, found.address, offset=0, size=found.size, version=found.version)
 
 
@@ -109,9 +106,6 @@ def open_input(
 
 
 def read_object(item: Item, limits: ImageLimits) -> bytes:
-    """Return the bytes of an image in object storage. Raises ImageError with the item's id if the
-    object cannot be read or was replaced, or if the image has over `limits.max_file_bytes` bytes.
-    """
     with _image_errors(item):
         start, size, version = _extent(item)
         check_file_bytes(size, item.id, limits)
@@ -119,11 +113,7 @@ def read_object(item: Item, limits: ImageLimits) -> bytes:
 
 
 def copy_object(item: Item, file: BinaryIO, check_size: Callable[[int], None]) -> None:
-    """Check an item's size, then copy its bytes from the object to a file.
-
-    Raises ImageError with the item's id if the object cannot be read or was replaced, or if `file`
-    cannot be written. Also raises the ImageError of the check.
-    """
+    """Check an item's size, then copy its bytes from the object to a file."""
     with _image_errors(item):
         start, size, version = _extent(item)
         check_size(size)

@@ -41,8 +41,8 @@ def tar_items(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
     """Yield the images in a tar without reading them. A problem of the tar becomes an item with an
     error.
 
-    A member's id is the tar's `name` and the member's name. Members without an image or video
-    extension are skipped, and counted by extension in `left_out`.
+    A member's id is the tar's `name` and the member's name. The function skips members without an
+    image or video extension, and counts them by extension in `left_out`.
     """
     try:
         if name.lower().endswith(COMPRESSED_TARS):
@@ -129,7 +129,6 @@ class _Headers:
         self._read = file.read
 
     def read(self, size: int) -> bytes:
-        """Return bytes of a header."""
         self.n_bytes += size
         if self.n_bytes > MAX_NAME_BYTES:
             raise tarfile.ReadError(f"a header of more than {MAX_NAME_BYTES} bytes")

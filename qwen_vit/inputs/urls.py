@@ -57,9 +57,8 @@ def read_url(url: str, name: str, limits: ImageLimits) -> bytes:
     """Return the bytes at an address. `limits.allow_urls` must name its host and the hosts of
     redirects.
 
-    Raises ImageError with `name` if the address is not allowed or cannot be fetched within
-    MAX_SECONDS, and for more than `limits.max_file_bytes` bytes. After a transient network error,
-    the error's context is a TimeoutError with the number ETIMEDOUT.
+    After a transient network error, the error's context is a TimeoutError with the number
+    ETIMEDOUT.
     """
     end = time.monotonic() + MAX_SECONDS
     try:
@@ -144,8 +143,6 @@ def _ends_at(connection: http.client.HTTPConnection, end: float) -> Iterator[Non
 
 
 def _checked(url: str, limits: ImageLimits) -> tuple[SplitResult, str, int]:
-    """Return an address's parts, host and port. Raises _RefusedError for an address that is
-    malformed, not https:// or with a user name or password, or whose host is not allowed."""
     try:
         if not url.isascii() or re.search(r"[\x00-\x20\x7f]", url):
             raise ValueError
@@ -194,8 +191,7 @@ class _Connection(http.client.HTTPSConnection):
 
 
 def _public_addresses(host: str, port: int) -> list[str]:
-    """Return a host's addresses. Raises _RefusedError for an address that is not public, and
-    OSError if the name has no address."""
+    """Return a host's addresses. Raises _RefusedError if one of them is not public."""
     addresses = _resolve(host, port)
     for address in addresses:
         if not _is_public(address):
