@@ -15,11 +15,6 @@ __all__ = ["from_array", "tensor_to_array"]
 
 
 def tensor_to_array(tensor: torch.Tensor, name: str) -> NDArray[Any]:
-    """Return a tensor's values as a NumPy array.
-
-    Raises ImageError with code "array-dtype" if torch cannot convert the tensor, for example
-    because it is sparse, quantized or on the meta device.
-    """
     try:
         tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
         if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16
@@ -39,10 +34,7 @@ def tensor_to_array(tensor: torch.Tensor, name: str) -> NDArray[Any]:
 def from_array(
     array: NDArray[Any], kind: str, name: str, layout: ArrayLayout, limits: ImageLimits
 ) -> RgbImage:
-    """Convert an array of one image to RGB. `kind` is the `format` of the result.
-
-    Raises ImageError with a code that begins with "array-", or as `check_pixels` does.
-    """
+    """Convert an array of one image to RGB. `kind` is the `format` of the result."""
     array = _channels_last(array, name, layout)
     height, width, channels = array.shape
     check_pixels(width, height, name, limits)

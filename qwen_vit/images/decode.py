@@ -49,12 +49,7 @@ def decode_bytes(
     exif: ExifPolicy = "apply",
     page: int | None = None,
 ) -> RgbImage:
-    """Decode an encoded image, or one page of it, to RGB. The first page is 1.
-
-    Raises ImageError as `identify`, `decoder`, `read_jpeg`, `check_blocks`, `check_pixels`,
-    `check_ratio` and `to_rgb` do. Also raises it for other damaged or truncated data, if decoding
-    takes more than `limits.max_seconds`, and if memory runs out.
-    """
+    """Decode an encoded image, or one page of it, to RGB. The first page is 1."""
     file_format = identify(data, name, limits.formats)
     open_image = decoder(file_format, name, limits)
     jpeg = read_jpeg(data, name) if file_format == "JPEG" else None
@@ -102,10 +97,8 @@ def decode_pil(
 ) -> RgbImage:
     """Convert a PIL image to RGB, after decoding it if it is still lazy.
 
-    With `is_lent`, the result may share the image's pixels.
-
-    Raises ImageError as `decode_bytes` does, but checks neither the ratio of the sides nor the
-    time. The code is "unreadable" for a lazy image whose file is closed.
+    With `is_lent`, the result may share the image's pixels. The function checks neither the ratio
+    of the sides nor the time.
     """
     file_format = str(image.format or "PIL image")
     with LOAD_LOCKS[id(image) // 16 % len(LOAD_LOCKS)]:
@@ -337,5 +330,4 @@ def _seconds_at_most(image: Image.Image, jpeg: JpegFile | None) -> float:
 
 
 def _peak_bytes(image: Image.Image) -> int:
-    """Estimate the peak memory of decoding and converting, in bytes."""
     return image.width * image.height * BYTES_A_PIXEL.get(str(image.format), OTHER_BYTES_A_PIXEL)

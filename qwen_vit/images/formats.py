@@ -68,10 +68,6 @@ def identify(data: bytes, name: str, formats: Sequence[str] = ()) -> str:
 
     >>> identify(b"P6 1 1 255 abc", "a.ppm", ("PPM",))
     'PPM'
-
-    Raises ImageError with code "empty-file" for no bytes. The code is "format" for a known format
-    that is unsupported or not in `formats`, or that this Pillow cannot decode. It is
-    "not-an-image" for text and for unknown bytes.
     """
     if not data:
         raise ImageError(
@@ -102,8 +98,7 @@ def identify(data: bytes, name: str, formats: Sequence[str] = ()) -> str:
 
 
 def decoder(file_format: str, name: str, limits: ImageLimits) -> Decoder:
-    """Return the function that opens this format. Raises ImageError with code "format" for HEIF
-    without pillow-heif."""
+    """Return the function that opens this format."""
     if file_format == "GIF":
         return partial(GifFile, check=partial(check_pixels, name=name, limits=limits))
     if file_format != HEIF:

@@ -57,7 +57,6 @@ class Frames:
 
     @property
     def n_patches(self) -> int:
-        """Return the number of patches after resizing."""
         return self.grids[0].n_patches
 
     @property
@@ -72,7 +71,6 @@ class Frames:
 
     @property
     def passes(self) -> tuple[Axis, ...]:
-        """Return the axes to resize, in the order of the installed Pillow."""
         return passes(self.size, self.new_size)
 
     def groups(self, steps: int) -> "Iterator[Frames]":
@@ -109,15 +107,12 @@ class FramesForGpu:
 
     @property
     def n_bytes(self) -> int:
-        """Return the size of the decoded frames in bytes."""
         return PIXEL_BYTES * self._size_px[0] * self._size_px[1] * len(self._found)
 
     def put(self, at: int, memory: FrameMemory) -> None:
-        """Keep a frame's bytes."""
         self._found[at] = memory
 
     def done(self) -> Frames:
-        """Return all frames."""
         found = [memory for memory in self._found if memory is not None]
         return Frames.of(
             found, self._size_px[::-1], self._new_size_px[::-1], self._config, self._name
@@ -156,7 +151,6 @@ class FrameRows:
 
     @property
     def n_bytes(self) -> int:
-        """Return the size of the patches in bytes."""
         return self._values.nbytes
 
     def resize(self, at: int, picture: Image.Image) -> None:
@@ -184,6 +178,5 @@ class FrameRows:
             self._values[step, ..., 1, :, :] = in_order
 
     def done(self) -> Patches:
-        """Return all patches."""
         values = self._values.reshape(self._grid.n_patches, -1)
         return Patches(torch.from_numpy(values), (self._grid,), self._name)

@@ -74,13 +74,15 @@ ImageSource: TypeAlias = Union[
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """Set limits on one image. All except `max_seconds` apply before any pixels are decoded.
+    """Set limits on one image. qwen_vit applies all limits except `max_seconds` before it decodes
+    pixels.
 
     >>> ImageLimits(max_pixels=50_000_000).max_file_bytes
     536870912
 
     If a file's header shows that a slow core might exceed `max_seconds`, a child process decodes
-    the file, and is killed at that limit. A PIL image is always decoded in this process.
+    the file, and qwen_vit kills the child process at that limit. This process itself decodes every
+    PIL image.
 
     `max_pixels` limits the height x width that the header declares, and `max_file_bytes` the
     encoded bytes. `formats` enables formats of OPTIONAL_FORMATS, in addition to the default
@@ -92,7 +94,8 @@ class ImageLimits:
     The limits apply to one call. qwen_vit neither reads nor sets Pillow's process-wide
     MAX_IMAGE_PIXELS, but some of Pillow's plug-ins, for example for WebP and GIF, do read it.
     Raises ArgumentError unless `max_pixels` and `max_file_bytes` are whole numbers above 0 and
-    `max_seconds` is a number above 0. Also raises it as `check_formats` and `check_hosts` do.
+    `max_seconds` is a number above 0. Also raises it for an unknown format, and for a value of
+    `allow_urls` that is not the name of a host.
     """
 
     max_pixels: int = 178_956_970
@@ -134,12 +137,10 @@ class RgbImage:
 
     @property
     def height(self) -> int:
-        """Return the number of pixel rows."""
         return self.picture.height
 
     @property
     def width(self) -> int:
-        """Return the number of pixel columns."""
         return self.picture.width
 
 
@@ -148,8 +149,6 @@ def check_hosts(hosts: object) -> tuple[str, ...]:
 
     >>> check_hosts(["Images.example.org", "*.example.org:8443"])
     ('images.example.org', '*.example.org:8443')
-
-    Raises ArgumentError for any other value, such as a whole address or a name without a dot.
     """
     given = [hosts] if isinstance(hosts, str) else hosts
     if not isinstance(given, list | tuple) or not all(
@@ -183,9 +182,6 @@ def check_formats(formats: object) -> tuple[str, ...]:
 
     >>> check_formats(["tga", "PPM"])
     ('PPM', 'TGA')
-
-    Raises ArgumentError for a name that OPTIONAL_FORMATS does not contain in any case of its
-    letters, and for a value that is not iterable.
     """
     given = [formats] if isinstance(formats, str) else formats
     try:
@@ -202,7 +198,6 @@ def check_formats(formats: object) -> tuple[str, ...]:
 
 
 def check_file_bytes(size: int, name: str, limits: ImageLimits) -> None:
-    """Raise ImageError with code "file-too-large" for more bytes than `limits.max_file_bytes`."""
     if size > limits.max_file_bytes:
         raise ImageError(
             f"{size} bytes",
@@ -214,8 +209,6 @@ def check_file_bytes(size: int, name: str, limits: ImageLimits) -> None:
 
 
 def check_pixels(width: int, height: int, name: str, limits: ImageLimits) -> None:
-    """Raise ImageError with code "zero-side" for a side below 1, or "too-many-pixels" for more than
-    `limits.max_pixels`."""
     if width < 1 or height < 1:
         raise ImageError(
             f"the size is {width}x{height} (width x height)",
@@ -235,7 +228,6 @@ def check_pixels(width: int, height: int, name: str, limits: ImageLimits) -> Non
 
 
 def check_ratio(width: int, height: int, name: str) -> None:
-    """Raise ImageError with code "ratio" if one side is over MAX_RATIO times the other side."""
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_RATIO:
         raise ImageError(

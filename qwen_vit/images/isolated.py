@@ -24,11 +24,7 @@ def decode_in_child(
     exif: ExifPolicy = "apply",
     page: int | None = None,
 ) -> RgbImage:
-    """Decode a file in a child process, and kill the child after `limits.max_seconds`.
-
-    Raises ImageError as `decode_bytes` does. The code is "slow" after `limits.max_seconds`, and
-    "memory" if the child process fails in another way or this process runs out of memory.
-    """
+    """Decode a file in a child process, and kill the child after `limits.max_seconds`."""
     late = ImageError(
         f"not decoded after {limits.max_seconds:g} s",
         name=name,

@@ -75,13 +75,7 @@ class JpegFile:
 
 
 def read_jpeg(data: bytes, name: str) -> JpegFile:
-    """Read the markers of a JPEG's first image, without decoding.
-
-    Raises ImageError with one of these codes. "slow" means more than MAX_SCANS scans,
-    MAX_EXIF_SEGMENTS Exif segments or MAX_SEGMENTS segments. "format" means a lossless or
-    hierarchical JPEG, or other than 8 bits per sample. "damaged" means contradictory scans,
-    several frame headers or an incomplete one.
-    """
+    """Read the markers of a JPEG's first image, without decoding."""
     jpeg = JpegFile(len(data), closes=data.endswith(b"\xff\xd9"))
     at, kept, segments = 2, [data[:2]], 0
     exif: list[tuple[int, int]] = []  # where the segments are
@@ -135,7 +129,7 @@ def check_blocks(jpeg: JpegFile, name: str) -> tuple[str, ...]:
     reports as corrupt. Return notes on any other JPEG.
 
     The check cannot find damage that keeps the number of blocks, such as one changed bit, because
-    the format has no checksum. The code is "truncated" or "damaged".
+    the format has no checksum.
     """
     lacking = [component for component, bits in jpeg.bits.items() if any(bits)]
     are_missing = bool(lacking) or len(jpeg.bits) < jpeg.components
@@ -168,7 +162,7 @@ def check_strips(image: TiffImagePlugin.TiffImageFile, name: str) -> tuple[str, 
     """Check the JPEG of each strip or tile of a TIFF, because libtiff also only warns.
 
     Returns notes. For fax codes and old-style JPEG, which cannot be checked, the note names the
-    compression. Raises ImageError as `read_jpeg` and `check_blocks` do.
+    compression.
     """
     tags = image.tag_v2
     compression = tags.get(COMPRESSION, 1)

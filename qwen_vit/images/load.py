@@ -63,9 +63,6 @@ def load_image(
     the result may share the pixels of a PIL image, which then must not change. `unwrap` describes
     rows. `name` identifies the image in messages. Many threads may call the function at the same
     time.
-
-    Raises ImageError with a `code` of errors.IMAGE_CODES, and ArgumentError for an unknown `layout`
-    or `exif`.
     """
     limits = ImageLimits() if limits is None else limits
     if layout not in ("auto", "HWC", "CHW"):
@@ -114,8 +111,7 @@ def unwrap(source: Mapping[str, Any], name: str) -> ImageSource:
     >>> unwrap({"image": {"bytes": None, "path": "a.png"}, "label": 3}, "image 0")
     'a.png'
 
-    Parquet files and `datasets` use these structs. Raises ImageError with code "source-type" for a
-    struct in which both values are None or missing, and for a row without exactly one image column.
+    Parquet files and `datasets` use these structs.
     """
     if _is_struct(source):
         for part in (source.get("bytes"), source.get("path")):
@@ -158,11 +154,7 @@ def _is_struct(value: Mapping[str, Any]) -> bool:
 
 
 def read_image_file(path: str, name: str, limits: ImageLimits) -> bytes:
-    """Return the unchanged bytes of a regular file.
-
-    Raises ImageError as `open_regular` does, if the system cannot read the file, and for more than
-    `limits.max_file_bytes` bytes.
-    """
+    """Return the unchanged bytes of a regular file."""
     name = name or repr(path)  # an empty path is shown in quotes
     with open_regular(
         path, name, expected="an image file", remedy="pass its files, or run `qwen-vit export`"

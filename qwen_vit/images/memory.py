@@ -39,7 +39,6 @@ class DecodingMemory:
 
     @property
     def total(self) -> int:
-        """Return the budget, in bytes."""
         if self._total is None:
             self._total = available_bytes() // SHARE
         return self._total
@@ -101,8 +100,7 @@ def set_decoding_memory(n_bytes: int | None) -> None:
     >>> set_decoding_memory(2**31)
     >>> set_decoding_memory(None)
 
-    If an image needs more, no other image is decoded at the same time. Raises ArgumentError for a
-    value that is neither None nor a whole number above 0.
+    If an image needs more, the process decodes no other image at the same time.
     """
     if n_bytes is not None and (
         isinstance(n_bytes, bool) or not isinstance(n_bytes, int) or n_bytes < 1

@@ -28,8 +28,7 @@ def patches_on_gpu(
     """Resize and cut pictures and frames on the GPU, and join all patches in order.
 
     The call does not wait for the GPU, except in an upload of 256 MiB or more. Raises
-    torch.cuda.OutOfMemoryError if the GPU has too little free memory, and ImageError as
-    `Patches.cat` does.
+    torch.cuda.OutOfMemoryError if the GPU has too little free memory.
     """
     pictures = [part for part in parts if isinstance(part, Picture)]
     frames = [part for part in parts if isinstance(part, Frames)]
@@ -82,7 +81,6 @@ class Uploaded(NamedTuple):
 
 
 def plan_passes(pictures: Sequence[_Sized]) -> Passes:
-    """Return the passes that resize these pictures."""
     rounds: tuple[list[Pass], list[Pass]] = ([], [])
     places: list[int] = []
     ends = list(accumulate(picture.size[0] * picture.size[1] for picture in pictures))
@@ -208,7 +206,6 @@ def _copy_staged(blocks: Iterable[memoryview], buffer: torch.Tensor) -> None:
 
 
 def _event_after(buffer: torch.Tensor) -> torch.cuda.Event:
-    """Return an event that marks the end of the current work on a GPU's stream."""
     event = torch.cuda.Event(blocking=True)
     event.record(torch.cuda.current_stream(buffer.device))
     return event

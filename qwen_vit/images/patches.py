@@ -44,8 +44,6 @@ class Patches:
     frames of a still image are equal. For videos, `pixels` has shape (N, 1176): channel, frame of
     the pair, row, column. In grid order, merge units are in raster order, and a unit's 4 patches
     are adjacent. `name` identifies the image in messages and ids, and is None for several images.
-    Raises ImageError with code "patches" if the pixels are not uint8, do not have two axes, or have
-    another number of rows than the grids have patches.
     """
 
     pixels: torch.Tensor
@@ -73,7 +71,6 @@ class Patches:
 
     @property
     def n_patches(self) -> int:
-        """Return the number of rows."""
         return len(self.pixels)
 
     @property
@@ -83,7 +80,6 @@ class Patches:
 
     @property
     def n_bytes(self) -> int:
-        """Return the bytes of the rows."""
         return self.pixels.nbytes
 
     @classmethod
@@ -92,9 +88,7 @@ class Patches:
         588).
 
         The result is on the device of the first patches. With `pinned_rows`, CPU patches go into
-        pinned memory of at least that number of rows, so that one size fits every batch. Raises
-        ImageError with code "patches" if the rows have different numbers of values, for example
-        because one part is a video.
+        pinned memory of at least that number of rows, so that one size fits every batch.
         """
         parts = list(parts)
         if not parts:
@@ -151,11 +145,10 @@ class Patches:
         ]
 
     def to_rows(self, config: ImageConfig) -> torch.Tensor:
-        """Return the processor's normalised `pixel_values`: float32 (N, 1176), on the same device.
+        """Return the processor's normalised `pixel_values`: float32 (N, 1176), on the patches'
+        device.
 
-        The values of a row are in the order channel, frame, row, column. Raises ImageError with
-        code "patches" if a row has the values of neither one frame nor `temporal_patch_size` frames
-        of this configuration.
+        The values of a row are in the order channel, frame, row, column.
         """
         expected = CHANNELS * config.patch_px**2
         is_video = self.pixels.shape[1] == expected * config.temporal_patch_size
@@ -189,9 +182,6 @@ def smart_resize(
     Sides are in pixels. The function rounds half to even, as Python does. It then reduces the size
     (floor) to at most `max_pixels`, or increases it (ceil) to at least `min_pixels`. A thin image
     may exceed `max_pixels`, because no side is below `factor`.
-
-    Raises ImageError as `check_sides` does. Raises ArgumentError if `factor` or `min_pixels` is
-    below 1, or if `max_pixels` is below `factor`**2 or `min_pixels`.
     """
     check_sides(height, width, name)
     _check_limits(factor, min_pixels, max_pixels)
@@ -214,8 +204,7 @@ def target_size(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> tu
     >>> target_size(Image.new("RGB", (200, 100)), ImageConfig.from_json({}))
     (112, 196)
 
-    Sides are in pixels. Raises ImageError as smart_resize does, and with code "patches" for any
-    mode, dtype or shape other than those of an RGB image.
+    Sides are in pixels.
     """
     if isinstance(rgb, Image.Image):
         width, height = rgb.size
@@ -246,8 +235,7 @@ def resize_image(rgb: Rgb, config: ImageConfig, *, name: str = "the image") -> N
     """Resize an image to smart_resize's size with Pillow's bicubic filter, on uint8.
 
     `rgb` is a Pillow image of mode RGB, or uint8 (height, width, 3). If the size already fits, the
-    pixels are unchanged. Raises ImageError as smart_resize does, and with code "patches" for any
-    other mode, dtype or shape.
+    pixels are unchanged.
     """
     new_height, new_width = target_size(rgb, config, name=name)
     old = rgb.size[::-1] if isinstance(rgb, Image.Image) else rgb.shape[:2]
@@ -264,8 +252,7 @@ def patchify(rgb: Rgb, config: ImageConfig, *, name: str | None = None) -> Patch
     'cat.png'
 
     `rgb` is a Pillow image of mode RGB, or uint8 (height, width, 3). `name` identifies the image in
-    messages and becomes the patches' name. Raises ImageError as resize_image does, and with code
-    "memory" if the process runs out of memory.
+    messages and becomes the patches' name.
     """
     called = "the image" if name is None else name
     with limited_memory(called):
@@ -299,7 +286,6 @@ def limited_memory(name: str) -> Iterator[None]:
 
 
 def check_sides(height: int, width: int, name: str) -> None:
-    """Raise ImageError with code "zero-side" for a side below 1 pixel, or as `check_ratio` does."""
     if min(height, width) < 1:
         raise ImageError(
             f"the size is {width}x{height} (width x height)",

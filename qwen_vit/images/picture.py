@@ -56,10 +56,7 @@ class Picture:
 
     @classmethod
     def of(cls, rgb: Image.Image, config: ImageConfig, *, name: str | None = None) -> Self:
-        """Describe a picture of mode RGB. The caller must not change the picture afterwards.
-
-        Raises ImageError as `patchify` does.
-        """
+        """Describe a picture of mode RGB. The caller must not change the picture afterwards."""
         called = "the image" if name is None else name
         height, width = target_size(rgb, config, name=called)
         grid = Grid(1, height // config.patch_px, width // config.patch_px)
@@ -71,12 +68,10 @@ class Picture:
 
     @property
     def n_patches(self) -> int:
-        """Return the number of patches after resizing."""
         return self.grids[0].n_patches
 
     @property
     def n_values(self) -> int:
-        """Return the number of values in a patch."""
         return 3 * self.config.patch_px**2
 
     @property
@@ -92,7 +87,6 @@ class Picture:
 
     @property
     def passes(self) -> tuple[Axis, ...]:
-        """Return the axes to resize, in the order of the installed Pillow."""
         return passes(self.size, self.new_size)
 
     def patchify(self) -> Patches:
@@ -123,7 +117,6 @@ def _parts(rgb: Image.Image) -> tuple[Image.Image, ...]:
 
 
 def _joined(parts: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
-    """Join bands of rows into one picture."""
     if len(parts) == 1:
         return parts[0]
     whole, top = Image.new("RGB", size), 0

@@ -15,11 +15,8 @@ __all__ = ["open_regular", "unreadable"]
 
 @contextmanager
 def open_regular(path: str, name: str, *, expected: str, remedy: str) -> Iterator[BinaryIO]:
-    """Open a regular file for reading.
-
-    Raises ImageError with `name` for an address, for a path that does not exist or is not a regular
-    file, and if the system cannot open the file. `expected` and `remedy` apply to a directory.
-    """
+    """Open a regular file for reading. `expected` and `remedy` are for the error about a
+    directory."""
     if ADDRESS.match(path):
         raise ImageError(
             "an address, not a file", name=name[:80], remedy=address_remedy(path), code="url"
@@ -50,7 +47,6 @@ def open_regular(path: str, name: str, *, expected: str, remedy: str) -> Iterato
 
 
 def unreadable(error: OSError | ValueError, name: str) -> ImageError:
-    """Return the error for a file that the system cannot open or read."""
     if isinstance(error, ImageError):
         return error
     return ImageError(

@@ -17,8 +17,6 @@ def as_grids(grid_thw: Tensor) -> tuple[Grid, ...]:
 
     >>> as_grids(torch.tensor([[1, 4, 6]]))
     (Grid(t=1, h=4, w=6),)
-
-    Raises ImageError (code `grid`) for any other value.
     """
     if (
         not isinstance(grid_thw, Tensor)

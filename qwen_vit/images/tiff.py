@@ -60,7 +60,6 @@ class Entry:
 
     @property
     def n_bytes(self) -> int:
-        """Return the size of the tag's values in bytes."""
         return TYPE_BYTES.get(self.kind, 0) * self.count
 
 

@@ -38,8 +38,7 @@ def to_rgb(
     """Convert a decoded image to upright RGB without changing it, and list the changes.
 
     `deep` is the result of `is_deep` before decoding. With exif="ignore", the function does not
-    rotate the image. The result may be the image itself. Raises ImageError with code "mode" for
-    Pillow's modes "F" and "I", which define no white, and for a mode that Pillow cannot convert.
+    rotate the image. The result may be the image itself.
     """
     notes: list[str] = []
     try:
@@ -65,8 +64,7 @@ def to_rgb(
 
 
 def check_exif(image: Image.Image) -> None:
-    """Raise ValueError as `check_directory` does for the Exif data, or if a PNG's text is not
-    hexadecimal.
+    """Raise ValueError if the Exif data would take too much memory.
 
     Pillow copies the bytes that each entry refers to, and many entries can share the same bytes.
     """
