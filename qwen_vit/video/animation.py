@@ -65,11 +65,7 @@ def _is_transparent(frame: Image.Image) -> bool:
 
 class AnimationFrames:
     """Read the frames of an animated image, with the interface of `reader.FileFrames`
-    except `close`.
-
-    Raises ImageError for a still image, for a damaged file, and for an animation that exceeds
-    `max_pixels`, `max_frames` or `max_decode_s` of `limits`.
-    """
+    except `close`."""
 
     def __init__(self, data: bytes, name: str, limits: VideoLimits) -> None:
         self._name, self._limits = name, limits

@@ -50,13 +50,7 @@ def container_of(head: bytes | bytearray | memoryview) -> str | None:
 
 
 def check_structure(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> str:
-    """Check the start, end and frame count of a file of `size` bytes, and return its container.
-
-    Raises ImageError with one of these codes. "empty-file" means no bytes. "format" means an image
-    or another known kind of file. "not-an-image" means text or an unknown kind. "truncated" means
-    that the header of an MP4, MOV, Matroska, WebM or AVI declares more bytes. "too-many-frames"
-    means that an MP4 or MOV declares more frames than `limits.max_frames`.
-    """
+    """Check the start, end and frame count of a file of `size` bytes, and return its container."""
     head = file.read(HEAD_BYTES)
     if not head:
         raise ImageError(
@@ -161,7 +155,6 @@ def _mov_end(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> int:
 
 
 def too_many_frames(count: int, name: str, limits: VideoLimits) -> ImageError:
-    """Return the error for a video with too many frames."""
     return ImageError(
         f"{count} frames",
         name=name,

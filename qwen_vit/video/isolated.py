@@ -24,11 +24,7 @@ MARGIN_S = 60.0  # seconds for the start of the process, in addition to the limi
 def load_in_child(
     item: Item, options: VideoOptions, limits: VideoLimits, config: ImageConfig
 ) -> None:
-    """Load a video in a child process that may crash, and discard the result.
-
-    Raises ImageError as `open_video_item` and `load_video` do. The code is "slow" MARGIN_S after
-    `limits.max_decode_s`, and "memory" if the child process fails in another way.
-    """
+    """Load a video in a child process that may crash, and discard the result."""
     late = ImageError(
         f"not decoded after {limits.max_decode_s:g} s",
         name=item.id,

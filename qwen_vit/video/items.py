@@ -24,11 +24,8 @@ __all__ = ["open_video_item", "patches_by_header", "video_of_item"]
 def open_video_item(item: Item, limits: VideoLimits) -> Iterator[tuple[BinaryIO | None, str]]:
     """Yield an open file, or None for a whole file on the disk, and the video bytes' SHA-256.
 
-    The open file is a tar member, or a temporary copy of a video in object storage. The copy is
-    removed when the block ends.
-
-    Raises ImageError as `open_file` does, and with the error that the listing recorded. For object
-    storage, raises it as `copy_object` and `check_bytes` do.
+    The open file is a tar member, or a temporary copy of a video in object storage. The function
+    removes the copy when the block ends.
     """
     with _opened(item, limits) as (file, is_whole):
         digest = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
@@ -54,17 +51,13 @@ def _opened(item: Item, limits: VideoLimits) -> Iterator[tuple[BinaryIO, bool]]:
 
 
 def video_of_item(item: Item, options: VideoOptions) -> Video:
-    """Return the item as a video with these options."""
     return Video.of(item.source, options, item.id)
 
 
 def patches_by_header(
     item: Item, options: VideoOptions, limits: VideoLimits, config: ImageConfig
 ) -> int:
-    """Count a video's patches from its header alone.
-
-    Raises the errors of `open_video_item`, `read_header`, `sample_frames` and `frame_size`.
-    """
+    """Count a video's patches from its header alone."""
     with _opened(item, limits) as (file, is_whole):
         source: Any = item.source if is_whole else file
         header = read_header(source, item.id, limits)

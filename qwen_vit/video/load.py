@@ -65,7 +65,7 @@ class LoadedVideo:
 
     @property
     def patches(self) -> Patches:
-        """Return the patches. Frames that are only decoded are resized and cut first."""
+        """Return the patches, after resizing and cutting frames that are only decoded."""
         return self.decoded if isinstance(self.decoded, Patches) else self.decoded.patchify()
 
 
@@ -87,8 +87,6 @@ def load_video(video: Video, config: ImageConfig, **options: Unpack[LoadOptions]
     >>> loaded = load_video(Video(frames, min_pixels=784), ImageConfig.from_json({}))
     >>> loaded.patches.pixels.shape, loaded.timing.second_per_grid_t
     (torch.Size([48, 1176]), 1.0)
-
-    Raises the errors of `load_pieces`.
     """
     [loaded] = load_pieces(video, config, **options)
     return loaded
@@ -117,10 +115,6 @@ def load_pieces(
     resize. `keep` collects the frames of a file that the CPU resizes, (height, width, 3), by index
     among the sampled frames. With `on_gpu`, pieces of moderate size are decoded frames, which a GPU
     resizes and cuts.
-
-    Raises ImageError with a `code` of errors.IMAGE_CODES. Raises ArgumentError if passed frames
-    have `n_frames`, `start`, `end` or `max_frames`. Also raises it as `pixel_limits` does, and for
-    an unknown `layout` of passed frames.
     """
     limits = VideoLimits() if limits is None else limits
     name = "the video" if video.name is None else video.name
@@ -175,8 +169,8 @@ def _head(source: Any, name: str) -> bytes | None:
 
 
 def _whole(source: Any, name: str, limits: VideoLimits) -> bytes:
-    """Return an animation's bytes. Raises ImageError for a file of more bytes than the smaller of
-    `limits.max_file_bytes` and the default of ImageLimits."""
+    """Return an animation's bytes, at most the smaller of `limits.max_file_bytes` and the default
+    of ImageLimits."""
     most = min(limits.max_file_bytes, ImageLimits().max_file_bytes)
     with ExitStack() as stack:
         if isinstance(source, bytes):
@@ -265,7 +259,6 @@ def _collect(
 def _from_frames(
     video: Video, config: ImageConfig, name: str, layout: ArrayLayout, limits: ImageLimits
 ) -> LoadedVideo:
-    """Load a video from a caller's frames, without sampling."""
     for option in ("n_frames", "start", "end", "max_frames"):
         if getattr(video, option) is not None:
             raise ArgumentError(

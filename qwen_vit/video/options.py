@@ -46,15 +46,15 @@ class VideoOptions:
     'qwen'
 
     Attributes:
-        fps: the number of frames to sample per second. For frames that a caller passes, the rate at
-            which they were sampled.
+        fps: the number of frames to sample per second. For frames that a caller passes, the
+            number of frames per second.
         n_frames: the number of frames to sample instead of `fps`, rounded to an even number.
         start: the start of sampling, in seconds from the first frame.
         end: the end of sampling, in seconds from the first frame.
         max_frames: the maximum number of frames with `fps`. None means 768.
         min_pixels: the minimum height x width of a frame after resizing. None means 100,352.
         max_pixels: the maximum height x width of a frame after resizing. None means 602,112. With
-            "qwen", a long video may get smaller frames: see `sampling.pixel_limits`.
+            "qwen", the maximum for a long video is smaller.
         sampling: "qwen" samples and resizes like qwen-vl-utils 0.0.14. "transformers" samples and
             resizes like transformers' Qwen2VLVideoProcessor.
 
@@ -117,8 +117,8 @@ class Video(VideoOptions):
 
     Attributes:
         source: a path, the bytes of a file, an array or tensor of frames (t, h, w, c), or a list of
-            images: PIL images, arrays, or image paths. The loader uses all frames that are passed.
-            `fps`, the two pixel limits and the resizing of `sampling` apply to these frames, and
+            images: PIL images, arrays, or image paths. The loader uses all frames that a caller
+            passes. `fps`, the two pixel limits and the resizing of `sampling` apply to them, and
             other options are errors. A GIF, WebP or PNG gives the frames of the animation.
         name: the video's name in messages, which becomes `VideoFeatures.id`.
     """

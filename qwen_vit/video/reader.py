@@ -98,7 +98,6 @@ class FileFrames:
         self.timeline = Timeline(len(ticks), self._rate(len(ticks), duration))
 
     def close(self) -> None:
-        """Free the decoder."""
         if self._container is not None:
             self._container.close()
 
@@ -111,11 +110,7 @@ class FileFrames:
         return self._size
 
     def frames(self, places: Sequence[int]) -> Iterator[Any]:
-        """Yield FFmpeg's frames at ascending indices. A repeated index yields its frame again.
-
-        Raises ImageError if a frame is damaged, cannot be decoded, has another size or more than
-        `limits.max_pixels` pixels, and after `limits.max_decode_s`.
-        """
+        """Yield FFmpeg's frames at ascending indices. A repeated index yields its frame again."""
         wanted = sorted(set(places))
         again = {place: places.count(place) for place in wanted}
         found = self._by_count(wanted) if self._index.by_count else self._by_time(wanted)
@@ -339,11 +334,7 @@ class FileFrames:
 def open_video(
     source: str | bytes | BinaryIO, name: str, limits: VideoLimits, *, threads: int = 1
 ) -> Iterator[FileFrames]:
-    """Open a video from a path, bytes or a seekable file. The decoder uses `threads` threads.
-
-    Raises ImageError as `Opener` and `video_stream` do, and for a video that is damaged, encrypted,
-    without frames or beyond `limits`.
-    """
+    """Open a video from a path, bytes or a seekable file. The decoder uses `threads` threads."""
     deadline = time.monotonic() + limits.max_decode_s
     frames = FileFrames(Opener(source, name, limits), deadline, threads)
     try:
@@ -353,10 +344,8 @@ def open_video(
 
 
 def read_header(source: str | BinaryIO, name: str, limits: VideoLimits) -> VideoHeader:
-    """Read the header alone. If it has no number of frames, estimate the number from the duration.
-
-    Raises ImageError as `Opener`, `video_stream` and `check_size` do.
-    """
+    """Read the header alone. If it has no number of frames, estimate the number from the
+    duration."""
     with Opener(source, name, limits).open() as container:
         stream = video_stream(container, name)
         codec = stream.codec_context

@@ -53,9 +53,7 @@ def sample_frames(timeline: Timeline, options: VideoOptions, name: str) -> tuple
     ([0, 100, 199, 299], 0.4)
 
     A video of one frame gives one index, and the loader uses this frame twice. qwen-vl-utils and
-    transformers reject such a video. Raises ImageError with code "video-range" for a part with
-    fewer than two frames. The code is "video-frames" if `n_frames`, rounded to an even number,
-    exceeds the number of frames in the part.
+    transformers reject such a video.
     """
     first, last = _frame_range(timeline, options, name)
     count = last - first + 1
@@ -96,7 +94,6 @@ def shown_frames(
 
 
 def _frame_range(timeline: Timeline, options: VideoOptions, name: str) -> tuple[int, int]:
-    """Return the first and the last frame of the selected part."""
     first, last = 0, timeline.n_frames - 1
     if not options.is_part:
         return first, last
@@ -158,8 +155,7 @@ def pixel_limits(n_frames: int, options: VideoOptions, factor: int) -> tuple[int
 
     `n_frames` is the number of sampled frames. `factor` is a merged token's side in pixels.
     qwen-vl-utils bounds a whole video by 115,200 tokens, unless the maximum per frame would then be
-    less than 1.05 times the minimum. transformers has no such bound. Raises ArgumentError if
-    the maximum is below the minimum, or below one token.
+    less than 1.05 times the minimum. transformers has no such bound.
     """
     token = factor * factor
     least = MIN_TOKENS * token if options.min_pixels is None else options.min_pixels
@@ -193,8 +189,6 @@ def frame_size(
 
     >>> frame_size(720, 1280, 16, VideoOptions(), 28, "a.mp4")
     (560, 1008)
-
-    Raises ImageError with code "zero-side" or "ratio", and ArgumentError as `pixel_limits` does.
     """
     least, largest = pixel_limits(n_frames, options, factor)
     if options.sampling == "qwen":  # it rounds short sides up to one token before comparing

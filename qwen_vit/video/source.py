@@ -32,8 +32,7 @@ open_file = partial(open_regular, expected="a video file", remedy="pass its file
 
 
 def require_av() -> Any:
-    """Import PyAV, whose wheels include FFmpeg. Raises ImageError (code "no-pyav") if PyAV is
-    missing."""
+    """Import PyAV, whose wheels include FFmpeg."""
     try:
         import av  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
@@ -83,10 +82,7 @@ class Window(io.RawIOBase):
 
 
 class Opener:
-    """Check a video, and open it as often as necessary.
-
-    Raises ImageError as `require_av`, `open_file`, `check_bytes` and `check_structure` do.
-    """
+    """Check a video, and open it as often as necessary."""
 
     def __init__(self, source: str | bytes | BinaryIO, name: str, limits: VideoLimits) -> None:
         require_av()
@@ -103,8 +99,7 @@ class Opener:
             self._source, self._container = file, self._check(file, size)
 
     def open(self) -> Any:
-        """Open a new PyAV container, which the caller must close. Raises ImageError as
-        `plain_errors` does, and for more than MAX_STREAMS streams."""
+        """Open a new PyAV container, which the caller must close."""
         if not isinstance(self._source, str):
             self._source.seek(0)
         most = {"max_streams": str(MAX_STREAMS + 1)}
@@ -168,11 +163,7 @@ def _no_decoder(name: str, codec: str = "its codec") -> ImageError:
 
 
 def video_stream(container: Any, name: str) -> Any:
-    """Return the first video stream that is not a cover image.
-
-    Raises ImageError with code "no-video" if there is none, or "no-decoder" if FFmpeg has no
-    decoder for it.
-    """
+    """Return the first video stream that is not a cover image."""
     streams = [s for s in container.streams if s.type == "video"]
     av = require_av()
     cover = av.stream.Disposition.attached_pic
@@ -191,7 +182,6 @@ def video_stream(container: Any, name: str) -> Any:
 
 
 def check_bytes(size: int, name: str, limits: VideoLimits) -> None:
-    """Raise ImageError with code "file-too-large" for more bytes than `limits.max_file_bytes`."""
     if size > limits.max_file_bytes:
         raise ImageError(
             f"{size} bytes",
