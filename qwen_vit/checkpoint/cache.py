@@ -72,7 +72,6 @@ class Manifest:
     format: int = FORMAT
 
     def to_json(self) -> dict[str, Any]:
-        """Return the document with its own checksum."""
         document = asdict(self)
         return {**document, "checksum": _checksum(document)}
 

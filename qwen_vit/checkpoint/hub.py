@@ -51,8 +51,6 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source(Origin):
-    """Describe a checkpoint: its origin, and the folder that contains its files."""
-
     folder: Path
 
 
@@ -288,7 +286,6 @@ def _kept(repository: Repository) -> Download | None:
 
 
 def _resolve(repository: Repository) -> Path:
-    """Fetch config.json and return its folder."""
     config = repository.resolve("config.json")
     if config is None:
         _choose(repository, repository.names() or [WEIGHTS_FILE])

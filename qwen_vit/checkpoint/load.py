@@ -32,7 +32,7 @@ logger = logging.getLogger("qwen_vit")
 class Tower:
     """Describe a vision tower in files: its configs, and the stored parts of each published tensor.
 
-    `settings` are the config files. `prefix` is the prefix of the tensor names.
+    `settings` are the config files.
     """
 
     config: VisionConfig

@@ -53,7 +53,6 @@ class Shards:
         return RemoteFiles(self.remote, self.header_of)
 
     def origins(self) -> dict[str, str]:
-        """Return how each shard is read, for the manifest."""
         return dict.fromkeys(self.local, "whole, from the cache") | dict.fromkeys(
             self.remote, "ranges"
         )
@@ -82,7 +81,6 @@ class Shards:
 
     @contextmanager
     def open_range(self, name: str, start: int, end: int) -> Iterator[RangeResponse]:
-        """Open bytes `start` to `end` of a local or remote shard, as `ranges.Opener` defines."""
         if name not in self.local:
             with self._open_remote(name, start, end) as opened:
                 yield opened
@@ -145,7 +143,6 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 def verify_download(folder: Path, label: str) -> None:
-    """Check a downloaded tower: headers, configs and finite values."""
     at = VISION_FILE
     try:
         tensors = load_checkpoint(folder).tensors

@@ -65,8 +65,7 @@ class PublishedTensors(Mapping[str, Tensor], Generic[Part]):
         return self
 
     @abstractmethod
-    def locate(self, name: str) -> str:
-        """Return the place of a published tensor, for messages."""
+    def locate(self, name: str) -> str: ...
 
     @abstractmethod
     def _read(self, part: Part) -> Tensor: ...

@@ -92,8 +92,8 @@ class Pace:
         self._name, self._bytes, self._begin = name, 0, time.monotonic()
 
     def count(self, n_bytes: int) -> None:
-        """Count the received bytes. Raises TooSlowError if more than 30 s have passed with fewer
-        than 1,000 bytes a second on average."""
+        """Raises TooSlowError if more than 30 s have passed with fewer than 1,000 bytes a second on
+        average."""
         self._bytes += n_bytes
         seconds = time.monotonic() - self._begin
         if seconds > PATIENCE_S and self._bytes < seconds * MIN_BYTES_A_SECOND:
@@ -225,5 +225,4 @@ def _fetch_piece(
 
 
 def _rest(seconds: float, stop: threading.Event) -> None:
-    """Pause between two attempts. `stop` ends the pause."""
     stop.wait(seconds)

@@ -137,7 +137,6 @@ class Repository:
         return known if isinstance(known, Path) else None
 
     def cached_weights(self) -> list[str]:
-        """Return the names of this commit's cached files that are weights or weight indexes."""
         if self.commit is None:
             return []
         folder = cache.repository_folder(self.cache(), self.name) / "snapshots" / self.commit
@@ -186,7 +185,6 @@ class Repository:
         )
 
     def is_sound(self, name: str, path: Path) -> bool:
-        """Return whether `check` accepts a file. Log its error if it does not."""
         try:
             self.check(name, path)
         except CheckpointError as error:
@@ -228,7 +226,6 @@ class Repository:
 
     @contextmanager
     def open_range(self, name: str, start: int, end: int) -> Iterator[RangeResponse]:
-        """Request bytes `start` to `end` of a file, as `ranges.Opener` defines."""
         from huggingface_hub import hf_hub_url
 
         url = hf_hub_url(self.name, self._inside(name), revision=self.commit)

@@ -40,7 +40,7 @@ def list_images(
 ) -> "list[Item]":
     """Return the images of files, folders, patterns, tars, lists, and "-" for standard input.
 
-    `column` names the image column of Parquet files. `pages="all"` lists every page and frame.
+    `pages="all"` lists every page and frame.
     """
     from qwen_vit.images.image import ImageLimits
     from qwen_vit.inputs.find import find_items, is_missing, no_image_found, warn_of_skipped

@@ -102,7 +102,6 @@ def main() -> None:
 
 
 def _guess(error: click.ClickException, close: Sequence[str]) -> str:
-    """Return the option or command that the user probably meant. `close` has the closest first."""
     if isinstance(error, click.NoSuchOption) and OUT.fullmatch(error.option_name):
         options = [] if error.ctx is None else error.ctx.command.params
         if any("--out" in option.opts for option in options):

@@ -48,8 +48,6 @@ NAME = click.Path(readable=False, path_type=str)  # the command skips a file tha
 
 
 class LocalPath(click.Path):
-    """Convert an argument to a path on this machine."""
-
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, str) and is_remote(value):
             self.fail(f"{value} is an address. Pass a path on this machine.", param, ctx)
@@ -72,8 +70,6 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Dtype(click.Choice[str]):
-    """Choose a dtype by torch's name or a short name."""
-
     SHORT = {"bf16": "bfloat16", "fp32": "float32"}  # noqa: RUF012 - never changed
     REFUSED = ("float16", "fp16", "half")
 
@@ -265,8 +261,7 @@ as_video_option = click.option(
 
 
 def take_video_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Remove the options of `video_options` and `as_video` from `options`. Return them as the
-    arguments `video` and `as_video`."""
+    """Move the video options out of `options`, into the arguments `video` and `as_video`."""
     from qwen_vit.video.options import VideoOptions
 
     source = click.get_current_context().get_parameter_source

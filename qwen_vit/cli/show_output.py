@@ -20,8 +20,6 @@ PAGE, PICTURE, FOLDER_PAGE = ".html", ".png", "index.html"
 
 
 def check_target(out: Path, overwrite: bool) -> None:
-    """Raise ExportError if the output cannot be written. Without `overwrite`, also raise it if the
-    output is a file or a folder with files."""
     suffix = out.suffix.lower()
     if out.is_dir():
         # check that the folder is writable

@@ -115,7 +115,6 @@ def export_text(done: ExportReport) -> str:
 
 
 def waits_text(done: ExportReport) -> str:
-    """Return each stage's share of the time for which the export waited."""
     total = sum(done.waits.values()) or 1.0
     shares = (f"{stage} {seconds / total:.0%}" for stage, seconds in done.waits.items())
     return f"waited for: {', '.join(shares)}"

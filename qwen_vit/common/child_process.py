@@ -66,7 +66,6 @@ def ask_child(
 
 
 def answer_request(answer: Callable[[dict[str, Any], BinaryIO], object]) -> None:
-    """Read one request in the child process, and write the result or the ImageError of `answer`."""
     with suppress(OSError):  # if memory runs out, the system kills this process, not its parent
         Path("/proc/self/oom_score_adj").write_text("1000")
     request = json.loads(sys.stdin.buffer.readline())

@@ -147,7 +147,6 @@ class Prefetcher(Generic[Result]):
         return future
 
     def release(self, result: Result) -> None:
-        """Free the space of a result that the caller has taken."""
         with self._lock:
             self._result_bytes -= result.n_bytes
             self.delivered += 1

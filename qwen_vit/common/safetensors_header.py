@@ -64,7 +64,6 @@ class TensorInfo:
 
 
 def read_header(path: AnyPath) -> dict[str, TensorInfo]:
-    """Return the checked header entries of a safetensors file by name."""
     try:
         if not path.is_file():
             raise CheckpointError(
@@ -93,8 +92,6 @@ def header_length(start: bytes, *, file_bytes: int, source: str) -> int:
 
     >>> header_length((2).to_bytes(8, "little") + b"{}", file_bytes=10, source="a.safetensors")
     2
-
-    Raises CheckpointError for another kind of file, and for a header that does not fit the file.
     """
     named = f"{source} ({file_bytes} bytes)"
     for signature, what, remedy in IMPOSTORS:

@@ -320,7 +320,6 @@ def is_s3(files: Any) -> bool:
 
 
 def is_store(files: Any, scheme: str) -> bool:
-    """Return whether a file system has this scheme, such as "gs"."""
     protocol = files.protocol
     return scheme in ((protocol,) if isinstance(protocol, str) else protocol)
 

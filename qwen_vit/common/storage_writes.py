@@ -67,7 +67,6 @@ def put_bytes(address: str, data: bytes, *, replaces: str | None = None) -> str 
 
 
 def remove_object(address: str) -> None:
-    """Delete an object if it exists."""
     files, place = files_of(address)
     with os_errors():
         try:

@@ -121,7 +121,6 @@ def child_object(config: Mapping[str, Any], key: str, source: str) -> tuple[Mapp
 
 
 def check_integer(value: object, name: str, maximum: int) -> None:
-    """Raise CheckpointError unless `value` is an integer from 1 to `maximum`."""
     if not is_integer(value):
         raise CheckpointError(f"{name} is {short_repr(value)}", expected="an integer")
     if not 1 <= value <= maximum:

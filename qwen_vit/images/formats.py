@@ -98,7 +98,6 @@ def identify(data: bytes, name: str, formats: Sequence[str] = ()) -> str:
 
 
 def decoder(file_format: str, name: str, limits: ImageLimits) -> Decoder:
-    """Return the function that opens this format."""
     if file_format == "GIF":
         return partial(GifFile, check=partial(check_pixels, name=name, limits=limits))
     if file_format != HEIF:

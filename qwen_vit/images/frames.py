@@ -66,7 +66,6 @@ class Frames:
 
     @property
     def n_bytes(self) -> int:
-        """Return the bytes of the decoded pixels."""
         return PIXEL_BYTES * self.size[0] * self.size[1] * len(self.blocks)
 
     @property
@@ -74,7 +73,6 @@ class Frames:
         return passes(self.size, self.new_size)
 
     def groups(self, steps: int) -> "Iterator[Frames]":
-        """Yield the frames in groups of at most `steps` time steps."""
         [grid] = self.grids
         n_frames = steps * FRAMES_IN_A_STEP
         for first in range(0, len(self.blocks), n_frames):

@@ -188,7 +188,6 @@ def check_strips(image: TiffImagePlugin.TiffImageFile, name: str) -> tuple[str, 
 
 
 def _judge(jpeg: JpegFile, warning: str, name: str) -> tuple[str, ...]:
-    """Turn libjpeg's first warning into an error or into notes."""
     if "remature end" in warning:
         raise lacks_parts("JPEG", name)  # its data stopped, or changed
     if extraneous := EXTRANEOUS.search(warning):

@@ -154,7 +154,6 @@ def _is_struct(value: Mapping[str, Any]) -> bool:
 
 
 def read_image_file(path: str, name: str, limits: ImageLimits) -> bytes:
-    """Return the unchanged bytes of a regular file."""
     name = name or repr(path)  # an empty path is shown in quotes
     with open_regular(
         path, name, expected="an image file", remedy="pass its files, or run `qwen-vit export`"

@@ -56,7 +56,6 @@ class Lookalike(NamedTuple):
     Attributes:
         code: the error's code, "not-an-image" for text and "format" for other files.
         what: the kind, such as "a PDF document".
-        remedy: the next step for the user.
         is_image: whether the file is an image of an unsupported format.
         start: the first characters of plain text, or an empty string.
     """

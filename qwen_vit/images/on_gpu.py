@@ -74,8 +74,6 @@ class Passes(NamedTuple):
 
 
 class Uploaded(NamedTuple):
-    """Hold a plan's table and the pictures' pixels on a GPU."""
-
     table: torch.Tensor  # int64
     pixels: torch.Tensor  # int32
 
@@ -111,7 +109,6 @@ def plan_passes(pictures: Sequence[_Sized]) -> Passes:
 def upload(
     plan: ResizePlan, blocks: Iterable[memoryview], n_pixels: int, device: torch.device
 ) -> Uploaded:
-    """Copy a plan's table and the pictures' bytes to a GPU, into a buffer for `n_pixels`."""
     table: Any = plan.table
     begin = table.nbytes + -table.nbytes % ALIGNED_BYTES
     buffer = torch.empty(begin + PIXEL_BYTES * n_pixels, dtype=torch.uint8, device=device)

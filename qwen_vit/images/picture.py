@@ -76,7 +76,6 @@ class Picture:
 
     @property
     def n_bytes(self) -> int:
-        """Return the bytes of the decoded pixels."""
         return PIXEL_BYTES * self.size[0] * self.size[1]
 
     @property

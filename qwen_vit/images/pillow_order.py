@@ -23,13 +23,11 @@ Size: TypeAlias = tuple[int, int]  # width, height in pixels
 
 
 def _shrinks_height_more(old: Size, new: Size) -> bool:
-    """Return whether the height loses pixels, and more than twice as many as the width loses."""
     lost_width, lost_height = old[0] - new[0], old[1] - new[1]
     return lost_height > 0 and lost_height > 2 * lost_width
 
 
 def _shrinks_a_strip(old: Size, new: Size) -> bool:
-    """Return whether a picture loses height and is more than 100 times as high as wide."""
     return old[1] > 100 * old[0] and new[1] < old[1]
 
 

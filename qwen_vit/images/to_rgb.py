@@ -91,13 +91,11 @@ def tiff_orientation(image: Image.Image) -> int | None:
 
 
 def turn_back(picture: Image.Image, orientation: int) -> Image.Image:
-    """Undo the orientation that Pillow applied to an image."""
     upright = ORIENTATIONS[orientation]
     return picture.transpose(INVERSE.get(upright, upright))
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Composite an RGBA image on white, and return it as RGB."""
     return _in_bands(image, _band_on_white)
 
 

@@ -342,8 +342,7 @@ def _folder_items(
 
 
 def _entries(folder: str, below: str) -> Iterator[tuple[Item, bool]]:
-    """Return a folder's entries, and whether each is a folder, or one item with an error. Only
-    links need another system call."""
+    """Return a folder's entries, and whether each is a folder, or one item with an error."""
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: os.fsencode(entry.name))

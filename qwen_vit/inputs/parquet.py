@@ -44,7 +44,6 @@ column as well.
 
     @classmethod
     def of(cls, image: str | None, id: str | None) -> "ParquetColumns | None":
-        """Return the named columns, or None without names."""
         for name, value in (("column", image), ("id_column", id)):
             if value is not None and (not isinstance(value, str) or not value):
                 fact = with_options("{} is {value!r}", name, value=value)
@@ -119,7 +118,6 @@ def _check_rows(metadata: Any, n_bytes: int, name: str) -> None:
 
 
 def needs_column(path: str) -> ExportError:
-    """Return the error for a Parquet file whose image column is not named."""
     columns: list[str] = []
     try:
         with open_parquet_file(path, path) as file:

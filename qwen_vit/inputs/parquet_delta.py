@@ -20,7 +20,6 @@ MAX_BLOCK = 2**20  # values; pyarrow writes 128, and counts a block's bits in 32
 
 
 def decompressed(data: memoryview, n_bytes: int, codec: str) -> memoryview:
-    """Return data decompressed to this number of bytes."""
     if codec == "UNCOMPRESSED":
         return data
     if n_bytes == 0:

@@ -94,7 +94,6 @@ class _Chunk:
         self._begin(self._start)
 
     def _begin(self, at: int) -> None:
-        """Expect a page's header at this position."""
         self._at, self._held = at, bytearray()
         self._header: PageHeader | None = None  # of the page whose content is held
 
@@ -191,8 +190,6 @@ class _Chunk:
 
 
 class PageHeader(NamedTuple):
-    """Describe a page: the bytes of its header and its content, and its number of values."""
-
     n_bytes: int  # of the header
     uncompressed: int
     compressed: int

@@ -32,7 +32,6 @@ KEPT_BYTES, KEPT_ROWS = 2**26, 256  # before the newest row, for threads that re
 
 
 def read_row(item: Item) -> bytes:
-    """Return the encoded image in an item's row."""
     if item.row is None or item.column is None:
         raise TypeError(f"{item} is not a Parquet row")
     try:

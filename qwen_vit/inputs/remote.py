@@ -113,7 +113,6 @@ def read_object(item: Item, limits: ImageLimits) -> bytes:
 
 
 def copy_object(item: Item, file: BinaryIO, check_size: Callable[[int], None]) -> None:
-    """Check an item's size, then copy its bytes from the object to a file."""
     with _image_errors(item):
         start, size, version = _extent(item)
         check_size(size)

@@ -192,8 +192,6 @@ def _whole(source: Any, name: str, limits: VideoLimits) -> bytes:
 
 
 class _Asked(NamedTuple):
-    """Hold an open video and the requested sampling."""
-
     opened: FileFrames | AnimationFrames
     video: Video
     config: ImageConfig

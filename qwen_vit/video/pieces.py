@@ -24,7 +24,6 @@ class PieceMemory:
         self.changed = threading.Condition()
 
     def has_room(self) -> bool:
-        """Return whether the waiting pieces are below the limit, so that one more may follow."""
         return self.n_bytes < min(ALL_AHEAD_BYTES, decoding_memory.total // SHARE)
 
 
@@ -90,7 +89,6 @@ class PieceStream:
             self.cancel()
 
     def cancel(self) -> None:
-        """Stop decoding, because the caller needs no more pieces."""
         with self._changed:
             self._is_cancelled = True
             self._ready.clear()

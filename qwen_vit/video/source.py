@@ -32,7 +32,6 @@ open_file = partial(open_regular, expected="a video file", remedy="pass its file
 
 
 def require_av() -> Any:
-    """Import PyAV, whose wheels include FFmpeg."""
     try:
         import av  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
