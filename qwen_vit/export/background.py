@@ -20,9 +20,9 @@ class BackgroundWriter:
     >>> length.result()
     4
 
-    If the new job and the unfinished jobs would keep more than `max_bytes`, `submit` waits for
-    unfinished jobs. After a job fails, no later job runs, and the next `submit` or the end of the
-    block raises the job's exception. If the block itself raises, submitted jobs still run.
+    If the new job and the unfinished jobs would keep more than `max_bytes`, `submit` waits. After a
+    job fails, no later job runs, and the next `submit` or the end of the block raises the job's
+    exception. If the block itself raises, submitted jobs still run.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -43,7 +43,7 @@ class BackgroundWriter:
             self._pool.shutdown()
 
     def submit(self, job: Callable[[], Value], n_bytes: int = 0) -> Future[Value]:
-        """Wait until `n_bytes` fit, and queue a job that keeps them in memory until it has run."""
+        """Queue a job that keeps `n_bytes` in memory until it ends."""
         while self._unfinished and (
             self._unfinished[0][0].done() or self._bytes + n_bytes > self._max_bytes
         ):
@@ -90,7 +90,6 @@ class StageTimer:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time of the block to this stage."""
         before = self._switch(name)
         try:
             yield
@@ -98,13 +97,11 @@ class StageTimer:
             self._switch(before)
 
     def move(self, seconds: float, of: str, to: str) -> None:
-        """Move up to `seconds` from the total of stage `of` to the total of stage `to`."""
         seconds = min(seconds, self._seconds[of])
         self._seconds[of] -= seconds
         self._seconds[to] += seconds
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds that each stage has taken so far."""
         self._switch(self._now)
         return dict(self._seconds)
 

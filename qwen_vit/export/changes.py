@@ -26,12 +26,10 @@ class InputChanges:
 
     Attributes:
         new: images that the export lacks, or whose earlier listing error is gone.
-        moved: images whose place changed, each with the old file.
+        moved: images whose place or listing error changed, each with the old file.
         replaced: images in objects of a store whose version changed.
-        gone: images of the export that the new listing lacks.
-        same: images whose place and version are unchanged.
-        is_reordered: whether the new ids differ from the first ids of the export's only listing,
-            on whose order the shards depend. False if the export has several listings.
+        is_reordered: whether the new listing does not consist of the first ids of the export's only
+            listing, on whose order the shards depend. False if the export has several listings.
     """
 
     new: list[Item] = field(default_factory=list)
@@ -43,7 +41,6 @@ class InputChanges:
 
     @classmethod
     def between(cls, listings: Listings, found: Listing) -> Self:
-        """Return the changes from an export's listings to the new listing."""
         changes, current = cls(), listings.current
         before = {
             item.id: (item, shard)
@@ -68,7 +65,6 @@ class InputChanges:
         return changes
 
     def describe(self) -> str:
-        """Return the changes in words, or an empty string if there are none."""
         counts = [
             (self.gone, "missing"),
             (self.new, "new"),
@@ -88,8 +84,8 @@ class InputChanges:
         """Return the images whose content changed after they were exported.
 
         The method reads an image only if its file is not older than the listing and its shard is
-        intact. A shard has no digest of a failed image, so the method returns a failed image if
-        such a file is readable now.
+        intact. It also returns a failed image that is readable now, because a shard has no digest
+        of a failed image.
         """
         listed_ns = [os.stat(listing.path).st_mtime_ns for listing in listings.all]
         times: dict[str, int] = {}
@@ -135,7 +131,6 @@ def _changed_of_shard(
 
 
 def _digest(item: Item, limits: ImageLimits) -> str:
-    """Return the sha256 of an image's or video's bytes, as a shard records it."""
     if item.is_video:
         with open_video_item(item, VideoLimits()) as (_, digest):
             return digest
@@ -143,11 +138,7 @@ def _digest(item: Item, limits: ImageLimits) -> str:
 
 
 def open_if_whole(folder: ExportFolder, shard: int) -> FeatureFile | None:
-    """Return a shard, or None if its file is missing or cannot be opened as a shard.
-
-    >>> open_if_whole(as_folder("no-such-folder"), 0) is None  # doctest: +SKIP
-    True
-    """
+    """Return a shard, or None if its file is missing or cannot be opened as a shard."""
     name = shard_name(shard)
     try:
         return open_shard(folder / name) if folder.has(name) else None
@@ -156,11 +147,10 @@ def open_if_whole(folder: ExportFolder, shard: int) -> FeatureFile | None:
 
 
 def _place(item: Item) -> Item:
-    """Return an item without the parts that may change while its place stays the same.
+    """Return the item without an error's message, and without an object's version and size.
 
-    These are an error's message, because other versions of qwen_vit may word it differently, and
-    an object's version and size. Only a whole object has offset 0, because a tar begins with a
-    header.
+    Other versions of qwen_vit may word an error differently. Only a whole object has offset 0,
+    because a tar begins with a header.
     """
     error = None if item.error is None else (item.error[0], "")
     is_object = item.version is not None and item.offset == 0
@@ -168,10 +158,7 @@ def _place(item: Item) -> Item:
 
 
 def _time_ns(path: str) -> int:
-    """Return the later of a file's mtime and ctime in ns, or 0 if `stat` fails.
-
-    A rename changes only the ctime.
-    """
+    """Return the later of mtime and ctime, because a rename changes only the ctime."""
     try:
         status = os.stat(path)
     except OSError:

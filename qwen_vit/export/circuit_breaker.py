@@ -13,8 +13,8 @@ class TrippedError(ExportError):
 
 @dataclass(slots=True)
 class CircuitBreaker:
-    """Stop an export after `limit` consecutive failures, which a lost disk or a damaged model may
-    cause.
+    """Raise TrippedError after `limit` consecutive failures, which a lost disk or a damaged model
+    may cause.
 
     >>> breaker = CircuitBreaker(2)
     >>> breaker.count_done(ImageError("does not exist", name="a.jpg"))
@@ -22,7 +22,7 @@ class CircuitBreaker:
     >>> breaker.failed
     0
 
-    A limit of 0 never stops the export. To stop the export, the methods raise TrippedError.
+    A limit of 0 never stops the export.
     """
 
     limit: int
@@ -30,12 +30,10 @@ class CircuitBreaker:
     failed: int = 0  # consecutive failures of any stage, counted after the encoder
 
     def count_read(self, error: ImageError | None) -> None:
-        """Count an image that is ready for the encoder, or that failed because of `error`."""
         self.unread = 0 if error is None else self.unread + 1
         self._check(self.unread, error)
 
     def count_done(self, error: ImageError | None) -> None:
-        """Count an image that is finished, or that failed because of `error`."""
         self.failed = 0 if error is None else self.failed + 1
         self._check(self.failed, error)
 

@@ -33,13 +33,10 @@ class HostCopy(NamedTuple):
 
     @property
     def n_bytes(self) -> int:
-        """Return the bytes of the rows in memory."""
         return sum(rows.nbytes for rows in self.rows.values())
 
 
 class HostCopier:
-    """Convert rows to the stored dtype, and copy a GPU's rows to the CPU on a separate stream."""
-
     def __init__(self, device: torch.device, form: RowFormat) -> None:
         self._form = form
         self._ring: PinnedRing | None = None
@@ -48,9 +45,10 @@ class HostCopier:
             self._ring = PinnedRing(_pinned(RING_BYTES))
 
     def copy(self, images: Sequence[ImageRecord], features: Sequence[ImageFeatures]) -> HostCopy:
-        """Convert the rows of every image that has rows, and begin to copy a GPU's rows to the CPU.
+        """Set each image's `n_rows`, convert the rows, and begin to copy a GPU's rows to the CPU.
 
-        The caller must release copies in the order of their creation.
+        `features` belong to the images without an error, in order. The caller must release copies
+        in the order of their creation.
         """
         lengths = iter([len(each.embeds) for each in features])
         for image in images:
@@ -87,14 +85,12 @@ class HostCopier:
 
 
 def _joined(tensor: RowTensor, parts: list[Tensor]) -> Tensor:
-    """Return one tensor's rows of all images, in order, in the dtype of the file."""
     if not parts:
         return torch.empty(0, tensor.width, dtype=tensor.dtype, device="cpu")
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(tensor.dtype)
 
 
-def _nothing() -> None:
-    """Free no memory."""
+def _nothing() -> None: ...
 
 
 def _aligned(n_bytes: int) -> int:
@@ -133,7 +129,6 @@ class PinnedRing:
             return self._memory[begin : begin + n_bytes]
 
     def release(self) -> None:
-        """Free the oldest piece."""
         with self._lock:
             self._taken.popleft()
 

@@ -15,17 +15,10 @@ __all__ = ["CacheWriter"]
 
 
 class CacheWriter:
-    """Write the cache entries of each shard.
+    """Write the cache entries of each shard, with a list of the shard's entries.
 
     >>> cache = CacheWriter(plan, "cache")  # doctest: +SKIP
     >>> cache.add(done)  # doctest: +SKIP
-
-    The constructor checks the folder. The object rereads a shard of an earlier run unless the cache
-    lists the shard's entries. The name of that list follows from the export's settings and the
-    shard's number.
-
-    Raises ArgumentError unless the export's output is "merged". Raises ExportError as
-    `check_ec_folder` does, for example if the folder has other files or entries of another model.
     """
 
     def __init__(self, plan: ExportPlan, folder: str | os.PathLike[str]) -> None:
@@ -41,8 +34,8 @@ class CacheWriter:
         self._name = sha256(text.encode()).hexdigest()[:24]
 
     def add(self, done: DoneShard) -> None:
-        """Write the entries of a finished shard, unless earlier runs made the shard and the cache
-        lists its entries. Failed images have no entries."""
+        """Write a shard's entries, unless earlier runs made the shard and the cache has its
+        list."""
         index = f"{self._name}-{done.shard:08}"
         if done.n_kept == len(done.rows) and index_file(self._folder, index).exists():
             return

@@ -61,14 +61,10 @@ class Estimate:
     select.
 
     Attributes:
-        images: the number of images, each counted once even if the export encoded it again.
         unreadable: the number of unfinished images that exist, but that the export would reject,
             for example because of an unreadable header or too many pixels.
-        rows: the number of rows.
-        bytes: the number of bytes in the shards.
         seconds: the time that `encode` needs for the unfinished images, in seconds, or None if no
             image was timed.
-        is_sample: whether the counts come from a sample of the images.
         done: the number of images whose features are in finished shards.
         failed: the number of images that failed in an earlier run.
         missing: the number of unfinished images whose file does not exist.
@@ -88,7 +84,6 @@ class Estimate:
 
     @property
     def to_do(self) -> int:
-        """Return the number of images that are neither done, saved nor failed."""
         return self.images - self.done - self.saved - self.failed
 
 
@@ -108,8 +103,6 @@ def estimate_export(
     >>> encoder = VisionEncoder.from_pretrained("tiny")
     >>> estimate_export(encoder, ["tests/photographs/rocket.jpg"]).rows
     345
-
-    Raises the errors of `plan_dry_run`, and ArgumentError as `RowFormat.of` does.
     """
     options = options or ExportOptions()
     where = None if folder is None else as_folder(folder)
@@ -169,8 +162,6 @@ def target_size(height: int, width: int, config: ImageConfig, name: str) -> tupl
 
     >>> target_size(100, 200, ImageConfig.from_json({}), "a.jpg")
     (112, 196)
-
-    Raises ImageError as `smart_resize` does, for example for a ratio above 200.
     """
     return smart_resize(
         height,
@@ -184,16 +175,12 @@ def target_size(height: int, width: int, config: ImageConfig, name: str) -> tupl
 
 @dataclass(slots=True)
 class _Work:
-    """Count an encoder's work: patches and batches."""
-
     batches: int = 0
     patches: int = 0
     _in_batch: int = 0
     _shard: int | None = None
 
     def add(self, n_patches: int, budget: int, shard: int = 0) -> None:
-        """Add the next image to the current batch if it fits and has the same shard, or to a new
-        batch."""
         if self._shard != shard or self._in_batch + n_patches > budget:
             self.batches += 1
             self._in_batch = 0
@@ -203,9 +190,6 @@ class _Work:
 
 
 class _Counts:
-    """Count an export's images: unfinished images from their headers, and other images from their
-    shards and segments."""
-
     def __init__(self, encoder: VisionEncoder, options: ExportOptions) -> None:
         self._encoder, self._options = encoder, options
         self._form = RowFormat.of(encoder, options)
@@ -216,8 +200,8 @@ class _Counts:
         self._missing = self._unreadable = self._rows = self._bytes = self._saved = 0
 
     def add(self, item: Item, shard: int = 0, is_current: bool = True) -> None:
-        """Count an unfinished image. Even an image that a later shard replaces takes time and
-        bytes."""
+        """Count an unfinished image, which takes time and bytes even if a later shard replaces
+        it."""
         self._images += is_current
         self._take_for_sample(item)
         n_patches = _patches(item, self._encoder.image_config, self._options)
@@ -234,7 +218,7 @@ class _Counts:
     def add_stored(
         self, file: FeatureFile, is_current: Callable[[str], bool], *, is_saved: bool = False
     ) -> None:
-        """Count the images of a shard, or of a saved segment, that no later shard replaces."""
+        """Count a shard or a saved segment: its current images, and all its bytes."""
         counts = [
             count for name, count in zip(file.ids, file.row_counts, strict=True) if is_current(name)
         ]
@@ -247,7 +231,6 @@ class _Counts:
         self._bytes += file.path.stat().st_size
 
     def estimate(self) -> Estimate:
-        """Return the estimate, without the encoder time."""
         return Estimate(
             self._images, self._unreadable, self._rows, self._bytes, None, done=self._done,
             failed=self._failed, missing=self._missing, saved=self._saved,
@@ -273,8 +256,8 @@ def _is_on_disk(source: str) -> bool:
 
 
 def _patches(item: Item, config: ImageConfig, options: ExportOptions) -> int | None:
-    """Return the patch count of an image or video from its header, or None if the header
-    is unreadable or exceeds a limit."""
+    """Return the patch count by the header, or None if this fails, for example for a missing
+    file."""
     try:
         if item.is_video:
             return patches_by_header(item, options.video, options.video_limits, config)
@@ -290,14 +273,11 @@ def _patches(item: Item, config: ImageConfig, options: ExportOptions) -> int | N
 def _seconds(
     encoder: VisionEncoder, sample: Sequence[Item], work: _Work, options: ExportOptions
 ) -> float | None:
-    """Return the seconds for the work: a time for the start, and a time for each batch and patch.
+    """Return the seconds for the work, or None if no image was timed.
 
-    The first timing loads kernels. The time for the start is the part of the first timing that the
-    rates of the other timings do not explain.
-
-    A batch of one small image takes longer per patch than a full batch, and exports contain both
-    kinds. A timing has up to MAX_GROWTH times as many images as the one before. The timings after
-    the first take up to about TIMING_S together.
+    The first timing loads kernels, so the work also needs the part of it that the times per batch
+    and patch do not explain. A batch of one small image takes longer per patch than a full batch,
+    so the number of images grows from one timing to the next.
     """
     if not work.patches:
         return 0.0
@@ -360,8 +340,10 @@ def _rates(few: tuple[float, _Work], many: tuple[float, _Work]) -> tuple[float, 
 
 
 def _size_in_header(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
-    """Return height and width from the file's header, before any rotation. A rotation does not
-    change the number of tokens. Return None for an unreadable header and for too many pixels."""
+    """Return (height, width) before any rotation, which does not change the number of tokens.
+
+    The result is None for an unreadable header and for too many pixels.
+    """
     # in a tar or a store: first read only the head
     if item.size is not None and item.size > HEAD_BYTES:
         size = _open_header(replace(item, size=HEAD_BYTES), limits)

@@ -29,9 +29,7 @@ class ChangedError(ExportError):
 class ExportFolder(ABC):
     """Access an export's files by name. `folder / name` is a finished file's path or address.
 
-    Attributes:
-        place: the folder's path or address.
-        scratch: the folder on this machine's disk in which the export writes files.
+    `scratch` is the folder on this machine's disk in which the export writes files.
     """
 
     place: AnyPath
@@ -45,16 +43,14 @@ class ExportFolder(ABC):
 
     @abstractmethod
     def names(self) -> set[str]:
-        """Return the names of the files. On a disk, these include temporary files. In a store, the
-        newest files may be missing."""
+        """Return all names, on a disk also of temporary files. A store may omit its newest
+        files."""
 
     @abstractmethod
-    def has(self, name: str) -> bool:
-        """Return whether a finished file exists."""
+    def has(self, name: str) -> bool: ...
 
     @abstractmethod
-    def size(self, name: str) -> int:
-        """Return the size of a finished file in bytes."""
+    def size(self, name: str) -> int: ...
 
     @abstractmethod
     def version(self, name: str) -> str | None:
@@ -62,11 +58,11 @@ class ExportFolder(ABC):
 
     @abstractmethod
     def write(self, name: str, data: bytes, replaces: str | None) -> str | None:
-        """Write a small file, and return its version.
+        """Write a small file, and return its version in a store.
 
         In a store, the file replaces the version `replaces`, or must be new if `replaces` is None.
-        Raises ChangedError if another process changed the file. A file on a disk is always
-        replaced, because locks exclude other writers.
+        Raises ChangedError if the store finds another version. A file on a disk is always replaced,
+        because locks exclude other writers.
         """
 
     @abstractmethod
@@ -85,31 +81,28 @@ class ExportFolder(ABC):
     def fetch(self, name: str, sha256: str | None = None) -> Path | None:
         """Return a finished file's path on this machine's disk, or None if the file does not exist.
 
-        The method does not download a file whose copy in `scratch` has the hash. Without a hash,
-        any copy is valid.
+        The method downloads no file whose copy in `scratch` has the hash. Without a hash, it
+        accepts any copy.
         """
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Remove a finished file if it exists."""
+        """Remove a finished file, and ignore errors."""
 
     @abstractmethod
     def check(self, settings: str, leftover: Pattern[str], *, make: bool) -> None:
-        """Raise ExportError if the folder contains other files but no export, or is a file. Raise
-        it for a folder on a disk whose path is not UTF-8, whose parent is missing, or that cannot
-        be written. Raise it for a store that cannot be read or does not support exports.
+        """Raise ExportError if the folder cannot hold an export, for example because of other
+        files.
 
         With `make`, create a folder on a disk, or the scratch folder of a store.
         """
 
     @abstractmethod
-    def hold(self, part: tuple[int, int]) -> AbstractContextManager[None]:
-        """Lock the checked folder, or a part of it, while the block runs."""
+    def hold(self, part: tuple[int, int]) -> AbstractContextManager[None]: ...
 
     @abstractmethod
     def check_conditions(self, name: str) -> None:
-        """Log a warning if the store has no conditional writes, which protect files from other
-        machines. The method tries a conditional write on the file, which must exist."""
+        """Log a warning if the store has no conditional writes. The file `name` must exist."""
 
     @abstractmethod
     def which_exist(self, names: Iterable[str]) -> set[str]:
@@ -150,8 +143,7 @@ class LocalFolder(ExportFolder):
     def publish(self, name: str, *, replace: bool = False, keep: bool = False) -> None:
         """Do nothing, because the writer wrote the file at its final place."""
 
-    def publish_version(self, name: str, replaces: str | None) -> None:
-        """Do nothing, because the writer wrote the file at its final place."""
+    def publish_version(self, name: str, replaces: str | None) -> None: ...
 
     def fetch(self, name: str, sha256: str | None = None) -> Path | None:
         return self / name if self.has(name) else None
@@ -198,7 +190,6 @@ class LocalFolder(ExportFolder):
 
 
 def refuse_strange(folder: ExportFolder, names: Sequence[str], settings: str) -> None:
-    """Raise ExportError if there are any `names`: files in a folder without an export."""
     if names:
         raise ExportError(
             f"the folder contains {display_name(sorted(names)[0])} ({len(names)} in all) and no "

@@ -30,38 +30,31 @@ class Listings:
 
     @cached_property
     def _ends(self) -> list[int]:
-        """Return the cumulative number of shards after each listing."""
         return list(accumulate(len(listing.starts) for listing in self.all))
 
     @cached_property
     def current(self) -> "CurrentImages":
-        """Return the index of current images."""
         return CurrentImages(self)
 
     @property
     def n_shards(self) -> int:
-        """Return the number of shards of all listings."""
         return self._ends[-1]
 
     @property
     def n_images(self) -> int:
-        """Return the number of lines of all listings. A replaced image has several lines."""
+        """Return the number of lines, of which a replaced image has several."""
         return sum(listing.n_images for listing in self.all)
 
     def number_of(self, shard: int) -> int:
-        """Return the number of the listing to which a shard belongs."""
         return next(number for number, end in enumerate(self._ends) if shard < end)
 
     def of(self, shard: int) -> Listing:
-        """Return the listing to which a shard belongs."""
         return self.all[self.number_of(shard)]
 
     def shard(self, shard: int) -> list[Item]:
-        """Return the images of one shard."""
         return self.of(shard).shard(self._place(shard))
 
     def shard_length(self, shard: int) -> int:
-        """Return the number of images of a shard."""
         return self.of(shard).shard_length(self._place(shard))
 
     def first_line(self, shard: int) -> int:
@@ -71,7 +64,6 @@ class Listings:
         return before + self._place(shard) * self.all[number].shard_size
 
     def spread(self, count: int) -> list[Item]:
-        """Return at most `count` images, evenly spread over the listings."""
         return [
             item
             for listing in self.all
@@ -79,7 +71,6 @@ class Listings:
         ][:count]
 
     def facts_of(self, shard: int) -> Mapping[str, Any]:
-        """Return the facts about its listing that a shard records."""
         listing = self.of(shard)
         return {"n_images": listing.n_images, "listing_sha256": listing.sha256}
 
@@ -88,7 +79,7 @@ class Listings:
 
 
 class CurrentImages:
-    """Find the current lines: a later listing replaces an image's earlier lines."""
+    """Find the lines that no later listing replaces or withdraws."""
 
     def __init__(self, listings: Listings) -> None:
         self._listings = listings
@@ -99,16 +90,13 @@ class CurrentImages:
             self._last |= {item.id: number for item in read_listing(listing.path)}
 
     def has(self, shard: int, name: str) -> bool:
-        """Return whether an image of a shard is current."""
         number = self._listings.number_of(shard)
         return self._last.get(name, number) == number
 
     def rows(self, shard: int, rows: Sequence[ManifestRow]) -> list[ManifestRow]:
-        """Return the rows of a shard's current images."""
         return [row for row in rows if self.has(shard, row.id)] if self._last else list(rows)
 
     def count(self, shards: Sequence[int]) -> int:
-        """Return the number of current images of these shards."""
         if not self._last:
             return sum(map(self._listings.shard_length, shards))
         return sum(self.has(s, item.id) for s in shards for item in self._listings.shard(s))

@@ -46,9 +46,7 @@ def hold_folder(folder: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
     >>> with hold_folder(Path("export")):  # doctest: +SKIP
     ...     write()
 
-    Parts of the same N can be locked at the same time. Raises ExportError if another process has
-    locked the folder, this part, or a part of another N, and if a lock file cannot be written. Also
-    raises ExportError if an owner on another host left its name in a lock file.
+    Parts of the same N can be locked at the same time.
     """
     number, count = part
     with ExitStack() as locks:
@@ -66,13 +64,12 @@ def hold_folder(folder: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
 
 @contextmanager
 def short_lock(folder: Path) -> Iterator[None]:
-    """Wait for the folder's second lock and take it. One part at a time then does short work.
+    """Let one part at a time do short work, such as writing a manifest.
 
     >>> with short_lock(Path("export")):  # doctest: +SKIP
     ...     write_manifest()
 
-    Raises ExportError if one owner keeps the lock for SHORT_LOCK_TIMEOUT_S, and if the lock file
-    cannot be written.
+    The function waits up to SHORT_LOCK_TIMEOUT_S for each other owner of the lock.
     """
     with _hold(folder / "lock-moment", fcntl.LOCK_EX, SHORT_LOCK_TIMEOUT_S):
         yield
@@ -106,8 +103,8 @@ def _hold(path: Path, kind: int, timeout_s: float = TIMEOUT_S) -> Iterator[None]
 
 
 def _release(descriptor: int, kind: int, path: Path) -> None:
-    """Release a lock. The last owner unlinks the file while it is locked, so that no process locks
-    a file without a name."""
+    """Release a lock. The last owner unlinks the file while it has the exclusive lock, because the
+    file may have a new owner afterwards."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         is_last = True
@@ -139,8 +136,7 @@ def _acquire(path: Path, kind: int) -> int:
 
 
 def _lock(descriptor: int, kind: int, path: Path) -> bool:
-    """Lock the file, and return whether the disk has locks. If it has none, only the owner's name
-    protects the folder."""
+    """Lock the file, and return whether the disk has locks."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -174,10 +170,10 @@ def _is_file_of(descriptor: int, path: Path) -> bool:
 
 
 def _sign(descriptor: int, kind: int, path: Path, *, is_locked: bool) -> None:
-    """Write our name into the file of an exclusive lock, unless a named owner may still write.
+    """Replace the name in the lock file: by ours, or by none for a shared lock.
 
-    An owner on this host no longer writes if this process has its lock, or if its process has
-    ended.
+    Raise _HeldError if a named owner may still write: an owner on another host, or, on a disk
+    without locks, a running process of this host.
     """
     before = _read_owner(descriptor)
     host = socket.gethostname()

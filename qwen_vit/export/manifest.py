@@ -1,6 +1,7 @@
 """Write an export's manifest as Parquet or as JSON lines, with a row for each image of its shards.
 
-The manifest is computed from the shards and the listings, so it can be written again at any time.
+The export computes the manifest from the shards and the listings, so it can write the manifest
+again at any time.
 """
 
 import json
@@ -30,10 +31,10 @@ class ManifestRow:
     """Describe the outcome of one image. `index` is the image's line number, counted from 0 across
     all listings.
 
-    `kind` is "image" or "video". A failed file's kind follows from its name. `status` is "ok" or
-    "error". The image's features are the rows `row_begin` to `row_end` - 1 of `shard`. Sizes are
-    in pixels and the grid is in patches. `sha256` is the hash of the image's or video's encoded
-    bytes.
+    `kind` is "image" or "video". The kind of a failed image follows from its name, and is "image"
+    for a row of a Parquet file. `status` is "ok" or "error". The image's features are the rows
+    `row_begin` to `row_end` - 1 of `shard`. Sizes are in pixels and the grid is in patches.
+    `sha256` is the hash of the image's or video's encoded bytes.
     """
 
     index: int
@@ -59,7 +60,7 @@ class ManifestRow:
 
 
 def shard_rows(file: FeatureFile, items: Sequence[Item], first: int) -> list[ManifestRow]:
-    """Return a shard's rows in the order of its `items`. `first` is the first item's line."""
+    """Return the rows in the order of `items`, of which the first has the line `first`."""
     facts, shard = file.metadata, file.path.name
     places = {name: place for place, name in enumerate(file.ids)}
     errors = {error.id: error for error in file.errors}
@@ -93,9 +94,8 @@ def shard_rows(file: FeatureFile, items: Sequence[Item], first: int) -> list[Man
 
 
 def load_arrow() -> bool:
-    """Import pyarrow, and return whether it is installed. Without pyarrow, the manifest consists of
-    JSON lines. Call this before decoding, because pyarrow takes memory that decoding must not plan
-    to use."""
+    """Import pyarrow, and return whether it is installed. Call this function before decoding,
+    because pyarrow takes memory that decoding must not plan to use."""
     try:
         import pyarrow.parquet  # type: ignore[import-untyped]
     except ImportError:
@@ -107,14 +107,11 @@ def load_arrow() -> bool:
 def write_manifest(
     folder: ExportFolder, shards: Callable[[], Iterable[Sequence[ManifestRow]]]
 ) -> AnyPath:
-    """Write the rows of `shards`, in order. Use Parquet if pyarrow is installed.
+    """Write the rows of `shards`, in order, as Parquet if pyarrow is installed.
 
     If another machine writes the manifest at the same time, the function writes the manifest again
-    from all shards that exist then.
-
-    Parquet stores only Unicode, so the function escapes invalid bytes in an id or source, and the
-    column `id_bytes` contains the original id. JSON lines and the listing keep every name
-    unchanged. Raises ExportError if the manifest cannot be written.
+    from all shards that exist then. Parquet stores only Unicode. The function therefore escapes
+    invalid bytes of an id or source, and `id_bytes` contains the original bytes of such an id.
     """
     has_arrow = load_arrow()
     name, other = (PARQUET, JSON_LINES) if has_arrow else (JSON_LINES, PARQUET)

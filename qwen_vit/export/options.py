@@ -121,10 +121,10 @@ class ExportOptions:
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """Describe an export's rows: its tensors, and the number of patches per row.
+    """Describe the tensors of an export's rows: `image_embeds`, and the layers in the order of
+    their names.
 
-    `tensors` are `image_embeds` and the layers in the order of their names. `patches_per_row` is
-    None if an image has one row for all its patches.
+    `patches_per_row` is None if an image has one row for all its patches.
     """
 
     tensors: tuple[RowTensor, ...]
@@ -132,10 +132,6 @@ class RowFormat:
 
     @classmethod
     def of(cls, encoder: VisionEncoder, options: ExportOptions) -> Self:
-        """Return the row format of an encoder's features under these options.
-
-        Raises ArgumentError for a layer that the encoder's tower lacks.
-        """
         config = encoder.config
         check_layers(options.layers, config.depth)
         dtype = encoder.dtype if options.dtype is None else STORAGE[options.dtype]

@@ -82,26 +82,22 @@ class ExportPlan:
 
     @property
     def all_shards(self) -> range:
-        """Return the shards of every part."""
         return range(self.listing.n_shards)
 
     @property
     def shards(self) -> range:
-        """Return the shards of this part."""
         number, count = self.options.part
         return self.all_shards[number - 1 :: count]
 
     @property
     def n_images(self) -> int:
-        """Return the number of lines of this part. A retried image has several lines."""
+        """Return the number of this part's lines, of which a replaced image has several."""
         return sum(map(self.listing.shard_length, self.shards))
 
     def path(self, shard: int) -> AnyPath:
-        """Return the path or address of a finished shard."""
         return self.folder / shard_name(shard)
 
     def has(self, shard: int) -> bool:
-        """Return whether a shard's file exists."""
         return self.folder.has(shard_name(shard))
 
     def existing(self) -> set[int]:
@@ -110,7 +106,6 @@ class ExportPlan:
         return {shard for shard in self.all_shards if shard_name(shard) in found}
 
     def has_any(self) -> bool:
-        """Return whether a shard of this part exists."""
         found = self.folder.names()
         return any(shard_name(shard) in found for shard in self.shards)
 
@@ -127,7 +122,6 @@ class ExportPlan:
         return {**self.settings, **self.made_by, **self.listing.facts_of(shard)}
 
     def has_settings(self, shard: int, metadata: Mapping[str, Any]) -> bool:
-        """Return whether a shard's metadata match this export's settings."""
         settings = {**self.settings, **self.listing.facts_of(shard)}
         return is_made_by(metadata, settings, self.accepted)
 
@@ -142,10 +136,8 @@ def open_export(
     >>> with open_export(encoder, ["photos"], Path("out"), ExportOptions()) as plan:
     ...     print(plan.n_images)  # doctest: +SKIP
 
-    Raises ExportError as `find_items`, `ExportFolder.check`, `StoredExport.check` and `read_stored`
-    do, if no image is found, if two share an id, and if a header might be too large. Also raises it
-    if another process locks the folder. Raises ArgumentError unless `inputs` is a list of paths.
-    With inputs of None, the export continues with its own listing, and logs changes of its inputs.
+    With inputs of None, the export continues with its own listing. Unless `options.extend` is set,
+    it logs the changes of its inputs that it finds.
     """
     paths, folder = None if inputs is None else _paths(inputs), as_folder(folder)
     if paths is None:
@@ -169,12 +161,10 @@ def open_export(
 
 
 def check_folder(folder: PathOrAddress, *, make: bool = True) -> None:
-    """Raise ExportError as `ExportFolder.check` does. With `make`, create the folder."""
     as_folder(folder).check(SETTINGS, LEFTOVER, make=make)
 
 
 def check_is_export(folder: PathOrAddress | ExportFolder) -> None:
-    """Raise ExportError if the folder contains no export to resume."""
     if not as_folder(folder).has(SETTINGS):
         raise ExportError(
             "no export to resume",
@@ -224,7 +214,6 @@ def _is_absolute(path: str) -> bool:
 
 
 def _has_videos(found: Listing | None, folder: ExportFolder) -> bool:
-    """Return whether the inputs include videos, or the existing export has video settings."""
     if found is not None and found.n_videos:
         return True
     is_begun = folder.has(SETTINGS)
@@ -235,7 +224,7 @@ def _begin_among_others(
     settings: Mapping[str, Any], paths: Sequence[str] | None, found: Listing | None,
     folder: ExportFolder, options: ExportOptions,
 ) -> ExportPlan:  # fmt: skip
-    """Run `_begin_or_resume`. If another machine began or extended the export first, resume it."""
+    """Begin or resume the export, again if another machine changed it first."""
     try:
         return _begin_or_resume(settings, paths, found, folder, options)
     except ChangedError:
@@ -285,7 +274,7 @@ def _columns(options: ExportOptions) -> dict[str, Any]:
 
 
 def reserved_header_bytes(items: Sequence[Item], settings: Mapping[str, Any]) -> int:
-    """Return the number of bytes to reserve for a shard's header. It depends only on the plan."""
+    """Return the bytes to reserve for a shard's header, which depend only on the plan."""
     names = [name for item in items for name in (item.id, item.source)]
     text = json.dumps({**settings, "ids": names})
     policy = settings.get("image_policy", {}).get("video") or {}
@@ -338,10 +327,7 @@ def plan_dry_run(
     encoder: EncoderInfo, inputs: Sequence[str | os.PathLike[str]] | None,
     folder: ExportFolder | None, options: ExportOptions,
 ) -> Iterator[ExportPlan]:  # fmt: skip
-    """Yield the plan of an export, for an estimate. Remove the plan's files when the block ends.
-
-    Raises the errors of `open_export`, except those of the lock, and of the folder if it is None.
-    """
+    """Yield the plan of an export, for an estimate. Remove the plan's files when the block ends."""
     paths = None if inputs is None else _paths(inputs)
     if folder is not None:
         if paths is None:
@@ -379,7 +365,8 @@ def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listin
 
 
 def remove_leftovers(plan: ExportPlan) -> None:
-    """Remove unneeded segments, and temporary files of killed runs except those of other parts."""
+    """Remove this part's segments of finished shards, and temporary files of killed runs except
+    those of other parts."""
     shards, part, folder = plan.shards, plan.options.part, plan.folder
     with short_lock(folder.scratch):
         for name in os.listdir(folder.scratch):

@@ -38,9 +38,6 @@ class _Lines:
 
 
 class Progress:
-    """Show a progress bar on a terminal, or one line per minute in a log, and log the first
-    failures."""
-
     def __init__(self, plan: ExportPlan, is_shown: bool) -> None:
         how: dict[str, Any] = {"file": sys.stderr}
         if is_shown and not sys.stderr.isatty():
@@ -57,7 +54,6 @@ class Progress:
         self.bar.close()
 
     def count(self, features: ImageFeatures | FailedImage) -> None:
-        """Count an image of this process."""
         if isinstance(features, FailedImage):
             self._count(0, 0, features.error)
         else:

@@ -70,24 +70,13 @@ def export_on_ray(
     >>> export_on_ray("tiny", ["tests/photographs"], "features").exported  # doctest: +SKIP
     3
 
-    Images, checkpoint and `folder` must have the same paths on every node. The function also raises
-    the errors of `export_features` and `VisionEncoder.from_pretrained`.
+    Images, checkpoint and `folder` must have the same paths on every node.
 
     Args:
-        model: as in `VisionEncoder.from_pretrained`, which also receives `loading`.
-        inputs: as in `export_features`.
-        folder: as in `export_features`.
-        options: as in `export_features`.
-        confirm: as in `export_features`.
-        show_progress: as in `export_features`.
         decode_threads: loader threads of a shard. [default: by CPU cores per GPU; 1 without GPUs]
         ec_cache: as in `export_features`. This process writes the encoder cache.
         address: the cluster's address. None selects RAY_ADDRESS, or a running or new local cluster.
         device: "auto", "cuda" or "cpu". "auto" selects the GPUs if the cluster has any.
-
-    Raises:
-        ExportError: Ray is not installed, no cluster answers, or workers die or differ in versions.
-        ArgumentError: `device` is unknown, or the cluster has no GPU for "cuda".
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ArgumentError(f"device is {device!r}", expected="'auto', 'cuda' or 'cpu' with Ray")
@@ -198,10 +187,8 @@ class _Worker:
         return estimate_plan(self._encoder, plan)
 
     def export(self, plan: ExportPlan, shard: int) -> tuple[DoneShard, dict[str, float]] | None:
-        """Write one shard. Return its manifest rows and the seconds that it waited for each stage.
-
-        Returns None if `stop` was called before the shard was complete.
-        """
+        """Return the written shard and the seconds of waiting for each stage, or None if `stop`
+        came first."""
         metadata = self._encoder.metadata()
         # the shard's bits may differ with other versions
         for name, expected in plan.made_by.items():
@@ -273,7 +260,6 @@ class _Workers:
         self._actors = [self._actor.remote(*self._arguments)]
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """Return the first worker's answer."""
         import ray
 
         with _plain_errors():
@@ -307,14 +293,12 @@ class _Workers:
                     ray.kill(actor)
 
     def stop(self) -> None:
-        """Make all workers save the images that they have encoded."""
         import ray
 
         asked = [actor.stop.options(concurrency_group=CONTROL).remote() for actor in self._actors]
         ray.wait(asked, num_returns=len(asked), timeout=STOP_TIMEOUT_S)
 
     def end(self) -> None:
-        """Kill all workers. A worker that has already ended is no error."""
         import ray
 
         for actor in self._actors:
@@ -322,7 +306,7 @@ class _Workers:
 
 
 def _threads_of_a_shard(wanted: int | None, resources: Mapping[str, float]) -> int:
-    """Return the number of loader threads of one shard: `wanted`, or the default.
+    """Return `wanted`, or the default.
 
     By default, a GPU's shards in progress divide the threads for its share of the cores, with at
     least 2 each. On a CPU, the default is 1, because the encoder uses the cores.
@@ -336,7 +320,7 @@ def _threads_of_a_shard(wanted: int | None, resources: Mapping[str, float]) -> i
 
 @contextmanager
 def _cluster(address: str | None) -> Iterator[None]:
-    """Connect to a cluster for the block, unless the caller is connected. Then disconnect."""
+    """Connect to a cluster for the block, unless the caller has connected to one."""
     try:
         import ray
     except ImportError:

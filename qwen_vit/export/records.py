@@ -42,7 +42,6 @@ class ImageRecord:
 
     @property
     def n_bytes(self) -> int:
-        """Return the bytes that the image takes in memory before encoding."""
         return 0 if self.patches is None else self.patches.n_bytes
 
 
@@ -65,7 +64,6 @@ class ShardStart(NamedTuple):
 
     @property
     def n_bytes(self) -> int:
-        """Estimate the bytes of the rows in memory."""
         return ROW_BYTES * len(self.rows or ())
 
 

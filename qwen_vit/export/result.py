@@ -16,7 +16,7 @@ __all__ = ["ExportCounts", "ExportReport"]
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """Count an export's images in its part, including the images of earlier runs.
+    """Count the images of an export's part, including the images of earlier runs.
 
     Attributes:
         folder: the export's path or address.
@@ -70,7 +70,6 @@ class ExportCounts:
     start: float = field(default_factory=time.monotonic)
 
     def count(self, plan: ExportPlan, done: DoneShard) -> None:
-        """Add a finished shard."""
         rows = self.current.rows(done.shard, done.rows)
         good = [row for row in rows if row.status == "ok"]
         self.failed.update(row.error_code or "" for row in rows if row.status != "ok")
@@ -82,7 +81,6 @@ class ExportCounts:
         self.bytes += plan.folder.size(shard_name(done.shard))
 
     def report(self, plan: ExportPlan, manifest: AnyPath, waits: dict[str, float]) -> ExportReport:
-        """Return the report of an export that has ended. `waits` are seconds by stage."""
         return ExportReport(
             plan.folder.place, manifest, self.current.count(plan.shards), self.exported,
             dict(self.failed.most_common()), self.resumed, self.rows, self.bytes,

@@ -38,9 +38,6 @@ def read_start_options(folder: AnyPath) -> StartOptions:
     >>> start = read_start_options(Path("features"))  # doctest: +SKIP
     >>> encoder = load_encoder(start.model, start.options, **start.loading)  # doctest: +SKIP
     >>> export_features(encoder, None, "features", start.options)  # doctest: +SKIP
-
-    Raises ExportError if the folder contains no export, or if its settings are unreadable,
-    incomplete or invalid.
     """
     check_is_export(folder)
     try:

@@ -26,9 +26,7 @@ def may_work_now(plan: ExportPlan, shard: int, rows: Sequence[ManifestRow]) -> b
     """Return whether an image of a finished shard is readable now, after a possibly temporary
     error.
 
-    The function reads the images whose error code is in TRANSIENT, until one succeeds. For code
-    "memory", a child process also decodes the image. If one succeeds, the export writes its shard
-    again.
+    A child process decodes an image with code "memory", because decoding it may end the process.
     """
     current = plan.listing.current  # a later listing may have retried an image
     failed = [
@@ -73,7 +71,8 @@ class FailingRun:
         self._shards: list[int] = []
 
     def add(self, done: DoneShard) -> None:
-        """Count a finished shard, which ends, continues or begins a series of failures."""
+        """Continue the series if all images of the shard failed. Otherwise, begin a series if its
+        last image failed."""
         failed = [row.error_code is not None for row in done.rows]
         self._shards = [*self._shards, done.shard] if all(failed) else [done.shard][: failed[-1]]
 

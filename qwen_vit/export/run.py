@@ -1,10 +1,10 @@
 """Export images to shards of features, in a folder that a later run can resume.
 
-An export first writes its listing, and does not change it afterwards. Line i of the listing belongs
-to shard i // shard_size. A shard is a feature file whose bytes depend only on the images, the
-listing and the settings. It exists completely or not at all, and contains the features or the error
-of each of its images. The missing shards are therefore the remaining work. Any worker can write
-them, at any time, in any order.
+An export first writes its listing, and does not change it afterwards. Line i of the first listing
+belongs to shard i // shard_size. A shard is a feature file whose bytes depend only on the images,
+the listing and the settings. It exists completely or not at all, and contains the features or the
+error of each of its images. The missing shards are therefore the remaining work. Any worker can
+write them, at any time, in any order.
 """
 
 import logging
@@ -60,7 +60,7 @@ def export_features(
     `load_features`.
 
     Args:
-        encoder: the encoder, as `load_encoder` returns it.
+        encoder: the encoder of the images and videos.
         inputs: paths of images, videos, folders, patterns, tars, Parquet files and lists. None
             resumes with the images in the export's listing.
         folder: a new or empty folder, or an export to resume. The folder may be an address such as
@@ -130,9 +130,6 @@ def load_encoder(
 
     >>> load_encoder("tiny", ExportOptions(dtype="bfloat16"), device="cpu").dtype
     torch.float32
-
-    `loading` takes further arguments for `VisionEncoder.from_pretrained`. Raises the errors of that
-    method.
     """
     is_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     dtype = "auto" if is_cpu or options.dtype is None else options.dtype
@@ -140,7 +137,6 @@ def load_encoder(
 
 
 def warn_of_idle(n_shards: int, n_workers: int, workers: str) -> None:
-    """Log a warning if `n_shards` is less than `n_workers`. The warning calls them `workers`."""
     if n_shards < n_workers:
         logger.warning(
             "%s for %d %s: lower %s so that no process is idle",
@@ -152,9 +148,6 @@ def make_manifest(plan: ExportPlan) -> AnyPath:
     """Write the manifest of every existing shard, including the shards of other parts.
 
     The manifest contains the current row of each image.
-
-    Raises ExportError if a shard of this part is missing or damaged, or if a shard of any part
-    belongs to another export. Also raises it as `short_lock` and `write_manifest` do.
     """
 
     def shards() -> Iterator[list[ManifestRow]]:

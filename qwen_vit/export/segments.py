@@ -1,8 +1,8 @@
 """Find and remove the segments of an export's shards, and count the images that a folder keeps.
 
-The writer saves a segment at an interrupt and, if `shard_seconds` is set, also every
+The writer saves a segment at an interrupt and, if `shard_seconds` is set, also about every
 `shard_seconds` seconds. The finished shard contains the rows of all its segments, and replaces
-them. `feature_files.segments` reads segments.
+them.
 """
 
 import os
@@ -27,7 +27,6 @@ def find_segments(folder: ExportFolder) -> Mapping[int, Sequence[int]]:
 
 
 def remove_segments(folder: ExportFolder, shard: int, firsts: Iterable[int]) -> None:
-    """Remove segments of a finished shard."""
     for first in firsts:
         folder.remove(segment_name(shard, first))
 

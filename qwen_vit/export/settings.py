@@ -63,8 +63,7 @@ SHARD = re.compile(r"(?:shard-\d+|segment-\d+-\d+)\.safetensors")
 class EncoderInfo(Protocol):
     """Describe an encoder for an export, in any process."""
 
-    def metadata(self) -> dict[str, Any]:
-        """Return the values of `VisionEncoder.metadata`."""
+    def metadata(self) -> dict[str, Any]: ...
 
 
 def make_settings(
@@ -96,7 +95,6 @@ def make_settings(
 
 
 def _video_policy(options: ExportOptions) -> dict[str, Any]:
-    """Return the settings that determine a video's patches, including PyAV's version."""
     return {
         **asdict(options.video),
         "as_video": options.as_video,
@@ -107,7 +105,7 @@ def _video_policy(options: ExportOptions) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class StoredExport:
-    """Hold the settings and listings of the export in a folder. `save` writes changes."""
+    """Hold the settings and listings of the export in a folder."""
 
     folder: ExportFolder
     description: dict[str, Any]
@@ -121,7 +119,7 @@ class StoredExport:
     ) -> Self:  # fmt: skip
         """Create an export of one listing, whose file still has a temporary name.
 
-        The new description replaces that of an export without shards.
+        `save` replaces the settings of an export without shards.
         """
         facts = {"n_images": listing.n_images, "listing_sha256": listing.sha256}
         description = {**settings, **facts, "inputs": dict(inputs)}
@@ -141,8 +139,7 @@ class StoredExport:
     def save(self) -> None:
         """Write the description, and move the first listing to its place.
 
-        Raises ChangedError as `ExportFolder.write` does, and ExportError if a file cannot be
-        written.
+        Raises ChangedError as `ExportFolder.write` does.
         """
         text = json.dumps(self.description, sort_keys=True, indent=1)
         self.version = self.folder.write(SETTINGS, text.encode() + b"\n", self.version)
@@ -167,11 +164,10 @@ class StoredExport:
     ) -> None:
         """Raise ExportError if the current settings or inputs differ from those of the export.
 
-        The error names each difference. Another name or commit of the model is no difference. With
-        `options.extend`, other inputs are a difference only if an image is in another place. With
-        `options.accept_versions`, different versions are no error: the method adds them to the
-        accepted versions. The method also adds versions whose only difference is a decoder that was
-        missing before.
+        Another name or commit of the model is no difference. With `options.extend`, other inputs
+        are a difference only if an image is in another place. The method accepts, and adds to
+        `accepted`, versions that only add a missing decoder. With `options.accept_versions`, it
+        accepts all versions.
         """
         ours = makers_in(settings)
         known = [makers_in({**self.settings, **each}) for each in ({}, *self.accepted)]
@@ -264,7 +260,7 @@ class StoredExport:
     def _append(
         self, kind: str, items: Sequence[Item], withdrawn: Sequence[str], scratch: Path | None
     ) -> None:
-        """Write another listing's file, and then add the listing to the description."""
+        """Write another listing's file before `export.json` names the listing."""
         if not items and not withdrawn:
             return
         name = listing_name(len(self.listings.all))
@@ -288,10 +284,9 @@ def read_stored(
 ) -> StoredExport | None:
     """Return the export in the folder, or None if the folder has no export.
 
-    `found` is the listing of the inputs, if available. If a listing's file is missing or damaged,
-    `found` replaces it, provided that its hash is equal. If `found` is given and this run is not
-    split into parts, an export without any shard counts as no export. Raises ExportError as
-    `read_description` does, for another schema, and for a listing that nothing can replace.
+    The listing of the inputs, `found`, replaces a missing or damaged listing with the same hash. If
+    `found` is given and this run is not split into parts, an export without any shard counts as no
+    export.
     """
     path = folder / SETTINGS
     if not folder.has(SETTINGS):
@@ -322,8 +317,6 @@ def read_stored(
 
 
 def read_description(folder: ExportFolder) -> dict[str, Any]:
-    """Return the content of a folder's `export.json`. Raises ExportError if the file cannot be read
-    or is not JSON."""
     path = folder / SETTINGS
     try:
         return read_json(path)
@@ -365,7 +358,6 @@ def has_shards(folder: ExportFolder) -> bool:
 
 
 def _log_of_growth(changes: InputChanges, changed: Sequence[Item]) -> None:
-    """Log the changed images that an extension exports again, and the missing images."""
     gone = [item for item in changes.gone if item.error is None]
     for items, words in (
         (changed, "changed since the export, first %s: exported again"),

@@ -1,4 +1,4 @@
-"""Write a shard's file in the writer thread. After an interrupt, save the images written so far."""
+"""Write a shard's file in the writer thread."""
 
 import logging
 import time
@@ -63,7 +63,6 @@ class ShardWriter:
         self._begin()
 
     def _begin(self) -> None:
-        """Begin a file whose first image has the place `_first`."""
         self._errors: list[tuple[int, dict[str, Any]]] = []  # each with its image's place
         self._has_rows: list[bool] = []  # for each image
         plan, number = self._plan, self.number
@@ -93,12 +92,10 @@ class ShardWriter:
         return self._first + len(self._has_rows)
 
     def may_be_cut_before(self, place: int) -> bool:
-        """Return whether a segment may end before the next image, which has this place."""
+        """Return whether a segment may end before the next image, whose place this is."""
         return not self._bits_depend_on_batch or place == self.batch_starts[-1]
 
     def add(self, images: Sequence[ImageRecord], copy: HostCopy) -> None:
-        """Append the rows of images, or their errors. With on_error="raise", raise the first error.
-        Raise TrippedError if the breaker stops the export."""
         self._wait_for(copy)
         exif = self._plan.options.exif
         items = [_item_facts(image, exif) for image in images]  # a failed image has no rows
@@ -139,8 +136,8 @@ class ShardWriter:
         )
 
     def close_segment(self, *, publish: bool = True) -> None:
-        """Write the open file as a segment, and begin a new file. With `publish`, also upload the
-        segment."""
+        """Save the images of the open file, if any, as a segment, and begin a new file. With
+        `publish`, also upload the segment to a store."""
         if not self._has_rows:
             return
         folder, name = self._plan.folder, segment_name(self.number, self._first)
@@ -154,7 +151,7 @@ class ShardWriter:
             folder.publish(name, replace=True, keep=True)
 
     def save(self) -> None:
-        """Write the finished shard, and remove its segments."""
+        """Publish the finished shard, and then remove its segments."""
         if self._kept:
             self.close_segment(publish=False)
             self._join()
@@ -213,7 +210,6 @@ class ShardWriter:
 
 
 def _images(segment: Segment) -> Iterator[tuple[ImageFeatures, Mapping[str, Any]]]:
-    """Yield each image of a segment, with its entry in the segment's metadata."""
     return zip(segment.file, segment.file.metadata["images"], strict=True)
 
 
@@ -228,6 +224,5 @@ def _item_facts(image: ImageRecord, exif: ExifPolicy) -> ItemFacts:
 
 
 def _stored_facts(image: ImageFeatures, entry: Mapping[str, Any]) -> ItemFacts:
-    """Return the facts that a segment recorded about an image."""
     facts = {name: value for name, value in entry.items() if name != "rows_sha256"}
     return ItemFacts(image.id, image.grid_thw, len(image.embeds), **facts)

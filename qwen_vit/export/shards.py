@@ -81,31 +81,20 @@ def export_shards(
     clock: StageTimer | None = None,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[DoneShard]:
-    """Yield shards in order, and first write those that are missing, damaged or to be retried.
+    """Yield shards in order, after writing each that is missing, damaged or worth a retry.
 
     >>> for done in export_shards(encoder, plan, plan.shards):
     ...     print(done.shard, len(done.rows))  # doctest: +SKIP
 
-    Loader threads prefetch images, including images of the next shard. A writer thread writes
-    results. All images of a batch belong to one shard, so the bytes do not depend on the timing of
-    threads. The encoder begins to encode a shard while the writer thread still saves the
-    previous shard. An interrupt saves the encoded images of the open shard: see `segments`.
+    All images of a batch belong to one shard, so the bytes do not depend on the timing of threads.
+    The encoder begins to encode a shard while the writer thread still saves the previous shard. An
+    interrupt saves the encoded images of the open shard as a segment.
 
     Args:
-        breaker: an object that stops the export after too many consecutive failures. None selects
-            one with the plan's `max_failures`.
         on_image: a function that the writer thread calls for each image. The rows are valid until
             the function returns.
-        decode_threads: loader threads. [default: one per two cores, 2 to 16, but 1 on one core]
-        clock: the timer for this thread's waits.
         is_stopped: a function that the export calls before each image. If it returns True, the
             export finishes the batch in progress, and then ends as after an interrupt.
-
-    Raises:
-        KeyboardInterrupt: An interrupt ended the export, or `is_stopped` returned True.
-        ExportError: A shard cannot be written or read, an existing file belongs to another export,
-            or `breaker` stops the export.
-        ImageError: An image failed, with on_error="raise".
     """
     breaker, clock = breaker or CircuitBreaker(plan.options.max_failures), clock or StageTimer(REST)
     form = RowFormat.of(encoder, plan.options)
@@ -194,9 +183,10 @@ def _write(
 
 
 def _started(groups: Iterator[Group], before: ShardWriter | None, n_bytes: int) -> Iterator[Group]:
-    """Encode a group, and more groups until the shard `before` is saved or they have `n_bytes`.
+    """Encode a group, and more groups while the shard `before` is being saved, up to `n_bytes`.
 
-    Returns all groups. An interrupt that comes after some of them is raised after the last of them.
+    The result yields all groups. After an interrupt, it yields the groups encoded so far, and then
+    raises the interrupt.
     """
     first: list[Group] = []
     rest = groups
@@ -258,8 +248,7 @@ def _jobs(
 def _load(
     item: Item, place: int, line: int, loader: ImageLoader, under_way: UnderWay
 ) -> ImageRecord:
-    """Return an image with its patches, its decoded pixels for a GPU, or its error. `line` is its
-    line in the export's listings."""
+    """Load the image of a line, counted from 0 through all listings."""
     image = ImageRecord(item, place)
     try:
         image.stage = "read" if item.error is None else "list"
@@ -304,7 +293,7 @@ def _encode(
     clock: StageTimer,
     is_stopped: Callable[[], bool],
 ) -> Iterator[tuple[ImageRecord, ImageFeatures | None]]:
-    """Yield every image in order, with its features or its error."""
+    """Yield every image in order, with its features, or with None if it failed."""
     under_way: deque[ImageRecord] = deque()
     place = 0  # after the last image
     pending: deque[int] = deque()  # places of images in the encoder without features yet
@@ -346,7 +335,6 @@ def _encode(
 
 
 def _timed(values: Iterator[Value], stage: str, clock: StageTimer) -> Iterator[Value]:
-    """Yield the values, and add the time that each value took to the stage."""
     while True:
         with clock.stage(stage):
             try:
@@ -359,10 +347,10 @@ def _timed(values: Iterator[Value], stage: str, clock: StageTimer) -> Iterator[V
 def _in_groups(
     encoded: Iterable[tuple[ImageRecord, ImageFeatures | None]], device: torch.device
 ) -> Iterator[Group]:
-    """Yield images with their features, in groups that the GPU copies together.
+    """Yield images with their features, in groups that the writer copies from a GPU together.
 
-    Python would take too long to copy small images one by one. On a CPU nothing is copied, so every
-    image is a separate group.
+    Python would take too long to copy small images one by one. On a CPU, every image is a separate
+    group.
     """
     most = GROUP_IMAGES if device.type == "cuda" else 1
     images: list[ImageRecord] = []

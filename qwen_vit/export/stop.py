@@ -42,12 +42,11 @@ class StopSignals:
             signal.signal(*self._before.popitem())
 
     def is_requested(self) -> bool:
-        """Return whether a signal requested the end."""
         return self._is_requested
 
     @contextmanager
     def accepted(self) -> Iterator[None]:
-        """Accept one signal without raising. The block must check `is_requested` often."""
+        """Let the first signal only set `is_requested`, which the block must check often."""
         self._is_accepted = True
         try:
             yield

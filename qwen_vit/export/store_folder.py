@@ -223,8 +223,7 @@ def _scratch_of(address: str) -> Path:
 
 
 def _make_private(folder: Path) -> None:
-    """Make a folder and its parent, which no other user may read or write. Raises ExportError
-    if one cannot be created, or is not a folder of this user."""
+    """Make a folder and its parent, which no other user may read or write."""
     for each in (folder.parent, folder):
         try:
             each.mkdir(mode=0o700, exist_ok=True)

@@ -69,7 +69,6 @@ class UnderWay:
 
     @contextmanager
     def mark(self, line: int) -> Iterator[None]:
-        """Record that this process decodes an image while the block runs."""
         with self._lock:
             slot = self._free.pop()
         SLOT.pack_into(self._map, slot * SLOT.size, line + 1)

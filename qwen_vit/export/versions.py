@@ -16,7 +16,6 @@ MISSING = {
 
 
 def makers_in(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that name packages, decoders and the GPU."""
     return {name: settings.get(name) for name in (*MADE_BY, POLICY)}
 
 

@@ -22,8 +22,7 @@ logger = logging.getLogger("qwen_vit")
 
 
 def rows_of_saved(plan: ExportPlan, shard: int) -> list[ManifestRow]:
-    """Return a newly written shard's rows for the manifest, from its file. Raises ExportError if
-    the file is missing or damaged, and as `whole_shard` does."""
+    """Read back the manifest rows of a shard that this run has just written."""
     rows = whole_shard(plan, shard)
     if rows is None:
         raise ExportError(
@@ -37,13 +36,10 @@ def rows_of_saved(plan: ExportPlan, shard: int) -> list[ManifestRow]:
 def whole_shard(
     plan: ExportPlan, shard: int, then: str = "the export writes it again"
 ) -> list[ManifestRow] | None:
-    """Return a shard's rows for the manifest, or None if its file is missing or damaged.
+    """Return a shard's manifest rows, or None if its file is missing or damaged.
 
-    A file is damaged if `open_shard` rejects it, for example because its size differs from the size
-    in its header. For a damaged file, the function logs a line with `then`, the next step. Raises
-    ExportError unless the file's settings equal the plan's, apart from accepted versions, and its
-    images and errors are those that the listing assigns to this shard. Also raises it for a folder,
-    and if a store cannot be read.
+    For a damaged file, the function logs a line with `then`, the next step. For a file of another
+    export, it raises ExportError.
     """
     if not plan.has(shard):
         return None
@@ -57,8 +53,8 @@ def segments_to_keep(
     """Return the segments whose rows this run's shard reuses. `names` are the shard's ids.
 
     This run must have the segments' settings and versions, because a shard records one version of
-    each package. The exception is a decoder that was not
-    installed when the segments were written.
+    each package. The exception is a decoder that was missing when an earlier run wrote the
+    segments.
     """
     settings = plan.settings_of(shard)
     ours = makers_in(settings)
@@ -87,7 +83,6 @@ def publish_unsent(plan: ExportPlan, shard: int) -> None:
 
 
 def _rows_in(plan: ExportPlan, shard: int, path: AnyPath, then: str) -> list[ManifestRow] | None:
-    """Return the manifest rows of a shard's file, or None if the file is damaged."""
     if isinstance(path, Path) and path.is_dir():
         raise ExportError(
             "a folder", name=str(path), expected="a feature file", remedy="move the folder away"
