@@ -59,7 +59,7 @@ class Features(ABC):
 
     @abstractmethod
     def content(self) -> Any:
-        """Return the files' paths and sizes, with their times or versions, to detect changes."""
+        """Return a value that changes with the files: their paths, sizes, and times or versions."""
 
     @abstractmethod
     def read_at(self, place: Any) -> ImageFeatures:
@@ -81,7 +81,6 @@ class Features(ABC):
         return (self[index] for index in range(len(self)))
 
     def __contains__(self, name: object) -> bool:
-        """Return whether the collection has an image with this id."""
         try:
             return isinstance(name, str) and self.locate(name) is not None
         except KeyError:
@@ -214,7 +213,7 @@ class Features(ABC):
 
 
 class FeatureSubset(Features):
-    """Access some images of a file or folder in a given order."""
+    """Access some images of another collection, in a given order."""
 
     def __init__(self, source: Features, keys: Sequence[int | str]) -> None:
         self.source = source

@@ -23,7 +23,7 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float6
 
 
 def holds_features(path: str) -> bool:
-    """Return whether a path is an address, a folder with export.json, or ends in .safetensors.
+    """Return whether a path may contain features, without opening a file.
 
     >>> holds_features("tests/photographs"), holds_features("features.safetensors")
     (False, True)
@@ -42,10 +42,8 @@ def describe_features(path: str | Path) -> dict[str, Any]:
     >>> describe_features("export")["images_done"]  # doctest: +SKIP
     497
 
-    For an unfinished export, `images_saved` counts the images saved in unfinished shards. `rows`
-    and `bytes` include these images.
-
-    Raises ExportError as `load_features` does, also for a damaged shard.
+    `images_saved` counts an export's images that are saved in unfinished shards. `rows` and `bytes`
+    include these images.
     """
     features = load_features(path)
     n_images = len(features)  # also reports a damaged shard as an ExportError
@@ -94,20 +92,17 @@ def describe_features(path: str | Path) -> dict[str, Any]:
 
 
 def feature_files_of(features: FeatureFile | FeatureFolder) -> list[AnyPath]:
-    """Return the files that contain the rows: one file, or every shard that existed at opening."""
+    """Return the feature file, or every shard that existed at opening."""
     if isinstance(features, FeatureFile):
         return [features.path]
     return [features.path / shard_name(shard) for shard in features.shards]
 
 
 def n_shards_of(features: FeatureFolder) -> int:
-    """Return the number of shards of the complete folder, over all listings."""
     return listings_of(features.metadata, features.path / EXPORT_SETTINGS)[-1].shards.stop
 
 
 def _count_rows(features: FeatureFile | FeatureFolder) -> int:
-    """Return the number of rows. In a folder, omit images that a later listing replaced or
-    withdrew."""
     if isinstance(features, FeatureFile):
         return sum(features.row_counts)
     files = ({shard: [features.open_shard(shard)]} for shard in features.shards)
@@ -119,8 +114,7 @@ def _count_rows(features: FeatureFile | FeatureFolder) -> int:
 def _current_row_counts(
     folder: FeatureFolder, files: Mapping[int, Sequence[FeatureFile]]
 ) -> list[int]:
-    """Return the row count of each image in the shards' files. Omit images that a later listing
-    replaced or withdrew."""
+    """Return the row count of each image that no later listing replaced or withdrew."""
     return [
         count
         for shard, parts in files.items()

@@ -190,9 +190,6 @@ def file_content(path: AnyPath) -> tuple[str, int, Any]:
 
 
 def open_shard(path: AnyPath, *, verify: bool = False) -> FeatureFile:
-    """Open one shard of an export.
-
-    Raises ExportError as `FeatureFile` does. For a damaged shard, the remedy is to run the export's
-    command again.
-    """
+    """Open a shard. For a damaged shard, the error's remedy is to run the export's command
+    again."""
     return FeatureFile(path, RESUME, verify=verify)

@@ -20,7 +20,6 @@ OTHER_FILE = (
 
 
 def cannot_read(path: AnyPath, error: OSError) -> ExportError:
-    """Return the error to raise if the system or a store cannot read `path`."""
     if isinstance(path, StorePath):
         return ExportError(f"cannot be read ({error.strerror})", name=str(path))
     return ExportError(
@@ -31,11 +30,7 @@ def cannot_read(path: AnyPath, error: OSError) -> ExportError:
 
 
 def open_tensors(path: AnyPath, remedy: str) -> tuple[dict[str, Any], Any]:
-    """Return a file's metadata, and an object that reads its tensors.
-
-    Raises ExportError with the remedy if the file is damaged or not a feature file. Also raises
-    ExportError if the file cannot be read or has another schema.
-    """
+    """Return a file's checked metadata, and an object that reads its tensors."""
     try:
         remote = RangedTensors(path) if isinstance(path, StorePath) else None
         tensors = read_header(path) if remote is None else remote.tensors

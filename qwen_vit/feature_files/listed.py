@@ -49,11 +49,7 @@ def listing_name(number: int) -> str:
 
 
 def listings_of(description: Mapping[str, Any], path: AnyPath) -> list[ListingFacts]:
-    """Return the listings that an export's description in `path` names, in order.
-
-    Raises ExportError with the file's name if `more_listings` is not a list of objects, each with
-    n_images and listing_sha256.
-    """
+    """Return the listings that an export's description names, in order. `path` is for errors."""
     found, first = list[ListingFacts](), 0
     for number, entry in enumerate(_entries(description, path)):
         n_images = entry["n_images"]
@@ -71,11 +67,8 @@ def listings_of(description: Mapping[str, Any], path: AnyPath) -> list[ListingFa
 def is_made_by(
     metadata: Mapping[str, Any], settings: Mapping[str, Any], accepted: Sequence[Mapping[str, Any]]
 ) -> bool:
-    """Return whether a shard's metadata match an export's settings.
-
-    A shard may have the versions in an entry of `accepted` instead of those in `settings`, because
-    a user has accepted them.
-    """
+    """Return whether a shard's metadata match an export's settings, with its first versions or with
+    accepted ones."""
     return any(
         all(metadata.get(name) == value for name, value in {**settings, **made_by}.items())
         for made_by in ({}, *accepted)
@@ -115,7 +108,6 @@ class ListedImages:
 
     @property
     def n_shards(self) -> int:
-        """Return the number of shards of all listings."""
         return self._listings[-1][0].shards.stop
 
     @cached_property
@@ -135,11 +127,9 @@ class ListedImages:
         return list(self.shard_of) if len(self._listings) > 1 else self._listings[0][1]
 
     def listing_of(self, shard: int) -> ListingFacts:
-        """Return the listing to which a shard belongs."""
         return next(facts for facts, _ in self._listings if shard in facts.shards)
 
     def has_settings(self, shard: int, metadata: Mapping[str, Any]) -> bool:
-        """Return whether a shard's metadata match this export's settings."""
         settings = {n: value for n, value in self._description.items() if n not in OF_EXPORT}
         settings |= self.listing_of(shard).to_json()
         return is_made_by(metadata, settings, self._description.get("accepted", ()))

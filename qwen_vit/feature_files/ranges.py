@@ -20,10 +20,7 @@ DTYPES = {
 
 
 class RangedTensors:
-    """Offer some methods of `safetensors.safe_open` for an object, through range requests.
-
-    Opening reads the header with two range requests. A slice of rows needs at most one.
-    """
+    """Offer some methods of `safetensors.safe_open` for an object, through range requests."""
 
     def __init__(self, path: StorePath) -> None:
         self._path = path
@@ -36,16 +33,13 @@ class RangedTensors:
         self._data = LENGTH_BYTES + length
 
     def metadata(self) -> dict[str, str] | None:
-        """Return the metadata strings of the header."""
         return self._metadata  # type: ignore[no-any-return]
 
     def get_tensor(self, name: str) -> Tensor:
-        """Return a whole tensor. Raises OSError, or CheckpointError for an unknown dtype."""
         info = self._info(name)
         return self._read(info, 0, math.prod(info.shape)).view(info.shape)
 
     def get_slice(self, name: str) -> "_Rows":
-        """Return a lazy tensor, which reads only the rows of a slice."""
         return _Rows(self, self._info(name))
 
     def _info(self, name: str) -> TensorInfo:

@@ -100,7 +100,7 @@ class FeatureFolder(Features):
     def segments(self) -> Mapping[int, Sequence[FeatureFile]]:
         """Return the saved parts of each unfinished shard.
 
-        The next run of the export reuses them. The features of this object omit them.
+        The next run of the export can reuse them. The features of this object omit them.
         """
         found = {
             shard: open_segments(

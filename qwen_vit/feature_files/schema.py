@@ -94,14 +94,11 @@ class ItemFacts:
     """Describe one image or video of a file, apart from its rows. None means unknown.
 
     Attributes:
-        id: as in `ImageFeatures`.
-        grid_thw: as in `ImageFeatures`.
         n_rows: the number of the image's rows in `image_embeds`.
         size_px: the original (height, width).
         notes: the changes that the image policy made.
         sha256: the hash of the image's or video's encoded bytes.
         source: the place from which an export read the image.
-        kind: "image" or "video".
         exif: the loader's EXIF policy, "apply" or "ignore".
         second_per_grid_t: for a video, the seconds per time step of the grid.
         frame_seconds: for a video, the times of its frames, in seconds.
@@ -120,7 +117,6 @@ class ItemFacts:
     frame_seconds: tuple[float, ...] | None = None
 
     def rows_of(self, tensor: str) -> int:
-        """Return the number of the image's rows in a tensor."""
         return self.n_rows if tensor == EMBEDS else math.prod(self.grid_thw)
 
     def to_json(self, rows_sha256: Mapping[str, str]) -> dict[str, Any]:
@@ -176,11 +172,7 @@ def shard_name(index: int) -> str:
 def parse_metadata(
     text: str, tensors: Mapping[str, TensorInfo], path: AnyPath, remedy: str
 ) -> dict[str, Any]:
-    """Return the metadata of a feature file with these `tensors`.
-
-    Raises ExportError if the text is not a JSON object, has another schema, has no valid ids,
-    output, normalize or layers, or does not fit the tensors.
-    """
+    """Parse the text of a file's metadata, and check it against the file's `tensors`."""
     try:
         metadata = parse_json(text.encode(), source=str(path))
     except CheckpointError as error:  # its own remedy is to download a checkpoint's file again
@@ -211,18 +203,13 @@ def parse_metadata(
 
 
 class RowFacts(NamedTuple):
-    """Describe the rows of a file."""
-
     output: FeatureOutput
     normalized: bool
     layers: tuple[int, ...]
 
 
 def parse_row_facts(metadata: Mapping[str, Any], path: AnyPath, remedy: str) -> RowFacts:
-    """Return the description of the rows of a file of either schema.
-
-    Raises ExportError with the remedy if output, normalize or layers has an invalid value.
-    """
+    """Return the description of the rows of a file of either schema."""
     per_row = metadata.get("patches_per_row")
     of_schema_1 = "mean" if per_row is None else "patch" if per_row == 1 else "merged"
     output = metadata.get("output", of_schema_1)
@@ -241,8 +228,7 @@ def parse_row_facts(metadata: Mapping[str, Any], path: AnyPath, remedy: str) -> 
 
 
 def parse_errors(value: Any, path: AnyPath, remedy: str) -> Sequence[FailedImage]:
-    """Return a shard's failed images, or none for None. For any other value, raise ExportError with
-    the remedy."""
+    """Return a shard's failed images: no image if `value` is None."""
     value = [] if value is None else value
     names = {"id", "stage", "code", "message"}
     is_right = isinstance(value, list) and all(
@@ -274,10 +260,7 @@ class StoredFacts(NamedTuple):
 
 
 def parse_image_facts(value: Any, path: AnyPath, remedy: str) -> Sequence[StoredFacts]:
-    """Return the facts of each image of a file, or no facts for None, as schema 1 may have.
-
-    Raises ExportError with the remedy for any other value.
-    """
+    """Return the facts of each image, or none if `value` is None, as in some files of schema 1."""
     value = [] if value is None else value
     try:
         facts = [
@@ -310,10 +293,6 @@ def _is_right(facts: StoredFacts) -> bool:
 
 
 def read_description(path: AnyPath) -> dict[str, Any]:
-    """Return an export's settings from its `export.json`.
-
-    Raises ExportError if the file is missing, unreadable or corrupt, or has another schema.
-    """
     if not path.is_file():
         raise ExportError(
             f"a folder without {path.name}",
@@ -331,11 +310,7 @@ def read_description(path: AnyPath) -> dict[str, Any]:
 
 
 def read_listing(path: AnyPath, n_images: int) -> list[str]:
-    """Return the ids of the images in one listing of an export, in order.
-
-    Raises ExportError if the file cannot be read, if a line is not an object with an id, or if the
-    file does not have `n_images` different ids.
-    """
+    """Return the ids of a listing, which must have `n_images` different ids."""
     ids: list[str] = []
     lines: list[bytes] = []
     try:

@@ -25,7 +25,8 @@ ENCODED_AGAIN = "its images are encoded again"
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Describe images `first` to `end` of a shard, and the file with their rows and errors."""
+    """Describe the images `first` to `end` - 1 of a shard, and the file with their rows and
+    errors."""
 
     file: FeatureFile
     first: int

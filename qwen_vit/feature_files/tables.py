@@ -42,7 +42,6 @@ class StoredImages(Protocol):
 
 
 def to_numpy(features: StoredImages) -> NDArray[np.float32]:
-    """Implement `Features.to_numpy`."""
     n_rows, parts = 0, []
     for image in features:
         n_rows += len(image.embeds)
@@ -58,7 +57,6 @@ def to_numpy(features: StoredImages) -> NDArray[np.float32]:
 
 
 def to_pandas(features: StoredImages) -> Any:
-    """Implement `Features.to_pandas`."""
     try:
         import pandas as pd
     except ImportError as error:
@@ -78,7 +76,6 @@ def to_pandas(features: StoredImages) -> Any:
 def write_parquet(
     features: StoredImages, path: str | os.PathLike[str], *, overwrite: bool = True
 ) -> Path:
-    """Implement `Features.to_parquet`."""
     try:
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
     except ImportError as error:
@@ -107,7 +104,6 @@ def write_parquet(
 
 
 def to_datasets(features: StoredImages, *, cache_dir: str | os.PathLike[str] | None = None) -> Any:
-    """Implement `Features.to_datasets`."""
     try:
         import datasets
     except ImportError as error:
@@ -134,7 +130,6 @@ def _dataset_rows(features: StoredImages, content: str) -> Iterator[dict[str, An
 
 
 def _record(image: ImageFeatures) -> dict[str, Any]:
-    """Return an image's table row, with arrays in float32."""
     rows = {name: part.float().numpy() for name, part in rows_by_tensor(image).items()}
     embeds = rows.pop(EMBEDS)
     t, h, w = image.grid_thw

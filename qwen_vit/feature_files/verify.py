@@ -26,13 +26,11 @@ class Verification:
 
     Attributes:
         images: the number of images that the check read, without superseded images.
-        rows: the number of rows of these images.
-        digests: the number of these images that have a recorded sha256, with which the check
-            compared the rows.
+        digests: how many of `images` have a recorded sha256, with which the check compared the
+            rows.
         superseded: the number of images that a later listing replaced or withdrew. The check read
             their features as well.
-        saved: how many of `images` are saved in unfinished shards. The next run of the export
-            reuses them.
+        saved: how many of `images` are saved in unfinished shards.
         to_do: the number of images that the export has still to encode.
         is_damaged: whether the check found a problem other than missing shards.
         problems: one sentence per problem.
@@ -58,10 +56,9 @@ def verify_features(
 
     In each file, the headers, ids and offsets must be valid. Each image must have the number of
     rows that its grid implies. The rows must be finite and match the recorded digests. An export
-    must also have all its shards, and its listings must match their recorded hashes. The function
-    calls `on_image` for each image. Raises ExportError if the path has no features, if an export's
-    settings or listings cannot be read, or if a feature file cannot be opened. A shard that cannot
-    be opened, and a listing with another hash, are `problems`.
+    must also have all its shards, and its listings must match their recorded hashes. A shard that
+    cannot be opened is one of the `problems`, but a feature file that cannot be opened raises
+    ExportError.
     """
     features = open_features(as_path(path))  # a cache would hide what the store has
     check = _Check(on_image)

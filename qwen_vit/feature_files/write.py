@@ -115,8 +115,6 @@ def write_features(
 def _good_features(
     path: Path, features: Sequence[ImageFeatures | FailedImage]
 ) -> list[ImageFeatures]:
-    """Return the features without failed images. Raises ExportError if there are none, or if two
-    have one id."""
     if not features:
         raise ExportError("features is empty", name=str(path), remedy="pass at least one image")
     good = [feature for feature in features if isinstance(feature, ImageFeatures)]
@@ -229,7 +227,6 @@ def _kind_text(output: str, is_normalized: bool) -> str:
 
 
 def _rows(path: Path, name: str, embeds: Tensor) -> Tensor:
-    """Return an image's rows on the CPU. Raises ExportError for rows that a file cannot store."""
     kind = odd_kind(embeds) if isinstance(embeds, Tensor) else type(embeds).__name__
     if kind:
         raise ExportError(
@@ -249,10 +246,7 @@ def _rows(path: Path, name: str, embeds: Tensor) -> Tensor:
 
 
 def _patches_per_row(path: Path, features: Sequence[ImageFeatures], is_mean: bool) -> int | None:
-    """Return the patches per row: 4 for merged tokens, 1 for patches, and None for means.
-
-    Raises ExportError unless all images have the same whole number of patches per row.
-    """
+    """Return the patches per row, such as 4 for merged tokens, or None for means."""
     if is_mean and all(len(f.embeds) == 1 for f in features):
         return None
     found: dict[int, str] = {}

@@ -70,10 +70,7 @@ class FeatureWriter:
     The header contains all lengths, so the writer reserves `head_bytes` for it, and moves the rows
     if the header is larger. Each layer grows in its own hidden file, which `save` copies behind the
     embeddings. The file's bytes depend on `head_bytes`. The file gets its name only when it is
-    complete. Without `save`, the writer discards the file when the block ends. Raises ExportError
-    if the file cannot be written, or if rows do not have the shape that the items and `tensors`
-    imply. `save` also raises ExportError if the metadata are not JSON values, or if the header
-    would exceed 100 MB.
+    complete. Without `save`, the writer discards the file when the block ends.
     """
 
     def __init__(self, path: Path, tensors: Sequence[RowTensor], head_bytes: int) -> None:
@@ -125,11 +122,9 @@ class FeatureWriter:
         self.items += items
 
     def last_digests(self) -> Mapping[str, str]:
-        """Return the digests of the last added image, by tensor."""
         return self._digests[-1]
 
     def drop_behind(self, n_items: int) -> None:
-        """Drop all images except the first `n_items`."""
         self.items, self._digests = self.items[:n_items], self._digests[:n_items]
         try:
             for growing, tensor in zip(self._growing, self.tensors, strict=True):
@@ -139,10 +134,8 @@ class FeatureWriter:
             raise cannot_write(self.path, error) from None
 
     def save(self, facts: Mapping[str, Any], path: Path | None = None) -> None:
-        """Write the header and give the file its name, or another name in the same folder.
-
-        `facts` are JSON values for the file's metadata.
-        """
+        """Write the header with these `facts`, and give the file its name, or another name in the
+        same folder."""
         path = path or self.path
         head = build_head(
             path, self.items, self._digests, self.tensors, facts, at_least=self._head_bytes
@@ -166,7 +159,6 @@ class FeatureWriter:
     def _rows_of_each(
         self, stored: Sequence[Tensor], items: Sequence[ItemFacts]
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield the rows of each tensor for each image."""
         names = [tensor.name for tensor in self.tensors]
         parts = [
             rows.split([item.rows_of(name) for item in items])
@@ -176,7 +168,6 @@ class FeatureWriter:
             yield dict(zip(names, of_item, strict=True))
 
     def _check(self, tensor: RowTensor, rows: Tensor, items: Sequence[ItemFacts]) -> Tensor:
-        """Return the rows in the stored format."""
         n_rows = sum(item.rows_of(tensor.name) for item in items)
         if rows.shape != (n_rows, tensor.width):
             raise ExportError(
@@ -211,7 +202,6 @@ class _GrowingRows:
         self._flushed = self._end
 
     def truncate(self, n_bytes: int) -> None:
-        """Keep only the first bytes of rows."""
         self._end = self._begin + n_bytes
         self._flushed = min(self._flushed, self._end)
         self.atomic.file.truncate(self._end)
@@ -228,7 +218,7 @@ def _digests_of(parts: Sequence[Mapping[str, Tensor]]) -> list[dict[str, str]]:
 
 
 def rows_sha256(rows: Tensor) -> str:
-    """Return the digest of an image's stored rows. hashlib reads the rows without a copy."""
+    """Return the digest of an image's stored rows, which hashlib reads without a copy."""
     return sha256(bytes_of(rows)).hexdigest()
 
 
