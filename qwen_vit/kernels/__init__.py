@@ -24,7 +24,7 @@ _is_plain = ContextVar("is_plain", default=False)
 
 
 def uses_hopper_kernels() -> bool:
-    """Return whether a Hopper GPU runs the Hopper kernels instead of the plain kernels."""
+    """Return whether this context allows the Hopper kernels. It does not look at the GPU."""
     return IS_KNOWN_GLUON and not _is_plain.get()
 
 

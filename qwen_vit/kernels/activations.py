@@ -13,7 +13,7 @@ ROOT_OF_HALF = tl.constexpr(0.7071067811865476)
 def swiglu(gate, up):
     """Compute silu(gate) * up with `exp2` and `rsqrt`.
 
-    These need half as many instructions as `exp` and a division. Each instruction has a relative
+    The two need half as many instructions as `exp` and a division. Each instruction has a relative
     error of up to 2^-22. About one value in 100,000 rounds to a different bfloat16.
     """
     root = tl.rsqrt(1.0 + tl.exp2(gate * -LOG2_E))
@@ -22,5 +22,4 @@ def swiglu(gate, up):
 
 @triton.jit
 def gelu(x):
-    """Return the exact GELU, computed with erf instead of tanh."""
     return x * 0.5 * (1.0 + tl.erf(x * ROOT_OF_HALF))

@@ -54,7 +54,6 @@ class RotaryTable:
     index: torch.Tensor | None = None
 
     def per_token(self) -> "RotaryTable":
-        """Return a table per token with the same angles, so that kernels need no index."""
         if self.index is None:
             return self
         rows = self.index.long()
@@ -63,8 +62,6 @@ class RotaryTable:
 
 @dataclass(frozen=True, slots=True)
 class AttentionTile:
-    """Set the shape of an attention tile, and how the compiler schedules it."""
-
     q_rows: int
     k_rows: int
     num_warps: int
@@ -163,7 +160,6 @@ def _rotate_keys(
     H: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
     AXIAL: tl.constexpr, ADJACENT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Apply RoPE to K (N, H, D) of every row and head, and round the result once."""
     i_head = tl.program_id(0) % H
     row_begin = (tl.program_id(0) // H * BN).to(tl.int64)
     o_row = tl.arange(0, BN)  # [BN]
@@ -183,10 +179,7 @@ def _load(
     p_row, m_row,
     D_BEGIN: tl.constexpr, D_BLOCK: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Load dims D_BEGIN to D_BEGIN + D_BLOCK of the rows at `p_row` [ROWS, 1], with 0 where masked.
-
-    Masks are chosen at compile time: whole rows and whole dims load without a mask.
-    """
+    """Load dims D_BEGIN to D_BEGIN + D_BLOCK of the rows at `p_row` [ROWS, 1], 0 where masked."""
     o_dim = D_BEGIN + tl.arange(0, D_BLOCK)  # [D_BLOCK]
     m_x = m_row[:, None]  # [ROWS, 1]
     if D_BEGIN + D_BLOCK > D:
@@ -210,7 +203,7 @@ def _first_state(BM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 
 @triton.jit
 def _next_state(state, b_scores, v):
-    """Update the online softmax with the scores and the values `v` of one more key tile."""
+    """Return the online softmax's state after one more key tile, whose values are `v`."""
     m, l, acc0, acc1 = state
     m_new = tl.maximum(m, tl.reduce(b_scores, 1, tl.standard._elementwise_max))  # [BM]
     b_p = tl.exp2(b_scores - m_new[:, None])  # [BM, BN]
@@ -228,7 +221,6 @@ def _store(
     out, state, q_begin, m_q, i_head,
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Divide the weighted values by the sums of weights, round once, and store the tile's rows."""
     _, l, acc0, acc1 = state
     scale = (1.0 / l)[:, None]  # [BM, 1]
     o_d0 = tl.arange(0, D0)  # [D0]
@@ -264,7 +256,7 @@ def _window_attention(
 ):  # fmt: skip
     """Compute softmax(rope(Q) rope(K)^T * scale) V for a tile's head. The keys are the query rows.
 
-    qkv (N, 3, H, D); tiles (T, 4); out (N, H, D). Q and K share their rows' angles.
+    qkv (N, 3, H, D); tiles (T, 4); out (N, H, D).
     """
     dtype: tl.constexpr = qkv.dtype.element_ty
     ROW_STRIDE: tl.constexpr = 3 * H * D
@@ -309,7 +301,7 @@ def _attend_to_keys(
     q, state, keys, k_begin, k_end, i_head,
     H: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Return the state after one more tile of keys, ignoring keys at rows >= `k_end`."""
+    """Return the state after one more tile of keys. MASK_ROWS ignores keys at rows >= `k_end`."""
     k_rotated, qkv = keys
     D0: tl.constexpr = q[0].shape[1]
     D1: tl.constexpr = q[1].shape[1] if len(q) > 1 else 0
@@ -382,10 +374,10 @@ def tiling(device: torch.device, dtype: torch.dtype, kind: str) -> SegmentTiling
 
 
 def kind_of(segment_rows: int) -> str:
-    """Return `window` if every segment fits one key tile, else `full`.
+    """Return `window` if segments of at most `segment_rows` rows fit one key tile, else `full`.
 
-    The choice depends only on the configuration. If it depended on segment lengths, an image's
-    result would depend on the other images in its batch.
+    The limit comes from the configuration. If the choice depended on the segments' lengths, an
+    image's result would depend on the other images in its batch.
     """
     return "window" if segment_rows <= TILES["window", 16].k_rows else "full"
 
@@ -452,7 +444,6 @@ def _attend_on_cpu(
     out: torch.Tensor,
     adjacent_pairs: bool,
 ) -> None:
-    """Run the kernels on a CPU, with one launch for all tiles of a size."""
     N, _, H, D = qkv.shape
     tables = _tables(rotary)
     options = {"H": H, "D": D, "AXIAL": False, "ADJACENT": adjacent_pairs}
@@ -481,8 +472,7 @@ def _attend_on_cpu(
 
 
 def _tables(rotary: RotaryTable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the kernels' RoPE arguments. For a missing index, the kernels get `cos`, and do not
-    read it as an index."""
+    """Return the kernels' RoPE arguments. Without an index, `cos` takes its place, unread."""
     return rotary.cos, rotary.sin, rotary.cos if rotary.index is None else rotary.index
 
 

@@ -146,7 +146,6 @@ def _rotated_queries(
     D_BEGIN: gl.constexpr, D_BLOCK: gl.constexpr, D: gl.constexpr, ROW_STRIDE: gl.constexpr,
     ROWS: gl.constexpr,
 ):  # fmt: skip
-    """Load dims D_BEGIN to D_BEGIN + D_BLOCK, apply RoPE and the scale in fp32, and round once."""
     DIMS: gl.constexpr = _dims_layout(D_BLOCK)
     o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, DIMS))  # [ROWS]
     o_dim = gl.arange(0, D_BLOCK, layout=gl.SliceLayout(0, DIMS))  # [D_BLOCK]
@@ -160,7 +159,7 @@ def _rotated_queries(
 
 @gluon.jit
 def _clear_rows(rows, n_rows, D_BLOCK: gl.constexpr, ROWS: gl.constexpr):
-    """Set rows >= `n_rows` to zero, because their values have weight 0, but 0 * NaN is NaN."""
+    """Set the rows of V from `n_rows` on to zero: their weight is 0, but 0 * NaN is NaN."""
     DIMS: gl.constexpr = _dims_layout(D_BLOCK)
     m_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, DIMS))[:, None] < n_rows  # [ROWS, 1]
     rows.store(gl.where(m_row, rows.load(DIMS), 0.0))
@@ -357,7 +356,6 @@ def _full_attention(
 def _store_rows(
     p_out, b_out, n_rows, D_BLOCK: gl.constexpr, ROW_STRIDE: gl.constexpr, ROWS: gl.constexpr
 ):  # fmt: skip
-    """Store the first `n_rows` rows of a block [ROWS, D_BLOCK]."""
     DIMS: gl.constexpr = _dims_layout(D_BLOCK)
     o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, DIMS))[:, None]  # [ROWS, 1]
     o_dim = gl.arange(0, D_BLOCK, layout=gl.SliceLayout(0, DIMS))[None, :]  # [1, D_BLOCK]
@@ -369,11 +367,7 @@ def _window_attention(
     tiles, rows0, rows1, cos, sin, axis_index, out, scale_log2e,
     H: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """Attend within one window of one head. The keys of a window are its query rows.
-
-    Heads vary fastest, as in memory. Q, K and V load together while the angles load. After RoPE,
-    the kernel writes Q and K back to the same shared memory.
-    """
+    """Attend within one window of one head. Heads vary fastest, as in memory."""
     dtype: gl.constexpr = out.dtype.element_ty
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     O0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D0, 16])
@@ -448,8 +442,6 @@ def _window_attention(
 
 
 def supports(qkv: torch.Tensor, is_axial: bool, adjacent_pairs: bool) -> bool:
-    """Return whether this module supports a call: in bf16, on Hopper, with head dim 80, an axial
-    table and adjacent pairs."""
     return (
         qkv.dtype == torch.bfloat16
         and qkv.shape[3] == MAIN + TAIL

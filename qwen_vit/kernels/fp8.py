@@ -15,9 +15,8 @@ QuantizedWeight = tuple[Tensor, Tensor]  # e4m3 (N, K), and a scale per row of i
 def empty_results(
     rows: QuantizedRows, weight: QuantizedWeight, epilogue: str
 ) -> tuple[Tensor, Tensor]:
-    """Return tensors for a GEMM's results: (M, N / 2) in e4m3 and scales for `swiglu`, otherwise
-    (M, N) in bf16 and sums of squares. Scales and sums are (columns / 128, M).
-    """
+    """Return uninitialised results for a GEMM: (M, N / 2) in e4m3 and scales for `swiglu`,
+    otherwise (M, N) in bf16 and sums of squares. Scales and sums are (columns / 128, M)."""
     device, M, N = rows.values.device, len(rows.values), len(weight[0])
     if epilogue == "swiglu":
         gated = QuantizedRows.empty(M, N // 2, device)
@@ -28,9 +27,9 @@ def empty_results(
 
 @triton.jit
 def scale_for(largest):
-    """Return the scale for a row whose largest magnitude is `largest`, or NaN if it is infinite.
+    """Return the scale for a row whose largest magnitude is `largest`, or NaN if not finite.
 
-    The scale is a power of two. A row that is divided by it has magnitudes of at most 448.
+    The scale is a power of two. The row divided by the scale has magnitudes of at most 448.
     """
     scale = ((_exponent(largest) - 8) << 23).to(tl.float32, bitcast=True)
     return tl.where(largest < float("inf"), scale, float("nan"))

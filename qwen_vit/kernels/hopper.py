@@ -39,7 +39,6 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def descriptor(rows: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    """Return the descriptor of bfloat16 or e4m3 rows for the tensor memory accelerator."""
     dtype = gl.bfloat16 if rows.dtype == torch.bfloat16 else gl.float8e4nv
     layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
     return TensorDescriptor.from_tensor(rows, block, layout)

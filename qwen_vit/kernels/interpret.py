@@ -25,9 +25,8 @@ __all__ = ["interpreted"]
 def interpreted(kernel: JITFunction) -> Callable[..., None]:
     """Return a launcher `run(grid, *args, lanes, **constants)` of the kernel's source.
 
-    The grid has one axis. `lanes` programs run at once. The launcher raises NotImplementedError if
-    they take different branches, and for a reduction other than a sum or a maximum. It also
-    interprets the helpers that the kernel calls by a global name.
+    The grid has one axis. `lanes` programs run at once, and must take the same branches. The
+    launcher also interprets the helpers that the kernel calls by a global name.
     """
 
     @torch.no_grad()
@@ -67,7 +66,6 @@ class _Integers:
         self.steps = steps
 
     def block(self) -> "_Block":
-        """Return the integers as a block."""
         total = self.start.view(-1, *[1] * len(self.shape))
         for axis, (length, step) in enumerate(zip(self.shape, self.steps, strict=True)):
             values = torch.arange(length, device="cpu") * step
@@ -75,7 +73,6 @@ class _Integers:
         return _Block(total)
 
     def reach(self) -> int:
-        """Return the difference between the last and the first integer of a lane."""
         lengths = zip(self.shape, self.steps, strict=True)
         return sum((length - 1) * step for length, step in lengths)
 
@@ -129,7 +126,7 @@ class _Integers:
 
 
 def _range(start: Any, stop: Any, step: int) -> Iterator[_Integers]:
-    """Iterate like `range` for every lane at once. All lanes must take the same number of steps."""
+    """All lanes must take the same number of steps."""
     steps = (stop - start + step - 1) // step
     for index in range(_same_in_all_lanes(steps.start)):
         yield start + index * step
@@ -214,8 +211,6 @@ class _ElementType:
 
 
 class _Pointers:
-    """Hold offsets into a tensor's memory, in elements."""
-
     def __init__(self, memory: Tensor, offsets: Any) -> None:
         self.memory = memory
         self.offsets = offsets
@@ -249,7 +244,7 @@ def _to_memory(tensor: Tensor) -> _Pointers:
 
 
 class _Language:
-    """Implement the names of triton.language that the attention kernels use, for some lanes."""
+    """Replace `triton.language` for a group of a launch's programs."""
 
     int32, int64, float32 = torch.int32, torch.int64, torch.float32
     standard = tl.standard

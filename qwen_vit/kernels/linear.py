@@ -60,7 +60,6 @@ class ResidualStream:
 
     @classmethod
     def from_values(cls, x: torch.Tensor) -> "ResidualStream":
-        """Return a stream of rows (N, C), with each row's sum of squares as one chunk."""
         N, C = x.shape
         if x.device.type == "cpu":
             return cls(x, x.float().square().sum(1).unsqueeze(0))
@@ -76,8 +75,6 @@ class ResidualStream:
 
 @dataclass(frozen=True, slots=True)
 class GemmTile:
-    """Set the rows x columns x depth of a GEMM tile, and how the compiler schedules it."""
-
     rows: int
     columns: int
     depth: int
@@ -154,7 +151,7 @@ def store_tile(
 
 @triton.jit
 def first_row_and_column(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """Return the place of this program's tile. Tiles that run together share weights."""
+    """Order the programs so that tiles that run together share weights."""
     i_program = tl.program_id(0)
     n_row_tiles = tl.cdiv(M, BM)
     n_column_tiles = tl.cdiv(N, BN)
@@ -250,7 +247,7 @@ def linear(
     out_scale: float = 1.0,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Return `epilogue(x @ weight.T * out_scale + bias)`, rounded once: (M, K) to (M, N).
+    """Return `epilogue(x @ weight.T * out_scale + bias)`: (M, K) to (M, N). A GPU rounds once.
 
     The epilogue is `plain` or `gelu` (the exact GELU).
     """
@@ -302,7 +299,7 @@ def linear_residual(
     *,
     quantized: bool = False,
 ) -> ResidualStream:
-    """Return `stream + x @ weight.T + bias`, rounded once, with the new sums of squares.
+    """Return `stream + x @ weight.T + bias` with the new sums of squares. A GPU rounds once.
 
     With `quantized`, the new stream also contains its values in e4m3, in the order of
     `weight_format.fp8_column_order`.
@@ -343,8 +340,6 @@ def _launch_gemm(
     """Run the GEMM and return the result and, for `residual`, the result's sums of squares.
 
     For `residual`, `quantized` also receives the result in e4m3, if the caller passes it.
-
-    Benchmarks and tests use `tile` to replace the table's tile.
     """
     M, K = x.shape
     N = weight.shape[0]
@@ -376,12 +371,10 @@ def _launch_gemm(
 
 
 def has_tma(device: torch.device) -> bool:
-    """Return whether the GPU loads tiles through tensor descriptors."""
     return _capability(device) >= (9, 0)
 
 
 def matrix(rows: torch.Tensor, block: list[int]) -> torch.Tensor | TensorDescriptor:
-    """Return a matrix in the form that `load_tile` and `store_tile` need on its GPU."""
     return TensorDescriptor.from_tensor(rows, block) if has_tma(rows.device) else rows
 
 
@@ -400,7 +393,6 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @triton.jit
 def _rms_norm(x, weight, out, C: tl.constexpr, C_PADDED: tl.constexpr, EPS: tl.constexpr):
-    """Normalise one row with fp32 statistics, cast to the input's dtype, then apply the weight."""
     i_row = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, C_PADDED)  # [C_PADDED]
     m_c = o_c < C
@@ -433,7 +425,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _row_squares(x, squares, n_rows, C: tl.constexpr, C_PADDED: tl.constexpr, BM: tl.constexpr):
-    """Store the sum of squares of each row, as one chunk."""
     o_row = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
     o_c = tl.arange(0, C_PADDED)  # [C_PADDED]
     m_x = (o_row < n_rows)[:, None] & (o_c < C)[None, :]  # [BM, C_PADDED]

@@ -2,14 +2,14 @@
 
     stream in e4m3 -> gate and up, SwiGLU -> hidden rows in e4m3 -> down, residual sum -> stream
 
-Each GEMM takes rows with a scale per row and 128 columns, and a weight with a scale per output
-column. The sums of 128 columns are scaled and added in float32, because the matrix instruction
-itself adds e4m3 products with a short mantissa. The epilogue that writes rows also computes their
-scales.
+Each GEMM takes rows with a scale for each row and each 128 columns, and a weight with a scale per
+output column. The kernel scales and adds the sums of 128 columns in float32, because the matrix
+instruction itself adds e4m3 products with a short mantissa. The epilogue that writes rows also
+computes their scales.
 
 All scales are powers of two, so scaling rounds nothing. A row's result depends on that row alone,
-and `linear_fp8_hopper` gives the same bits. On a CPU, PyTorch computes the same in float32 from the
-same e4m3 values, for tests: an encoder rejects e4m3 on a CPU.
+and `linear_fp8_hopper` gives the same bits. On a CPU, PyTorch multiplies the same e4m3 values in
+float32. Only tests use this path: an encoder rejects e4m3 on a CPU.
 """
 
 from collections.abc import Callable
@@ -148,10 +148,7 @@ def launch_gemm(
     residual: Tensor | None = None,
     tile: GemmTile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the GEMM. Return e4m3 values and scales for `swiglu`, else values and sums of squares.
-
-    Benchmarks and tests use `tile` to replace the table's tile.
-    """
+    """Run the GEMM. Return e4m3 values and scales for `swiglu`, else values and sums of squares."""
     M, K = rows.values.shape
     weight_values, weight_scale = weight
     N = len(weight_values)

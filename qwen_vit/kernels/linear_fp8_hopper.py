@@ -55,7 +55,6 @@ TILES: dict[str, tuple[tuple[int, HopperGemmTile], ...]] = {
 
 @gluon.jit
 def _promoted(acc, b_x, b_weight, b_scale):
-    """Return acc + b_scale * (b_x @ b_weight^T) for one step of K, promoted to float32."""
     zeros = gl.zeros_like(acc)
     part = warpgroup_mma(b_x, b_weight.permute((1, 0)), zeros, use_acc=False, is_async=True)
     part = warpgroup_mma_wait(num_outstanding=0, deps=(part,))
@@ -66,7 +65,6 @@ def _promoted(acc, b_x, b_weight, b_scale):
 def _accumulate(
     left, right, step, n_steps, p_scales, m_row, M, buffers, barriers, I_GROUP: gl.constexpr
 ):  # fmt: skip
-    """Add x @ weight^T over `n_steps` stages of the ring, and free each stage after use."""
     x_ring, weight_ring, _ = buffers  # [STAGES * GROUPS, ROWS, BK], [STAGES * HALVES, HALF, BK]
     empty, ready, _, _ = barriers
     STAGES: gl.constexpr = ready.shape[0]
@@ -100,7 +98,6 @@ def _gated(acc):
 
 @gluon.jit
 def _scaled(acc, b_factor, b_bias, MMA_COLUMNS: gl.constexpr):
-    """Return acc times each column's scale, plus the bias."""
     acc = acc * gl.convert_layout(b_factor, MMA_COLUMNS)[None, :]
     return acc + gl.convert_layout(b_bias, MMA_COLUMNS).to(gl.float32)[None, :]
 
@@ -110,7 +107,6 @@ def _mma_partition(
     operands, outs, buffers, barriers, sizes, K: gl.constexpr, GROUP: gl.constexpr,
     EPILOGUE: gl.constexpr, SQUARES: gl.constexpr, FIRST: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """Multiply one warpgroup's rows of every tile, and apply the epilogue."""
     x_scales, weight_scale, bias, squares, eps = operands
     out_desc, beside = outs
     x_ring, weight_ring, results = buffers
@@ -241,8 +237,6 @@ def _fp8_hopper_gemm(
 
 
 def supports(rows: QuantizedRows) -> bool:
-    """Return whether `gemm` supports these rows: on Hopper, with enough steps along K for the ring
-    and FIRST_STEPS."""
     least_steps = FIRST_STEPS + TILES["residual"][0][1].num_stages
     return rows.values.shape[1] >= least_steps * BK and is_hopper(rows.values.device)
 
@@ -261,7 +255,7 @@ def gemm(
     """Run the GEMM on Hopper, with the same results as `linear_fp8.launch_gemm`, bit for bit.
 
     The previous kernel must not write `weight`, because this kernel reads it before the previous
-    kernel has ended. Benchmarks and tests use `tile` to replace the table's tile.
+    kernel has ended.
     """
     M, K = rows.values.shape
     weight_values, weight_scale = weight

@@ -65,8 +65,6 @@ GROUPED_ROW_TILES = 8  # tiles of this many row blocks run together and share we
 
 @dataclass(frozen=True, slots=True)
 class HopperGemmTile:
-    """Set the rows x columns of a tile, the ring's stages, and the warpgroups that multiply."""
-
     rows: int
     columns: int
     num_stages: int
@@ -128,7 +126,7 @@ def load_partition(
     BN: gl.constexpr = COLUMNS * PARTS
     STAGE_BYTES: gl.constexpr = (BM + BN) * BK * (x_ring.dtype.primitive_bitwidth // 8)
     n_tiles = n_row_tiles * n_column_tiles
-    # weights do not depend on the previous kernel: the first ring of them is already loading
+    # weights do not depend on the previous kernel: load the first ring of them before it ends
     i_m, i_n = row_and_column_tile(gl.program_id(0), n_row_tiles, n_column_tiles, GROUP)
     for early in gl.static_range(STAGES):
         mbarrier.expect(ready.index(early), STAGE_BYTES)
@@ -176,7 +174,6 @@ def load_partition(
 def _accumulate(
     acc, step, n_steps, buffers, barriers, I_GROUP: gl.constexpr
 ):  # fmt: skip
-    """Add x @ weight^T to acc over `n_steps` stages of the ring, and free each stage after use."""
     x_ring, weight_ring, results = buffers  # [STAGES * GROUPS, ROWS, BK], [STAGES, BN, BK]
     empty, ready, _, _ = barriers
     GROUPS: gl.constexpr = results.shape[0]
@@ -202,7 +199,6 @@ def _accumulate(
 def _store_quantized(
     b_out, rows_out, scales_out, i_row, i_chunk, M, N, MMA_ROWS: gl.constexpr
 ):  # fmt: skip
-    """Store 128 columns of the stream in e4m3, and their scale for each row."""
     ROWS: gl.constexpr = b_out.shape[0]
     # a thread's 32 columns of a row are adjacent in memory: see weight_format.fp8_column_order
     BYTES: gl.constexpr = gl.DistributedLinearLayout(
@@ -229,7 +225,6 @@ def _mma_partition(
     operands, outs, buffers, barriers, sizes, K: gl.constexpr, GROUP: gl.constexpr,
     EPILOGUE: gl.constexpr, SQUARES: gl.constexpr, FIRST: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """Multiply one warpgroup's rows of every tile, and apply the epilogue."""
     bias, squares, eps = operands  # of the epilogue
     out_desc, squares_out, rows_out, scales_out = outs
     x_ring, weight_ring, results = buffers
@@ -322,7 +317,6 @@ def _mma_partition(
 
 @gluon.jit
 def make_buffers(x, weight, out, BN: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr):
-    """Allocate the rings of x and the weight, and the results of the MMA partitions."""
     X: gl.constexpr = x.block_type.shape
     WEIGHT: gl.constexpr = weight.block_type.shape
     OUT: gl.constexpr = out.block_type.shape
@@ -335,7 +329,6 @@ def make_buffers(x, weight, out, BN: gl.constexpr, STAGES: gl.constexpr, GROUPS:
 
 @gluon.jit
 def make_barriers(STAGES: gl.constexpr, GROUPS: gl.constexpr):
-    """Create the barriers of the ring, and of the result buffers that also hold residuals."""
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -388,8 +381,6 @@ def _hopper_gemm(
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return whether `gemm` supports this GEMM: in bf16, on Hopper, with whole tiles along N and
-    K, and enough steps along K for the ring and FIRST_STEPS."""
     N, K = weight.shape
     return (
         x.dtype == torch.bfloat16
@@ -418,7 +409,7 @@ def gemm(
     then has 128 columns.
 
     The previous kernel must not write `weight`, because this kernel reads it before the previous
-    kernel has ended. Benchmarks and tests use `tile` to replace the table's tile.
+    kernel has ended.
     """
     M, K = x.shape
     N = weight.shape[0]

@@ -17,7 +17,6 @@ def _gather_pixels(
     P: tl.constexpr, P_OUT: tl.constexpr, P_BLOCK: tl.constexpr, ZERO: tl.constexpr,
     BM: tl.constexpr,
 ):  # fmt: skip
-    """Gather BM rows of `pixels` (N, P) by `index`, centre and pad them: out (rows, P_OUT)."""
     o_row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
     m_row = o_row < n_rows
     i_source = tl.load(index + o_row, mask=m_row, other=0).to(tl.int64)  # [BM]

@@ -42,7 +42,7 @@ def _segment_mean(
 
 @triton.jit
 def _unit_row(x, out, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """Scale one row to unit length. Dividing by the largest value first prevents overflow."""
+    """Divide first by the largest magnitude, because the squares could overflow."""
     i_row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, D_PADDED)  # [D_PADDED]
     m_d = o_d < D

@@ -41,10 +41,10 @@ def n_taps(n_in: int, n_out: int) -> int:
 
 
 class Pass(NamedTuple):
-    """Describe one pass over one picture. Places are in pixels from the start of the buffer."""
+    """Describe one pass over one picture."""
 
-    source: int
-    target: int
+    source: int  # in pixels from the start of the buffer
+    target: int  # the same
     source_width: int
     width: int  # of the result
     height: int
@@ -52,22 +52,19 @@ class Pass(NamedTuple):
     n_out: int
     is_vertical: bool
     n_taps: int  # weights of one output pixel
-    first_weight: int  # the place of n_out first pixels and n_taps x n_out weights
+    first_weight: int  # the index of n_out first pixels, then of n_taps x n_out weights
 
     @property
     def n_integers(self) -> int:
-        """Return the number of first pixels and weights together."""
         return self.n_out * (1 + self.n_taps)
 
 
 class Cut(NamedTuple):
-    """Describe the patches of one picture. `source` is in pixels from the start of the buffer."""
-
-    source: int
+    source: int  # in pixels from the start of the buffer
     width: int
     n_patches: int
     first_row: int  # of the result
-    second: int = 0  # the source of the other frame, in rows of two frames
+    second: int = 0  # the `source` of the second frame, if a row holds two frames
 
 
 class _Launch(NamedTuple):
@@ -95,8 +92,7 @@ class ResizePlan:
 
     @classmethod
     def of(cls, rounds: Sequence[Sequence[Pass]], cuts: Sequence[Cut]) -> Self:
-        """Plan the launches for pictures. Each round of passes reads the results of the previous
-        round."""
+        """Plan the launches. Each round of passes reads the results of the previous round."""
         parts: list[Integers] = []
         # passes that share weights name the same place
         unique = [list({row.first_weight: row for row in each}.values()) for each in rounds]
@@ -134,7 +130,6 @@ def _launch(
 
 @triton.jit(do_not_specialize=["rows", "owners"])
 def _make_weights(table, rows, owners, weights, FIELDS: tl.constexpr, BN: tl.constexpr):
-    """Compute the first source pixel and the weights of BN output pixels."""
     i_program = tl.program_id(0)
     p_row = table + rows + tl.load(table + owners + i_program) * FIELDS
     n_in, n_out = tl.load(p_row + 5).to(tl.int32), tl.load(p_row + 6).to(tl.int32)
@@ -179,7 +174,7 @@ def _resize_axis(
     pixels, table, rows, owners, weights,
     FIELDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Compute BM x BN pixels of a pass. An int32 pixel has the bytes red, green, blue, unused."""
+    """An int32 pixel has the bytes red, green, blue, unused."""
     i_program = tl.program_id(0)
     p_row = table + rows + tl.load(table + owners + i_program) * FIELDS
     source, target = tl.load(p_row), tl.load(p_row + 1)
@@ -216,7 +211,6 @@ def _resize_axis(
 
 @triton.jit
 def _to_byte(x):
-    """Drop 22 fractional bits, and clip to 0..255."""
     x = x >> 22
     x = tl.where(x < 0, 0, x)
     return tl.where(x > 255, 255, x)

@@ -37,8 +37,9 @@ def fused_rope_varlen_attention(
         (N, H, D) in qkv's dtype. Rows from `cu_seqlens[-1]` on are not written.
 
     Raises:
-        ArgumentError: An argument is not a dense tensor, or has an unsupported or different shape,
-            dtype or device. Also if `cu_seqlens` on a CPU has wrong values.
+        ArgumentError: An argument is not a dense tensor, has another shape or dtype than the list
+            above allows, or is on another device than `qkv`. On a CPU, also if `cu_seqlens` has
+            wrong values.
     """
     _check_arguments(qkv, cos, sin, cu_seqlens)
     cut = tiling(qkv.device, qkv.dtype, "full")
