@@ -35,19 +35,8 @@ class EngineTower(nn.Module):
 
     The parameters are stored in the tower's own format (padded, permuted, norms folded in).
     `load_weights` writes them in place, so the engine can count, offload and restore them like any
-    other parameters.
-
-    Args:
-        config: the tower's architecture.
-        image_config: the image settings, with the mean and std that normalise uint8 rows.
-        dtype: the engine's dtype, bfloat16 or float32. On a CPU the tower computes in float32.
-        device: the engine's device.
-        quantization: "fp8" or None, as in `VisionEncoder.from_pretrained`.
-
-    Raises:
-        ArgumentError: The dtype is neither bfloat16 nor float32, or the device's kernels do not
-            support the quantization with this dtype.
-        CheckpointError: The device's kernels do not support the tower's sizes.
+    other parameters. `image_config` has the mean and std that normalise uint8 rows. `dtype` is the
+    engine's, bfloat16 or float32. On a CPU, the tower computes in float32.
     """
 
     def __init__(
@@ -79,7 +68,6 @@ class EngineTower(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype of the engine and of the embeddings."""
         return self._out_dtype
 
     @property
@@ -95,10 +83,6 @@ class EngineTower(nn.Module):
 
         Returns:
             The names of this module's parameters that the call wrote.
-
-        Raises:
-            CheckpointError: A tensor has a name, shape or type that this tower lacks, contains NaN
-                or infinity, or overflows the tower's type.
         """
         return {f"tower.{name}" for name in self._updates.load(weights)}
 
@@ -142,12 +126,6 @@ class EngineTower(nn.Module):
 
         Returns:
             (M, out_hidden_size) in the engine's dtype: each item's merged tokens, row-major.
-
-        Raises:
-            ImageError: The rows do not have the type and shape that the grids imply (code
-                `patches`), or a grid is invalid (code `grid`).
-            CheckpointError: The engine has loaded some but not all of the tensors from which one
-                parameter is computed.
         """
         if missing := self._updates.missing:
             raise CheckpointError(

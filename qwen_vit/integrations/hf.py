@@ -154,7 +154,6 @@ def expand_placeholders(
 
 
 def _repeated(text: str, pad: str, counts: list[int]) -> str:
-    """Return the text with each placeholder repeated by its count."""
     repeats = iter(counts)
     return re.sub(re.escape(pad), lambda _: pad * next(repeats), text)
 

@@ -34,8 +34,6 @@ TRAIN_THEIRS = "train transformers' own tower, and load an encoder from what it 
 
 
 class _Shown:
-    """Hold the encoder that a tower and its parts share."""
-
     def __init__(self, encoder: VisionEncoder) -> None:
         self.encoder = encoder
         self.shapes: dict[str, torch.Size] = {}
@@ -69,7 +67,6 @@ class _Frozen(nn.Module):
         super().__setattr__(name, value)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Accept False, and raise ArgumentError for True."""
         if requires_grad:
             raise ArgumentError(
                 "qwen_vit's vision tower computes no gradients",
@@ -100,7 +97,6 @@ class _Part(_Frozen):
         return f"{self.path!r} of qwen_vit's vision tower ({NO_ADAPTERS})"
 
     def forward(self, *_: object, **__: object) -> Any:
-        """Raise ArgumentError, because no part runs alone."""
         raise ArgumentError(
             f"{self.path} of qwen_vit's vision tower does not run alone",
             remedy="call the tower",
@@ -136,7 +132,6 @@ class HFTower(_Frozen):
 
     @property
     def encoder(self) -> VisionEncoder:
-        """Return the current encoder, with the weights of the last load."""
         return self.shown.encoder
 
     @property
@@ -154,11 +149,7 @@ class HFTower(_Frozen):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **options: Any) -> Any:
-        """Encode pixel rows (N, 1176) with grids (images, 3) into merged rows, as `pooler_output`.
-
-        Raises ArgumentError for rows that require gradients while gradients are enabled, and the
-        errors of `encode_patches`.
-        """
+        """Encode rows (N, 1176) with grids (images, 3). `pooler_output` has the merged rows."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         if torch.is_grad_enabled():
@@ -251,7 +242,7 @@ class HFTower(_Frozen):
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """Return a copy on the host, because the caller may continue to train the original."""
+    """Copy a tensor to the host, because the caller may continue to train the original."""
     return tensor if tensor.is_meta else tensor.detach().to("cpu", copy=True)
 
 

@@ -46,10 +46,6 @@ def rows_and_grids(features: AnyFeatures) -> tuple[list[Tensor], Tensor]:
     >>> rows, grids = rows_and_grids([ImageFeatures("a.jpg", torch.ones(6, 8), (1, 4, 6))])
     >>> [part.shape for part in rows], grids
     ([torch.Size([6, 8])], tensor([[1, 4, 6]]))
-
-    Raises ArgumentError for an empty list, for values that are not features and for invalid grids.
-    Raises ExportError for failed images, for rows that are not merged tokens or not finite floats,
-    and for different widths or dtypes.
     """
     images = check_features(features)
     if not images:
@@ -100,7 +96,7 @@ def check_modalities(
 ) -> tuple[Rows | None, Rows | None]:
     """Return the rows and grids of images and of videos, or None for an empty kind.
 
-    Raises the errors of `to_vllm`, because invalid input would stop an engine for all users.
+    The function rejects input that would stop an engine for all its users.
     """
     pictures, clips = check_features(features), check_features(videos)
     seconds = list(second_per_grid_ts)
@@ -172,8 +168,6 @@ def whole_numbers(grid: Iterable[int]) -> tuple[int, ...]:
 
     >>> whole_numbers(torch.tensor([1, 4, 6]))
     (1, 4, 6)
-
-    Raises ArgumentError for other values, such as 4.7.
     """
     try:
         return tuple(map(index, grid))
@@ -186,13 +180,10 @@ def whole_numbers(grid: Iterable[int]) -> tuple[int, ...]:
 
 
 def count_tokens(grid: tuple[int, ...], merge_size: int) -> int:
-    """Count the merged tokens of an image or video.
+    """Count the merged tokens of an image or video, and reject an invalid grid.
 
     >>> count_tokens((1, 4, 6), merge_size=2)
     6
-
-    Raises ArgumentError unless the grid has three numbers above 0, with height and width divisible
-    by `merge_size`.
     """
     is_whole = len(grid) == 3 and min(grid) > 0 and not any(n % merge_size for n in grid[1:])
     if not is_whole:

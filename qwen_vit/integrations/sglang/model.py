@@ -71,7 +71,7 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
         logger.info("qwen_vit runs the vision tower, in %s on %s.", dtype, device)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
-        """Load the tower's tensors, and yield every other tensor to SGLang as it arrives.
+        """Load the tower's tensors, and pass every other tensor on to SGLang as it arrives.
 
         SGLang calls this method at the start with all weights, and for updates with some weights.
         """
@@ -120,7 +120,7 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
 
 
 def _as_published(vision_config: Any) -> dict[str, Any]:
-    """Return the vision config without the padding that SGLang applies on a CPU.
+    """Return the vision config with the checkpoint's sizes.
 
     On a CPU, SGLang replaces `num_heads` and `intermediate_size` with larger numbers, and keeps the
     checkpoint's as `original_num_heads` and `original_intermediate_size`.

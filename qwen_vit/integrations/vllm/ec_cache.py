@@ -5,8 +5,8 @@ tensor `ec_cache` (tokens, width). The connector does not check entries, and row
 or number stop the engine for all users. Therefore all entries of a folder share one model, its
 image settings, a dtype, a width and a quantization. The folder's `qwen_vit.json` records these
 settings. Each entry's uuid contains a digest of the settings, and a digest of the grid and rows.
-`index/` maps images to entries, with one file per call of `write_ec_cache`, so any number of
-processes may write.
+`index/` maps images to entries, with one file for each list of entries, so any number of processes
+may write.
 """
 
 import json
@@ -213,8 +213,6 @@ def check_ec_folder(
     """Create or check a folder for `write_ec_cache`, before any features exist.
 
     >>> check_ec_folder("cache", encoder.metadata(), "bfloat16")  # doctest: +SKIP
-
-    Raises the errors of `write_ec_cache` for the folder and the metadata.
     """
     folder = Path(folder)
     check_utf8(folder)
@@ -243,7 +241,6 @@ def _settings(metadata: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _uuid(settings: Mapping[str, Any], rows: Tensor, grid: Sequence[int]) -> str:
-    """Return a digest of the settings and a digest of the grid and rows, joined by a hyphen."""
     # without a quantization, a uuid is as before this setting existed
     values = [settings[name] for name in SAME if settings[name] is not None]
     model = sha256(json.dumps(values).encode()).hexdigest()
@@ -255,8 +252,7 @@ def _uuid(settings: Mapping[str, Any], rows: Tensor, grid: Sequence[int]) -> str
 def _names(folder: Path) -> list[str]:
     """Return the names in the folder, and create the folder if it does not exist.
 
-    Raises ExportError if the system cannot create or list the folder, or if the folder contains
-    files but no `qwen_vit.json`.
+    The function rejects a folder that has other files but no `qwen_vit.json`.
     """
     try:
         check_parent(folder)
@@ -279,7 +275,6 @@ def _names(folder: Path) -> list[str]:
 
 
 def _make_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Create the folder with its settings, or check that it is a cache with the same settings."""
     if SETTINGS not in _names(folder):
         with atomic_file(folder / SETTINGS) as file:
             file.write(json.dumps(settings, sort_keys=True, indent=1).encode() + b"\n")
@@ -326,8 +321,7 @@ def _check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, 
 
 
 def _write_entry(folder: Path, rows: Tensor) -> None:
-    """Write one entry. Keep a file of the right size, because the entry's name identifies the
-    content."""
+    """Keep a file of the right size, because the entry's name identifies the content."""
     path, data = folder / ENTRY, _bytes_of(rows)
     info = TensorInfo(STORED_AS[rows.dtype], tuple(rows.shape), 0, data.nbytes)
     header = build_header({"ec_cache": info})
@@ -348,8 +342,6 @@ def _bytes_of(rows: Tensor) -> Any:
 
 
 def _write_index(folder: Path, entries: Sequence[CachedFeatures], name: str) -> None:
-    """Write the map from images to entries. If several files name an image, the reader uses the
-    newest."""
     lines = [json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in entries]
     content = "".join(lines).encode()
     with atomic_file(index_file(folder, name or sha256(content).hexdigest()[:32])) as file:
@@ -357,12 +349,11 @@ def _write_index(folder: Path, entries: Sequence[CachedFeatures], name: str) -> 
 
 
 def index_file(folder: Path, name: str) -> Path:
-    """Return the path of the list in which one call of `write_ec_cache` records its entries."""
     return folder / INDEX / f"{name}.jsonl"
 
 
 def _index_files(folder: Path) -> list[Path]:
-    """Return the files of the index, oldest first."""
+    """Return the files of the index, oldest first, so that newer entries replace older ones."""
     try:
         files = [entry for entry in os.scandir(folder) if entry.name.endswith(".jsonl")]
         files.sort(key=lambda entry: (entry.stat().st_mtime_ns, entry.name))

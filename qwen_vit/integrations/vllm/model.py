@@ -131,7 +131,7 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # vLLM finds models by 
 def _quantization(vllm_config: Any) -> Any:
     """Return the value of "quantization" in `--additional-config '{"qwen_vit": {...}}'`.
 
-    Raises ArgumentError for other options, because vLLM itself does not check them.
+    The function rejects other options, because vLLM itself does not check them.
     """
     given = getattr(vllm_config, "additional_config", None)
     ours = given.get("qwen_vit", {}) if isinstance(given, Mapping) else {}
@@ -144,7 +144,6 @@ def _quantization(vllm_config: Any) -> Any:
 
 
 def _refuse(vllm_config: Any) -> None:
-    """Raise ArgumentError for vLLM options that this tower does not support."""
     compilation, lora = vllm_config.compilation_config, vllm_config.lora_config
     for option, is_set, reason in (
         ("cudagraph_mm_encoder", getattr(compilation, "cudagraph_mm_encoder", False),
@@ -162,7 +161,6 @@ def _refuse(vllm_config: Any) -> None:
 
 
 def _refuse_quantised(tower: nn.Module) -> None:
-    """Raise ArgumentError if vLLM has quantised one of its tower's layers."""
     for name, module in tower.named_modules():
         method = type(getattr(module, "quant_method", None)).__name__
         if method not in ("NoneType", "UnquantizedLinearMethod"):
@@ -175,10 +173,7 @@ def _refuse_quantised(tower: nn.Module) -> None:
 
 
 def _image_settings(model_config: Any) -> dict[str, Any]:
-    """Return those settings of the processor that the tower needs.
-
-    The function omits the `do_` flags, which vLLM sets to False if the tower normalises.
-    """
+    """Leave out the `do_` flags, which vLLM sets to False if the tower normalises."""
     from vllm.transformers_utils.processor import cached_image_processor_from_config
 
     settings = cached_image_processor_from_config(model_config).to_dict()
@@ -195,11 +190,10 @@ def _counts_reserved_memory() -> bool:
 
 
 def _puts_back_what_it_does_not_load() -> bool:
-    """Return whether vLLM's reload accepts `weight_loader_numel` of 0 and then loads no parameter.
+    """Return whether vLLM's reload accepts `weight_loader_numel` of 0 and loads no parameter.
 
-    The tower writes its parameters itself. Without this number vLLM also loads no parameter, but
-    warns "Failed to load weights" for each of the tower's layers. A field's name identifies vLLM
-    versions with this rule.
+    The tower writes its parameters itself. With another number, vLLM warns "Failed to load weights"
+    for each of the tower's layers. A field's name identifies the vLLM versions.
     """
     try:
         from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo

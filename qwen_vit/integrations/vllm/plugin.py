@@ -2,7 +2,7 @@
 
 vLLM loads every installed plugin of the group `vllm.general_plugins` in each of its processes,
 unless VLLM_PLUGINS lists the plugins to load. Installing this package must not change an engine, so
-`register` only logs a line until VLLM_PLUGINS names the plugin.
+`register` only logs a line if VLLM_PLUGINS does not name the plugin.
 """
 
 import importlib.util
