@@ -47,13 +47,13 @@ OPTIONS = {  # settings that an option can change, with the option's name
 class Case:
     """Hold one image with Hugging Face's results.
 
-    `size_px` is the image's (height, width). `errors` are the errors of Hugging Face's stages
-    against the float64 oracle, or None before the measurement.
+    `errors` are the errors of Hugging Face's stages against the float64 oracle, or None before the
+    measurement.
     """
 
     id: str
     sha256: str
-    size_px: tuple[int, int]
+    size_px: tuple[int, int]  # height, width
     pixel_values: Tensor  # (N, P) float32, grid order
     grid: Grid
     trace: Trace
@@ -68,7 +68,6 @@ class Golden:
     facts: Mapping[str, Any]
 
     def index_of(self, sha256: str) -> int | None:
-        """Return the index of the image with this content, or None."""
         known = [image["sha256"] for image in self.facts["images"]]
         return known.index(sha256) if sha256 in known else None
 
@@ -76,7 +75,6 @@ class Golden:
         return len(self.facts["images"])
 
     def case(self, index: int) -> Case:
-        """Return image `index` with its tensors."""
         image = self.facts["images"][index]
         stages = stage_names(self.facts["vision_config"]["depth"])
         with safe_open(self.path, framework="pt", device="cpu") as file:
@@ -97,8 +95,6 @@ class Golden:
     def check_fits(
         self, encoder: VisionEncoder, *, processor: str, attention: str | None = None
     ) -> None:
-        """Raise ComparisonError if config, dtype, processor or `attention` differs. The error names
-        the difference."""
         here: dict[str, Any] = {"dtype": dtype_name(encoder.dtype), "processor": processor}
         if attention is not None:
             here["attention"] = attention
@@ -124,7 +120,6 @@ class Golden:
                 )
 
     def changed_weights(self, encoder: VisionEncoder) -> tuple[str, ...]:
-        """Return the published names of the weights that differ from the golden file's weights."""
         theirs = self.facts["fingerprints"]
         here = fingerprints(encoder.checkpoint.tensors)
         return tuple(name for name in here if here[name] != theirs.get(name))
@@ -144,8 +139,7 @@ def write_golden(
     """Write a golden file completely or not at all, with the same bytes for the same arguments.
 
     `reference` records how Hugging Face's tower ran: attention implementation, processor, versions
-    and device. Raises ComparisonError for a case whose error is not finite, and ExportError if the
-    file cannot be written.
+    and device.
     """
     for case in cases:
         for stage, error in (case.errors or {}).items():
@@ -194,10 +188,7 @@ def load_golden(path: Path) -> Golden:
     >>> load_golden(Path("no-such-file.safetensors"))
     Traceback (most recent call last):
     qwen_vit.errors.ComparisonError: no-such-file.safetensors: not a file. Expected a golden file \
-written by `qwen-vit compare --save-golden`.
-
-    Raises ComparisonError with the file's name if the file is missing, unreadable, incomplete or
-    edited, is not a golden file, or has a different schema.
+    written by `qwen-vit compare --save-golden`.
     """
     name = str(path)
     try:
@@ -252,8 +243,6 @@ written by `qwen-vit compare --save-golden`.
 
 
 class _Stored(Mapping[str, Tensor]):
-    """Read the tensors of an open file, one at a time."""
-
     def __init__(self, file: Any, names: Iterable[str]) -> None:
         self._file, self._names = file, tuple(names)
 

@@ -42,8 +42,6 @@ class Processed(NamedTuple):
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of installed packages and decoders that Hugging Face's numbers depend
-    on."""
     found = {}
     for package in ("numpy", "pillow", "torch", "torchvision", "transformers"):
         try:
@@ -54,7 +52,6 @@ def package_versions() -> dict[str, str]:
 
 
 def check_transformers() -> None:
-    """Raise ArgumentError if transformers is missing or too old."""
     require_transformers(
         "a comparison with Hugging Face",
         alternative=Wording(
@@ -66,7 +63,6 @@ def check_transformers() -> None:
 
 @contextmanager
 def _importing() -> Iterator[None]:
-    """Raise ArgumentError with the versions if transformers cannot be imported."""
     try:
         yield
     except (AttributeError, ImportError, RuntimeError) as error:
@@ -91,8 +87,7 @@ def process(
     """Run one of Hugging Face's processors on an RGB image (height, width, 3).
 
     "pillow" is the reference. "torchvision", transformers' default, resizes differently and needs
-    torchvision. Raises ArgumentError if a necessary package is missing or cannot be imported.
-    Raises ImageError, with `name`, for an image that the processor rejects.
+    torchvision. Raises ImageError, with `name`, for an image that the processor rejects.
     """
     check_transformers()
     settings: dict[str, Any] = {
@@ -156,7 +151,6 @@ def process_pairs(frames: Sequence[NDArray[np.uint8]], config: ImageConfig, name
 
 
 def hf_config(config: Any) -> Any:
-    """Return transformers' configuration of a tower with this VisionConfig."""
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
     return Qwen2_5_VLVisionConfig(
@@ -186,9 +180,7 @@ def hf_tower(
     """Build Hugging Face's tower from tensors by published name, without random weights.
 
     The function casts only the parameters to `dtype`, because a cast of the whole module would
-    change the rotary frequencies, which stay in float32. Raises ArgumentError if transformers is
-    missing, is too old, cannot be imported or rejects the attention implementation, and for
-    FlashAttention in float32.
+    change the rotary frequencies, which stay in float32.
     """
     check_transformers()
     if "flash" in attention and dtype == torch.float32:

@@ -41,10 +41,10 @@ def compare_case(
     *,
     frames: SampledFrames | None = None,
 ) -> ImageComparison:
-    """Run our tower on the case's input, and measure each stage as the oracle computes it.
+    """Run our tower, and measure each stage when the oracle has computed it.
 
-    `pixels` are the results of `compare_pixels`. `patches` are our own pixels, or None. `frames`
-    describes a video's frames.
+    `pixels` are the results of `compare_pixels`. `patches` are our own pixels, or None. Our tower
+    takes them if they agree with the input of Hugging Face's tower, and else takes that input.
     """
     rows = case.pixel_values.to(encoder.device)
     # our own pixels only if they agree with the input of Hugging Face's tower
@@ -96,7 +96,6 @@ def _step_errors(ours: Tensor, theirs: Tensor, truth: Tensor, t: int) -> tuple[S
 def compare_pixels(
     processor: str, patches: Patches, theirs: Processed, config: ImageConfig
 ) -> Preprocessing:
-    """Compare our grid and pixels with those of a Hugging Face processor."""
     [grid] = patches.grids
     grid_thw = (theirs.grid.t, theirs.grid.h, theirs.grid.w)
     if grid != theirs.grid:

@@ -105,11 +105,9 @@ class Oracle:
         yield "merger", self.row_major(x, order[::merge_unit])
 
     def trace(self, rows: Tensor, grids: Iterable[Any]) -> Trace:
-        """Return all stages by name."""
         return dict(self.stages(rows, grids))
 
     def plan(self, grids: Iterable[Any]) -> PatchOrder:
-        """Compute orders, positions and segments, patch by patch."""
         merge = self.config.spatial_merge_size
         side = self.config.window_px // self.config.patch_px
         sizes = [(g.t, g.h, g.w) if hasattr(g, "t") else tuple(g) for g in grids]
@@ -141,11 +139,9 @@ class Oracle:
         return plan.frames if block in self.config.fullatt_block_indexes else plan.windows
 
     def weight(self, name: str) -> Tensor:
-        """Return a published tensor in the oracle's precision."""
         return self.tensors[name].to(device=self.device, dtype=self.dtype)
 
     def dense(self, x: Tensor, name: str) -> Tensor:
-        """Apply a linear layer with its bias."""
         return linear(x, self.weight(f"{name}.weight"), self.weight(f"{name}.bias"))
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -184,12 +180,8 @@ class Oracle:
         return scores.softmax(-1)
 
     def gelu(self, x: Tensor) -> Tensor:
-        """Apply the exact GELU, with the error function."""
         return gelu(x)
 
     def row_major(self, x: Tensor, order: Tensor) -> Tensor:
-        """Reorder merged tokens from window to row-major order.
-
-        `order` has the grid-order index of each token's first patch.
-        """
+        """Reorder merged tokens. `order` has the grid-order index of each token's first patch."""
         return x[order.argsort()]

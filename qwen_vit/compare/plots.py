@@ -69,14 +69,12 @@ class StageMaps:
         }
 
     def panels(self, layout: StripLayout) -> dict[str, bytes]:
-        """Return each panel as PNG, by title."""
         return {
             title: panel_png(layout, partial(draw, layout)) for title, draw in self.draws().items()
         }
 
 
 def stage_maps(maps: FeatureMaps) -> list[StageMaps]:
-    """Return the feature maps of the kept stages as colours."""
     return [StageMaps.of(name, *pair) for name, pair in maps.stages.items()]
 
 
@@ -124,8 +122,6 @@ def stage_title(name: str, comparison: Comparison) -> str:
 
 
 def windows_png(maps: FeatureMaps, layout: StripLayout, image: ImageComparison, side: int) -> bytes:
-    """Draw the tower's input: the image with windows of `side` patches."""
-
     def draw(axes: Any) -> None:
         draw_array(axes, layout, maps.rgb.numpy(), interpolation="antialiased")
         draw_windows(axes, layout, image.grid.h, image.grid.w, side)
@@ -148,8 +144,6 @@ def drift_png(image: ImageComparison, comparison: Comparison, *, is_dark: bool |
 
 
 def features_png(stages: list[StageMaps], layout: StripLayout, comparison: Comparison) -> bytes:
-    """Draw the maps of all stages in one picture, with one row per stage."""
-
     def draw(figure: Any) -> None:
         grid = figure.subplots(len(stages), 3, squeeze=False)
         for row, stage in zip(grid, stages, strict=True):

@@ -77,11 +77,7 @@ class Section:
 
 
 def check_report(folder: Path, *, overwrite: bool) -> None:
-    """Check that a report can be written. Raises ArgumentError if matplotlib or Jinja2 is missing.
-
-    Raises ExportError if the folder is a file, cannot be created or is not writable, or contains
-    index.html and `overwrite` is False.
-    """
+    """Check before the comparison that a report can be written."""
     check_packages("--report", "jinja2", "matplotlib")
     try:
         if folder.exists() and not folder.is_dir():
@@ -111,9 +107,7 @@ def write_report(
     """Write the page and the pictures into a folder, and return the page's path.
 
     The report replaces an older report. The page contains all pictures, so that you can send it
-    alone, and shows `command`, so that readers can regenerate it. The default of `today` is the
-    current day. Raises ArgumentError for a comparison without `keep_maps`, and ExportError if the
-    folder cannot be written.
+    alone, and shows `command`, so that readers can regenerate it.
     """
     sections = []
     for number, image in enumerate(comparison.images, start=1):

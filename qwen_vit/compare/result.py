@@ -35,13 +35,11 @@ class Preprocessing:
 
     @property
     def passed(self) -> bool:
-        """Return whether the grids agree, and the relative error of the values is at most 1e-5."""
         return self.same_grid and (self.relative or 0.0) <= RELATIVE_TOLERANCE
 
     @property
     def is_judged(self) -> bool:
-        """Return whether a difference is a failure. For torchvision's processor it is not, because
-        this processor resizes differently."""
+        """Return whether a difference is a failure. torchvision's processor resizes differently."""
         return self.processor == "pillow"
 
 
@@ -57,8 +55,6 @@ class Stage:
 
     @property
     def ratio(self) -> float:
-        """Return our error divided by Hugging Face's error. Below 1, our result is closer to
-        float64."""
         return ratio(self.ours, self.theirs)
 
 
@@ -67,7 +63,8 @@ class FrameChoice:
     """Hold the frames that a reference samples from a video.
 
     If `is_run`, the installed library chose the frames; otherwise the rule in `video.sampling` did.
-    `is_judged` is True for the reference that `sampling` follows, if it accepts the video.
+    `is_judged` is True for the reference that our sampling follows, if it accepts the video and the
+    options.
     """
 
     reference: str  # the library and its version
@@ -78,7 +75,6 @@ class FrameChoice:
 
     @property
     def passed(self) -> bool:
-        """Return whether the frames equal ours."""
         return self.indices is not None and not self.differ
 
 
@@ -118,8 +114,8 @@ class StepMaps:
 class FeatureMaps:
     """Hold the data of a report's pictures: the tower's input and some stages in raster order.
 
-    For a video, the pictures show the first pair of frames. `steps` contains some pairs from the
-    whole video.
+    For a video, `rgb` is the first frame, and `stages` are those of the first pair of frames.
+    `steps` contains some pairs from the whole video.
     """
 
     rgb: Tensor  # (height, width, 3) uint8
@@ -129,8 +125,6 @@ class FeatureMaps:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageComparison:
-    """Hold all results for one image."""
-
     id: str
     sha256: str
     size_px: tuple[int, int]  # height, width
@@ -144,7 +138,6 @@ class ImageComparison:
 
     @property
     def problems(self) -> list[str]:
-        """Return the differences of frames, pixels and stages beyond their tolerance, in order."""
         references = self.frames.references if self.frames else ()
         frames = [
             f"frames: {each.differ} differ from those of {each.reference}"
@@ -165,23 +158,18 @@ class ImageComparison:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """Hold the results for all images. `passed` determines the exit code."""
-
     facts: dict[str, Any]  # model, weights, dtype, device, versions, config, reference, golden
     images: tuple[ImageComparison, ...]
     skipped: tuple[tuple[str, ImageError], ...]
 
     @property
     def passed(self) -> bool:
-        """Return whether no image has a problem, and no image was skipped."""
+        """Return the comparison's verdict, which determines the exit code."""
         return not self.skipped and not any(image.problems for image in self.images)
 
     @property
     def has_same_weights(self) -> bool:
-        """Return whether both towers have the same weights.
-
-        A golden file may come from other weights.
-        """
+        """A golden file may come from other weights."""
         golden = self.facts.get("golden")
         return not golden or golden["weights_sha256"] == self.facts["weights_sha256"]
 
@@ -239,7 +227,6 @@ def _pixel_problem(part: Preprocessing) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

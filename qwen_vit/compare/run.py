@@ -77,9 +77,7 @@ def compare_checkpoint(
     """Load a checkpoint and compare it with a golden file or Hugging Face, for `qwen-vit compare`.
 
     `loading` takes further arguments for `VisionEncoder.from_pretrained`. Before it loads the
-    checkpoint, the function reads the golden file, or checks that transformers is installed. Raises
-    ArgumentError if both `golden` and `save_golden` are given, or neither images nor `golden`. Also
-    raises the errors of `from_pretrained`, `load_golden`, `compare` and `compare_with_golden`.
+    checkpoint, the function reads the golden file, or checks that transformers is installed.
     """
     if golden is not None and save_golden is not None:
         raise ArgumentError(
@@ -129,14 +127,12 @@ def compare(
     >>> compare(encoder, ["tests/photographs/chelsea.png"]).passed
     True
 
-    `processor` computes the pixels for Hugging Face's tower. Our tower takes our own pixels if they
-    agree, and the processor's pixels otherwise. The result also reports other installed processors.
-    `save_golden` writes Hugging Face's results to a file. `keep_maps` keeps the data for a report.
-    The function skips and reports images that it cannot compare. Paths may also name videos:
-    `video` sets their sampling, and the processor receives the resized frames.
-
-    Raises ArgumentError as `hf_tower` and `process` do. Raises the errors of `write_golden`, and
-    ComparisonError if no image is left to save.
+    `processor` computes an image's pixels for Hugging Face's tower. The result also reports the
+    pixels of the Pillow processor, and of torchvision's if it is installed. Our tower takes our own
+    pixels if they agree, and the processor's pixels otherwise. `save_golden` writes Hugging Face's
+    results to a file. `keep_maps` keeps the data for a report. The function skips and reports
+    images that it cannot compare. Paths may also name videos: `video` sets their sampling, and the
+    Pillow processor receives the resized frames.
     """
     check_transformers()
     config = encoder.config
@@ -178,15 +174,12 @@ def compare(
 
 @dataclass(frozen=True)
 class _LiveReference:
-    """Run Hugging Face's tower and processors beside an encoder."""
-
     encoder: VisionEncoder
     tower: Any
     processor: Processor
     video: VideoOptions
 
     def case_of(self, name: str) -> _Prepared:
-        """Return Hugging Face's results for an image or video, and how our pixels differ."""
         if is_video_file(name):
             return self._case_of_video(name)
         config = self.encoder.image_config
@@ -242,9 +235,6 @@ def compare_with_golden(
     `images`, the function compares every image of the golden file, from the stored pixel values. If
     weights differ from those of the golden file, the function still compares, and names these
     weights. It skips and reports images that are unreadable or too large for the GPU's memory.
-
-    Raises ComparisonError if the configuration, dtype, processor or requested attention
-    implementation differs from the golden file's, and for an image that the file does not contain.
     """
     golden.check_fits(encoder, processor=processor, attention=attention)
     chosen = _chosen(golden, images)
@@ -289,7 +279,6 @@ def _patches_of(name: str, encoder: VisionEncoder, video: VideoOptions) -> Patch
 
 
 def _with_errors(case: Case, result: ImageComparison) -> Case:
-    """Return the case on the host, with the errors that a golden file stores."""
     trace = {name: values.cpu() for name, values in case.trace.items()}
     errors = {stage.name: stage.theirs for stage in result.stages}
     return Case(
@@ -357,7 +346,6 @@ def _device_name(device: torch.device) -> str:
 
 
 def _read(name: str) -> tuple[RgbImage, str]:
-    """Return a decoded image, and the SHA-256 of the encoded bytes."""
     data = read_image_file(name, name, ImageLimits())
     return load_image(data, name=name), sha256(data).hexdigest()
 

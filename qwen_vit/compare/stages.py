@@ -32,7 +32,6 @@ def layout_for(
     dtype: torch.dtype,
     n_rows: int | None = None,
 ) -> Layout:
-    """Return `plan_layout`'s layout on the device."""
     return plan_layout(grids, config, device, dtype, n_rows).to(device)
 
 

@@ -55,14 +55,12 @@ def as_text(comparison: Comparison, *, has_stages: bool = False) -> str:
 
 
 def computed_in(facts: dict[str, Any]) -> str:
-    """Return our tower's dtype, quantization and device."""
     quantization = facts["quantization"]
     mlp = f", the MLP in {quantization}," if quantization else ""
     return f"{facts['dtype']}{mlp} on {facts['device']}"
 
 
 def reference_line(facts: dict[str, Any]) -> str:
-    """Return the settings of Hugging Face's run, on this machine or for the golden file."""
     reference, golden = facts["reference"], facts["golden"]
     versions = ", ".join(f"{name} {number}" for name, number in reference["versions"].items())
     where = f"golden {golden['path']}, made" if golden else "Hugging Face, run"
@@ -98,7 +96,6 @@ def closer_line(comparison: Comparison) -> str:
 
 
 def verdict_lines(comparison: Comparison) -> list[str]:
-    """Return the verdict: the first lines of the text and of the report."""
     lines = []
     golden = comparison.facts["golden"]
     if golden and golden["weights_sha256"] != comparison.facts["weights_sha256"]:
@@ -136,7 +133,6 @@ def verdict_lines(comparison: Comparison) -> list[str]:
 
 
 def _others(image: ImageComparison) -> str:
-    """Return the number of other problems, and the stage that misses its tolerance most."""
     if len(image.problems) == 1:
         return ""
     worst = max(image.stages, key=lambda stage: stage.verdict.excess)
@@ -154,7 +150,6 @@ def _image_row(image: ImageComparison) -> tuple[str, ...]:
 
 
 def _with_ratios(rows: Sequence[Sequence[str]], comparison: Comparison) -> list[Sequence[str]]:
-    """Return a table's rows, without the ratios if the two models have different weights."""
     if comparison.has_same_weights:
         return [*rows]
     place = rows[0].index(RATIO)

@@ -94,12 +94,10 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Return whether the stage is within tolerance."""
         return not self.problem
 
     @property
     def excess(self) -> float:
-        """Return the measured value divided by the allowed value."""
         return self.measured / self.allowed
 
 

@@ -27,8 +27,6 @@ BLOCK_BYTES = 2**20
 
 
 class VideoRows(NamedTuple):
-    """Hold our patches of a video, Hugging Face's processor rows, and the sampled frames."""
-
     patches: Patches
     processed: Processed
     size_px: tuple[int, int]
@@ -36,10 +34,6 @@ class VideoRows(NamedTuple):
 
 
 def load_rows(name: str, options: VideoOptions, config: ImageConfig) -> VideoRows:
-    """Load a video, and let Hugging Face's Pillow processor cut its resized frames.
-
-    Raises ImageError for an unreadable video, and the errors of `process`.
-    """
     resized: dict[int, NDArray[np.uint8]] = {}
     loaded = load_video(Video.of(name, options, name), config, keep=resized)
     ordered = [resized[at] for at in sorted(resized)]
@@ -52,7 +46,6 @@ def load_rows(name: str, options: VideoOptions, config: ImageConfig) -> VideoRow
 
 
 def digest_of(name: str) -> str:
-    """Return the SHA-256 of a video's file. Raises ImageError for an unreadable file."""
     try:
         with open_regular(name, name, expected="a video", remedy="pass a video file") as file:
             digest = sha256()
@@ -66,8 +59,11 @@ def digest_of(name: str) -> str:
 def compare_frames(
     timeline: Timeline, options: VideoOptions, seconds: tuple[float, ...], name: str
 ) -> SampledFrames:
-    """Compare our frames with those of both references. An installed library chooses its frames
-    itself."""
+    """Compare our frames with those of both references.
+
+    A library that runs here chooses its frames itself. For any other library, its rule in
+    `video.sampling` does.
+    """
     ours, _ = sample_frames(timeline, options, name)
     choices = []
     for reference in REFERENCES:
@@ -94,8 +90,7 @@ class _Reference:
     rule: Sampling
 
     def takes(self, options: VideoOptions) -> bool:
-        """Return whether the library supports these options. transformers accepts only whole
-        videos."""
+        """Return whether the library supports these options. transformers takes whole videos."""
         return self.rule == "qwen" or not options.is_part
 
     def choose(
