@@ -108,12 +108,10 @@ def draw_picture(axes: Any, layout: StripLayout, view: FeatureView, views: Featu
 
 
 def draw_colours(axes: Any, layout: StripLayout, view: FeatureView, views: FeatureViews) -> None:
-    """Draw the three principal components as colours."""
     draw_array(axes, layout, view.colours, interpolation="nearest")
 
 
 def draw_similarity(axes: Any, layout: StripLayout, view: FeatureView, views: FeatureViews) -> Any:
-    """Draw the cosine similarities to the chosen cell."""
     if view.similarity is None or views.span is None:
         raise ValueError("the view has no similarities")
     low, high = views.span
@@ -189,7 +187,6 @@ def sheet_png(view: FeatureView, views: FeatureViews, titles: Sequence[str]) -> 
 
 
 def heat_colours(count: int = 9) -> list[str]:
-    """Return the heat map's colours from the low end to the high end, for a page's colour bar."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 

@@ -55,7 +55,6 @@ class PageText:
 
 
 def feature_page(views: FeatureViews, text: PageText, *, today: date | None = None) -> bytes:
-    """Return a self-contained page of images' features with all pictures."""
     layouts = [StripLayout.of(view.h, view.w, views.window) for view in views.views]
     ramps = zip(COMPONENTS, component_colours(), views.explained, strict=False)
     return render_page(
@@ -88,8 +87,7 @@ def feature_page(views: FeatureViews, text: PageText, *, today: date | None = No
 def render_page(template: str, *, today: date | None = None, command: str, **values: Any) -> bytes:
     """Render a page from a Jinja2 template that extends `base.html.jinja`, as UTF-8.
 
-    The page shows `command` as the command that creates it again. The default of `today` is the
-    current day.
+    The page shows `command` as the command that creates it again.
     """
     from jinja2 import DictLoader, Environment, StrictUndefined
 
@@ -107,7 +105,6 @@ def render_page(template: str, *, today: date | None = None, command: str, **val
 
 
 def data_uri(picture: bytes, kind: str = "png") -> str:
-    """Return a picture as a data URI for a page."""
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 

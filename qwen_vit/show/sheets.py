@@ -36,7 +36,8 @@ def show_features(
         features: features from one encoder with one output, "merged" or "patch". The principal
             components are fitted to all feature maps together, so that colours are comparable.
         pictures: the images by id, if the ids are not the images' paths.
-        point: (x, y) in pixels of the first image. The function compares this cell with every cell.
+        point: (x, y) in pixels of the first image. The function compares the cell at this point
+            with every cell.
         layer: a block of `features.layers` to draw instead of the embeddings.
         frame: the index of a video's pair of frames.
 
@@ -59,7 +60,6 @@ def show_features(
 
 
 def panel_titles(view: FeatureView, views: FeatureViews) -> tuple[str, str, str]:
-    """Return the titles of an image's panels: windows, feature map, similarities."""
     rows, columns = view.colours.shape[:2]
     what = "image" if view.picture is not None else "features"
     is_cut = view.h % views.window or view.w % views.window

@@ -44,7 +44,6 @@ class StripLayout:
 
     @classmethod
     def of(cls, h: int, w: int, window: int) -> "StripLayout":
-        """Lay out a picture of h x w patches with attention windows of `window` patches."""
         long, short = max(h, w), min(h, w)
         count = 1
         if long > MAX_RATIO * short:
@@ -73,7 +72,6 @@ class StripLayout:
 
     @property
     def is_cut(self) -> bool:
-        """Return whether there is more than one strip."""
         return len(self.sources) > 1
 
     def crops(self, array: NDArray[Any]) -> list[tuple[NDArray[Any], Box]]:

@@ -114,23 +114,11 @@ def view_features(
 ) -> FeatureViews:
     """Fit components to all features together, and compute similarities to a cell, for drawing.
 
-    Args:
-        features: features from one encoder with one output, "merged" or "patch".
-        pictures: the images by id. For any other image, the function reads the file that the id
-            names. If this file is missing, unreadable or of another size, the drawing shows no
-            image.
-        point: (x, y) in pixels of the first image. The function compares this cell with every cell.
-        layer: a block of `features.layers` to draw instead of the embeddings.
-        frame: the index of a video's pair of frames.
-        window: the side of an attention window, in patches.
-        on_error: "skip" draws features without their image if the image in `pictures` is unreadable
-            or does not fit, and logs a warning.
-
-    Raises:
-        ArgumentError: There are no features, an image failed, the rows are not cells, the layer or
-            the frame does not exist, or widths differ. Also for a point outside its image or in an
-            image of unknown size, and for an image of `pictures` that does not fit its features.
-        ImageError: qwen_vit cannot read an image of `pictures`.
+    `show_features` describes the arguments from `features` to `frame`. For an image that is not in
+    `pictures`, the function reads the file that the id names. If this file is missing, unreadable
+    or of another size, the view has no picture. With on_error="skip", the view also has none if the
+    image in `pictures` is unreadable or does not fit, and the function logs a warning. `window` is
+    the side of an attention window, in patches.
     """
     features = list(features)
     if not features:
@@ -261,7 +249,6 @@ def _cell_at(
 
 
 def _drawable(picture: RgbImage, grid_thw: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Return the image, resized to a whole number of pixels per patch."""
     _, h, w = grid_thw
     px = max(2, min(14, MAX_SIDE_PX // max(h, w)))
     return np.asarray(picture.picture.resize((w * px, h * px)))  # Pillow's default is bicubic
