@@ -9,7 +9,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command line. If click is missing, print one line with the remedy."""
+    """If click is missing, print one line with the remedy."""
     exit_at_interrupts()  # before all other imports, which take 0.1 s or more
     from qwen_vit.cli.imports import slow_imports
     from qwen_vit.errors import ArgumentError

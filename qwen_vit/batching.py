@@ -144,7 +144,6 @@ class BatchEncoder:
     def _encode_stream(
         self, video: LoadedImage, stream: PieceStream, limit: "InFlightLimit"
     ) -> ImageFeatures | FailedImage:
-        """Encode each piece of a long video while threads decode the next pieces."""
         found: list[ImageRows] = []
         t = h = w = 0
         with closing(stream.pieces()) as pieces:
@@ -175,8 +174,7 @@ class BatchEncoder:
     def _joined(
         self, pieces: Mapping[int, ImageRows | ImageError], is_video: bool
     ) -> ImageRows | ImageError | None:
-        """Return the rows of an image, or join the rows of a video's pieces. An error of a piece
-        replaces the rows, and an input without pieces gives None."""
+        """An error of a piece replaces the rows. An input without pieces gives None."""
         found = [pieces[index] for index in sorted(pieces)]
         error = next((each for each in found if isinstance(each, ImageError)), None)
         if error is not None or not found:
@@ -291,7 +289,6 @@ class InFlightLimit:
 
 
 def _values(loaded: LoadedImage) -> int:
-    """Return the number of values in a row of an image's patches."""
     return 0 if loaded.patches is None else loaded.patches.n_values
 
 

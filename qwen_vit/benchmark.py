@@ -72,7 +72,6 @@ def median_ms(run: Callable[[], Any], repeats: int = REPEATS, warm_ups: int = WA
 
 
 def large_gemm(device: torch.device) -> Callable[[], Any]:
-    """Return a function that runs an 8192^3 bfloat16 GEMM on random data: GEMM_FLOPS operations."""
     side = GEMM_SIDE
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     c = torch.empty_like(a)
@@ -123,7 +122,6 @@ class StageWork:
     count: int  # blocks with this stage
 
     def roofline_ms(self, gemm_rate: float, copy_rate: float) -> float:
-        """Return the longer of compute and memory time, at the GPU's measured rates."""
         return 1e3 * max(self.flops / gemm_rate, self.bytes / copy_rate)
 
 
@@ -201,11 +199,9 @@ class TimedTower:
         self.graphs = GraphRunner(tower, device)
 
     def layout(self, grids: Sequence[Grid], n_rows: int | None = None) -> Layout:
-        """Return the layout of images, padded to `n_rows`."""
         return plan_layout(grids, self.tower.config, self.device, self.dtype, n_rows)
 
     def eager(self, pixels: Tensor, grids: Sequence[Grid]) -> Callable[[], Tensor]:
-        """Return a function that launches the kernels one by one."""
         layout = self.layout(grids).to(self.device)
 
         def run() -> Tensor:
@@ -215,7 +211,7 @@ class TimedTower:
         return run
 
     def by_graph(self, pixels: Tensor, grids: Sequence[Grid]) -> Callable[[], Tensor]:
-        """Return a function that replays a CUDA graph, if one fits."""
+        """Return a function that replays a CUDA graph, or launches kernels if no graph fits."""
         layout = self.layout(grids, bucket_for(len(pixels)))
         eager = self.eager(pixels, grids)
 
@@ -235,8 +231,6 @@ def random_pixels(grids: Sequence[Grid], config: VisionConfig, device: torch.dev
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Describe one workload's GPU time in milliseconds, and derive ratios."""
-
     workload: str
     images: int
     patches: int
@@ -246,17 +240,15 @@ class Measured:
 
     @property
     def x_roofline(self) -> float:
-        """Return the time divided by the roofline's time."""
         return self.ms / self.roofline_ms
 
     @property
     def images_per_second(self) -> float:
-        """Return the images per second of GPU time."""
         return 1000 * self.images / self.ms
 
 
 def check_device(device: str) -> None:
-    """Raise ArgumentError for a CPU. The command calls this before it fetches weights."""
+    """The command calls this before it fetches weights."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         raise ArgumentError("a benchmark on the CPU would time the interpreter", remedy="use a GPU")
 
@@ -269,13 +261,12 @@ def bench(
     >>> bench(VisionEncoder.from_pretrained("tiny", device="cpu"))
     Traceback (most recent call last):
     qwen_vit.errors.ArgumentError: a benchmark on the CPU would time the interpreter. Use a \
-GPU.
+    GPU.
 
     With `plain`, a Hopper GPU runs the plain Triton kernels, like other GPUs.
 
     Before it measures a workload, the function checks that CUDA graphs and separate launches give
-    equal and finite values. Raises CheckpointError if they do not, and ArgumentError without a GPU
-    or for an unknown workload.
+    equal and finite values.
     """
     check_device(encoder.device.type)
     kernels = plain_kernels() if plain else nullcontext()
@@ -320,7 +311,6 @@ def _measured(timed: TimedTower, name: str) -> Measured:
 
 
 def speed_table(rows: Sequence[Measured]) -> str:
-    """Return the rows as a table for people."""
     head = (
         f"{'images':<12}{'ms':>10}{'images/s':>10}{'patches/s':>12}{'x roofline':>12}{'peak MB':>9}"
     )
@@ -334,7 +324,6 @@ def speed_table(rows: Sequence[Measured]) -> str:
 
 
 def speed_report(encoder: VisionEncoder, rows: Sequence[Measured]) -> dict[str, Any]:
-    """Return the rows as a JSON document, with the device and versions."""
     return {
         "model": encoder.source.name,
         "commit": encoder.source.commit,

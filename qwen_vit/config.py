@@ -55,11 +55,9 @@ class Grid:
 
     @property
     def n_patches(self) -> int:
-        """Return the number of patches of all frames."""
         return self.t * self.h * self.w
 
     def n_tokens(self, merge_unit: int) -> int:
-        """Return the number of merged tokens of all frames. Each token has `merge_unit` patches."""
         return self.n_patches // merge_unit
 
 
@@ -72,8 +70,7 @@ class VisionConfig:
     >>> config.head_dim, config.patch_dim, config.window_units, config.factor_px
     (80, 1176, 4, 28)
 
-    Raises CheckpointError with the rule for a value that the tower cannot have. Key names follow
-    transformers' models/qwen2_5_vl/configuration_qwen2_5_vl.py.
+    Key names follow transformers' models/qwen2_5_vl/configuration_qwen2_5_vl.py.
     """
 
     depth: int
@@ -274,9 +271,6 @@ class ImageConfig:
 
         >>> ImageConfig.from_json({}).bounded(None, 50_176).max_pixels
         50176
-
-        Raises ArgumentError if `max_pixels` is below `min_pixels` or below the pixels of one merged
-        token, and for other values than integers from 1 to 2**31.
         """
         try:
             return replace(
@@ -306,8 +300,6 @@ class ImageConfig:
 def check_consistent(
     vision: VisionConfig, image: ImageConfig, *, source: str = "preprocessor_config.json"
 ) -> None:
-    """Raise CheckpointError if the image settings and the tower have different patch sizes,
-    temporal patch sizes or merge sizes."""
     for name, images_have, tower_has in (
         ("patch_size", image.patch_px, vision.patch_px),
         ("temporal_patch_size", image.temporal_patch_size, vision.temporal_patch_size),

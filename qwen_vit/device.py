@@ -30,11 +30,7 @@ USE_CPU = with_options("use {}", ("device", "cpu"))
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """Return the device with this name, with an index for a GPU. "auto" prefers a GPU.
-
-    Raises ArgumentError for an invalid name, and for a device that is missing or that the kernels
-    do not support.
-    """
+    """Return the device with this name, with an index for a GPU. "auto" prefers a GPU."""
     if device == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
@@ -85,10 +81,7 @@ def warn_without_gpu(device: str | torch.device) -> None:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype of the computation. "auto" is bfloat16 on a GPU and float32 on a CPU.
-
-    Raises ArgumentError for a dtype that the kernels do not support on this device.
-    """
+    """Return the dtype of the computation. "auto" is bfloat16 on a GPU and float32 on a CPU."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     chosen = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
@@ -107,13 +100,11 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 def choose_quantization(
     quantization: str | None, device: torch.device, dtype: torch.dtype
 ) -> Quantization | None:
-    """Return the quantization if the kernels support it with this dtype on this device.
+    """Check that the kernels support the quantization with this dtype on this device.
 
     >>> choose_quantization("int4", torch.device("cpu"), torch.float32)
     Traceback (most recent call last):
     qwen_vit.errors.ArgumentError: quantization is 'int4'. Expected None or 'fp8'.
-
-    Raises ArgumentError otherwise.
     """
     check_choice("quantization", quantization, (None, *get_args(Quantization)))
     if quantization is None:
@@ -143,7 +134,7 @@ def choose_quantization(
 
 
 def warn_of_error(quantization: Quantization | None) -> None:
-    """Log once how far "fp8" missed its tolerance. Call this after all checks."""
+    """Call this after all checks, so that an error stands alone."""
     if quantization == "fp8":  # ledger row `fp8 error 2ef0047`
         _warn_once(
             "quantization 'fp8' is experimental: its error was 4.1 to 5.3 times Hugging Face's in "
@@ -155,7 +146,6 @@ def warn_of_error(quantization: Quantization | None) -> None:
 def check_fits(
     config: VisionConfig, device: torch.device, quantization: Quantization | None = None
 ) -> None:
-    """Raise CheckpointError if the device's kernels do not support the tower's sizes."""
     if quantization == "fp8" and config.hidden_size % SCALE_COLUMNS:
         raise CheckpointError(
             f"hidden_size is {config.hidden_size}",

@@ -110,8 +110,8 @@ class VisionEncoder(LoadedTower):
                 None: the checkpoint's value.
             cuda_graphs: False launches every kernel separately, which is slower for small batches
                 but gives the same bits. `output="patch"` and `layers` never use graphs.
-            torch_dtype: transformers' name for `dtype`. Any value raises ArgumentError.
-            device_map: transformers' name for `device`. Any value raises ArgumentError.
+            torch_dtype: transformers' name for `dtype`. Any value but None raises ArgumentError.
+            device_map: transformers' name for `device`. Any value but None raises ArgumentError.
 
         Raises:
             HubError: The name is unknown, or the Hub and its cache cannot provide the files.
@@ -323,7 +323,7 @@ class VisionEncoder(LoadedTower):
         limits: ImageLimits | None, video_limits: VideoLimits | None, formats: Iterable[str],
         frames: Pages, decode_threads: int | None,
     ) -> Iterator[ImageFeatures | FailedImage]:  # fmt: skip
-        """Encode like `encode_iter`. With `is_lent`, no PIL image changes before the end."""
+        """Encode like `encode_iter`. With `is_lent`, the caller's PIL images keep their pixels."""
         outputs = OutputOptions.checked(output, normalize, layers, self.config.depth)
         limits = ImageLimits() if limits is None else limits
         if formats:

@@ -229,7 +229,6 @@ def _with_stop(text: str) -> str:
 
 
 def _as_sentence(text: str) -> str:
-    """Return a text with a capital letter and a full stop, in both spellings of a `Wording`."""
     if not text:
         return ""
     if isinstance(text, Wording):
@@ -262,7 +261,7 @@ class ImageError(QwenVitError, ValueError):
         self.code = code
 
     def without_frames(self) -> "ImageError":
-        """Return the error without its traceback, whose frames would keep the file's bytes or the
+        """Return a copy without the traceback, whose frames would keep the file's bytes or the
         array."""
         return ImageError.of(self, code=self.code)
 
@@ -326,7 +325,6 @@ def one_line(text: str) -> str:
 
 
 def _escape_record(record: logging.LogRecord) -> bool:
-    """Turn a log record into one printable line."""
     record.msg, record.args = one_line(record.getMessage()), ()
     return True
 

@@ -240,7 +240,6 @@ def _size_text(size_px: tuple[int, int]) -> str:
 
 
 def _html_table(name: str, facts: Mapping[str, str]) -> str:
-    """Return a small table for notebooks, with the name above the known facts."""
     cells = [
         f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>"
         for key, value in facts.items()
@@ -263,7 +262,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def check_features(features: AnyFeatures) -> list[ImageFeatures | FailedImage]:
-    """Return features as a list, even for a single image. Raises ArgumentError for other values."""
+    """Return features as a list, even for a single image, and reject other values."""
     wanted = "ImageFeatures, as `encode` returns them"
     if isinstance(features, ImageFeatures | FailedImage):
         features = [features]
@@ -288,7 +287,6 @@ def check_features(features: AnyFeatures) -> list[ImageFeatures | FailedImage]:
 
 
 def not_finite(name: str) -> ImageError:
-    """Return the error for an image whose embeddings contain NaN or infinity."""
     return ImageError(
         "its embeddings contain NaN or infinity",
         name=name,

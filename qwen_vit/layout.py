@@ -73,11 +73,7 @@ def _frame(h: int, w: int, merge: int, window_units: int) -> _Frame:
 
 
 def check_grids(grids: Iterable[Grid], config: VisionConfig, image: str = "") -> None:
-    """Reject a grid that no image can have. Errors name `image`, if given.
-
-    Raises ImageError (code `grid`) if a number is below 1, or if the height or width is not a
-    multiple of the merge size.
-    """
+    """Reject a grid that no image can have. Errors name `image`, if given."""
     merge = config.spatial_merge_size
     for index, grid in enumerate(grids):
         if min(grid.t, grid.h, grid.w) < 1:
@@ -158,12 +154,6 @@ class Layout:
         full_tiling: SegmentTiling = SegmentTiling(rows=128),
         n_rows: int | None = None,
     ) -> "Layout":
-        """Lay out images in order, with padding up to `n_rows` rows.
-
-        Raises ImageError with code `grid` as `check_grids` does. Raises ImageError with code
-        `too-many-patches` for more patches than `n_rows` or int32 allows, and for padding that is
-        not a whole number of merged tokens.
-        """
         check_grids(grids, config)
         merge, unit = config.spatial_merge_size, config.merge_unit
         n_patches = sum(grid.n_patches for grid in grids)
@@ -288,7 +278,6 @@ def _check_budget(n_patches: int, total: int, unit: int) -> None:
 
 
 def _padding_rows(n_rows: int) -> Integers:
-    """Return the lengths of the padding segments."""
     lengths = np.full(-(-n_rows // PADDING_ROWS), PADDING_ROWS, dtype=np.int32)
     if n_rows % PADDING_ROWS:
         lengths[-1] = n_rows % PADDING_ROWS

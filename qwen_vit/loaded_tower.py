@@ -56,7 +56,7 @@ class LoadedTower:
         dtype: str | torch.dtype, quantization: str | None, *, min_pixels: int | None,
         max_pixels: int | None, cuda_graphs: bool,
     ) -> Self:  # fmt: skip
-        """Choose device, dtype and quantization. Then open a checkpoint and build an encoder."""
+        """Check device, dtype and quantization before `opened` downloads or reads a checkpoint."""
         chosen = choose_device(device)
         computed = choose_dtype(dtype, chosen)
         quantized = choose_quantization(quantization, chosen, computed)
@@ -126,7 +126,7 @@ class LoadedTower:
         Raises:
             ImageError: The rows do not have the type and shape that the grids imply (code
                 `patches`), or a grid is invalid (code `grid`). Also for more patches than int32 can
-                count (code `too-many-patches`). The method raises this error before it runs a
+                count (code `too-many-patches`). The method raises all of these before it runs a
                 kernel.
         """
         grids = as_grids(grid_thw)
@@ -180,8 +180,9 @@ class LoadedTower:
         self, patches: Tensor, grids: tuple[Grid, ...], output: Output,
         taps: LayerTaps | None = None,
     ) -> Tensor:  # fmt: skip
-        """Run the tower on uint8 or float rows in grid order, with a graph if one fits. The device,
-        which is faster than the host, normalises uint8 rows of two frames.
+        """Run the tower on uint8 or float rows in grid order, with a CUDA graph if one fits.
+
+        The device normalises uint8 rows of two frames, because it is faster than the host.
         """
         if patches.dtype == torch.uint8 and patches.shape[1] == self.config.patch_dim:
             rows = patches.to(self.device, non_blocking=True)

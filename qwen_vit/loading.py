@@ -102,8 +102,6 @@ def is_single_still(images: Any) -> bool:
 
 
 def as_images(images: Any) -> Iterator[Any]:
-    """Return an iterator over one image, a stack or an iterable of images, or raise
-    ArgumentError."""
     try:
         return iter([images] if is_one_image(images) else images)
     except TypeError:
@@ -120,7 +118,7 @@ def as_videos(videos: Any, options: VideoOptions) -> Video | Iterable[Video]:
     ['a.mp4', 'b.mp4']
 
     A list or tuple that begins with a PIL image, or with an array or tensor of one image, is a list
-    of frames. Raises ArgumentError for a value that is not iterable.
+    of frames.
     """
     if isinstance(videos, Video):
         return videos
@@ -172,9 +170,9 @@ class ImageLoader:
     With `on_gpu`, the loader returns decoded pixels, which the GPU resizes and cuts. With
     `is_lent`, the caller does not change its PIL images before their features arrive. `video`
     contains the options for videos without their own. With `as_video`, animations are videos.
-    `video_threads` is the number of threads that decode one video. A video file of more than
-    `piece_patches` patches is cut into pieces, and the first pieces are returned while threads
-    decode later ones. If `piece_patches` is None, no video is cut.
+    `video_threads` is the number of threads that decode one video. The loader cuts a video file of
+    more than `piece_patches` patches into pieces, and returns the first piece while threads decode
+    the others. If `piece_patches` is None, the loader cuts no video.
     """
 
     config: VisionConfig
@@ -256,7 +254,7 @@ class ImageLoader:
     ) -> LoadedImage:
         """Return an image or video as a `LoadedImage`. With on_error="skip", it may hold an error.
 
-        With `is_ahead`, this thread decodes the rest of a long video in `_decode_rest`.
+        With `is_ahead`, the job's thread decodes the rest of a long video in `_decode_rest`.
         """
         try:
             if isinstance(image, LoadedImage):
@@ -318,8 +316,6 @@ class ImageLoader:
         return self.as_video and isinstance(image, bytes) and is_animated(image, self.limits)
 
     def _load_pieces(self, video: Video, name: str, *, is_ahead: bool) -> LoadedImage:
-        """Return a whole video, or the first piece and a stream of the other pieces. Raises
-        ImageError."""
         pieces = load_pieces(
             video.named(name), self.image_config, most=self.piece_patches,
             limits=self.video_limits, image_limits=self.limits, layout=self.layout,
@@ -344,7 +340,6 @@ class ImageLoader:
         return LoadedImage(name, loaded.size_px, loaded.notes, loaded.patches, timing=loaded.timing)
 
     def _accept_patches(self, patches: Patches | Picture | Frames, name: str) -> LoadedImage:
-        """Check one image's patches or decoded pixels from the caller, and return the image."""
         if len(patches.grids) != 1:
             raise ImageError(
                 f"the patches of {len(patches.grids)} images",

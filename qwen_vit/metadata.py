@@ -25,9 +25,7 @@ def origin_metadata(
     device: torch.device,
     quantization: str | None,
 ) -> dict[str, Any]:
-    """Return the origin of an encoder's embeddings as JSON values. None marks a fact that does not
-    apply or is unknown.
-    """
+    """Return JSON values. None marks a fact that does not apply or is unknown."""
     return {
         "model": origin.name,
         "commit": origin.commit,

@@ -100,7 +100,7 @@ class NormedLinear(Linear):
 class ResidualLinear(Linear):
     """Apply a GEMM and add the result to the residual stream.
 
-    With `quantized`, the new stream also has an e4m3 copy for the MLP that follows.
+    With `quantized`, the new stream also contains its values in e4m3, for the MLP that follows.
     """
 
     def forward(  # type: ignore[override]
@@ -262,7 +262,6 @@ class LayerTaps:
     rows: dict[int, Tensor] = field(default_factory=dict)
 
     def keep(self, block: int, stream: ResidualStream, layout: Layout) -> None:
-        """Copy the rows after `block`, if it is a chosen block."""
         if block in self.blocks:
             self.rows[block] = stream.values[layout.raster_order]
 
@@ -329,8 +328,8 @@ class VisionTower(nn.Module):
     def _rotary_angles(self, n_positions: int) -> tuple[Tensor, Tensor]:
         """Return one axis's cosines and sines by position and frequency: (positions, R / 2).
 
-        The tables are computed in float64 and rounded once to float32, whatever the tower's dtype.
-        With angles in bf16, a cosine at position 256 would be wrong by 0.47.
+        The host computes the tables in float64 and rounds them once to float32, whatever the
+        tower's dtype. With angles in bf16, a cosine at position 256 would be wrong by 0.47.
         """
         angles = self.angles
         if angles is None or len(angles[0]) < n_positions:

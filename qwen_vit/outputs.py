@@ -33,19 +33,16 @@ class OutputOptions:
 
     @classmethod
     def checked(cls, output: Any, normalize: Any, layers: Any, depth: int) -> Self:
-        """Check options for a tower of `depth` blocks, and return them. Raises ArgumentError for an
-        invalid option."""
         check_choice("output", output, get_args(FeatureOutput))
         check_normalize(output, normalize)
         return cls(output, normalize, check_layers(layers, depth))
 
     @property
     def tower_output(self) -> Literal["merged", "patch"]:
-        """Return the output that the tower computes. A mean needs merged rows."""
+        """A mean needs merged rows."""
         return "patch" if self.output == "patch" else "merged"
 
     def taps(self) -> LayerTaps | None:
-        """Return a collector of the chosen blocks' rows in one batch, or None for no blocks."""
         return LayerTaps(self.layers) if self.layers else None
 
     def join(self, pieces: Sequence[ImageRows]) -> ImageRows:
@@ -68,7 +65,7 @@ class OutputOptions:
     ) -> list[ImageRows]:
         """Return the rows of a batch by image. `patches` gives each image's patch count.
 
-        With `pool=False`, `join` computes the mean later.
+        With `pool=False`, `join` computes a mean later.
         """
         lengths = [n if self.output == "patch" else n // merge_unit for n in patches]
         if self.output == "mean" and pool:
@@ -85,7 +82,6 @@ class OutputOptions:
 
 
 def check_normalize(output: str, normalize: object) -> None:
-    """Raise ArgumentError unless `normalize` is False, or True for output="mean"."""
     if not isinstance(normalize, bool):
         raise ArgumentError(f"normalize is {normalize!r}", expected="True or False")
     if normalize and output != "mean":
@@ -101,8 +97,7 @@ def check_layers(layers: Iterable[Any], depth: int | None = None) -> tuple[int, 
     >>> check_layers([31, 7], depth=32)
     (7, 31)
 
-    Without `depth`, any block number >= 0 is valid. Raises ArgumentError for a string, for a value
-    that is not iterable, and for repeated or nonexistent blocks.
+    Without `depth`, any block number >= 0 is valid.
     """
     last = "" if depth is None else f" to {depth - 1}"
     expected = f"blocks from 0{last}, each once"

@@ -38,9 +38,6 @@ def pixel_weight_exponent(dtype: torch.dtype) -> int:
 
     >>> pixel_weight_exponent(torch.bfloat16)
     10
-
-    Raises ArgumentError for any other type. In float16, activations of the published 3B model
-    overflow.
     """
     exponents = {torch.bfloat16: 10, torch.float32: 0}
     if dtype == torch.float16:
@@ -81,18 +78,16 @@ class QuantizedRows:
 
     @classmethod
     def empty(cls, n_rows: int, n_columns: int, device: torch.device) -> Self:
-        """Return rows without values, for a kernel to fill."""
         scales = torch.empty(n_columns // SCALE_COLUMNS, n_rows, dtype=torch.float32, device=device)
         return cls(torch.empty(n_rows, n_columns, dtype=FP8, device=device), scales)
 
     def dequantized(self) -> Tensor:
-        """Return the rows in float32: (N, C)."""
         blocks: Tensor = self.values.float().unflatten(1, (len(self.scales), -1))
         return (blocks * self.scales.T.unsqueeze(2)).flatten(1)
 
 
 def quantize(rows: Tensor, columns: int = SCALE_COLUMNS) -> QuantizedRows:
-    """Quantise rows to e4m3, with a scale per row and `columns` columns.
+    """Quantise rows to e4m3, with a scale for each row and each `columns` columns.
 
     >>> quantized = quantize(torch.tensor([[448.0, 3.0] + [0.0] * 126]))
     >>> quantized.scales, quantized.values[0, :2].float()
