@@ -58,8 +58,8 @@ class Manifest:
 
     `shards` records how qwen_vit read each shard. `whole_bytes` is the size of the checkpoint's
     weights, or None if the index does not give it. The writer adds `files` and `header_sha256` when
-    the folder is complete. `files` maps each file name to the file's size in bytes and its sha256.
-    `header_sha256` is the hash of vision.safetensors' header, which `find` checks.
+    the folder is complete. `header_sha256` is the hash of vision.safetensors' header, which `find`
+    checks.
     """
 
     repo: str
@@ -131,8 +131,8 @@ def check(folder: Path) -> dict[str, str] | None:
     """Hash again each file that has a recorded hash. Return the kind of hash that matched, by file
     name, or None if no hashes are recorded.
 
-    A folder that qwen_vit wrote has a manifest. A snapshot in the Hub's cache contains links to
-    files whose names are digests: sha256 for large files, and git's sha1 for others.
+    A snapshot in the Hub's cache contains links to files whose names are digests: sha256 for large
+    files, and git's sha1 for others.
     """
     if (folder / MANIFEST_FILE).is_file():
         manifest = find(folder)
@@ -176,7 +176,6 @@ def was_checked(repository: Path, path: Path, digest: str) -> bool:
 
 
 def remember_check(repository: Path, path: Path, digest: str) -> None:
-    """Record that the file has this digest, if the cache is writable."""
     mark = _mark(repository, path, digest)
     with suppress(OSError):
         mark.parent.mkdir(parents=True, exist_ok=True)
@@ -340,7 +339,7 @@ def _is_alive(process: int) -> bool:
 
 
 def _last_change(folder: Path) -> float:
-    """Return the time of the last write in a folder. A running download writes constantly."""
+    """A running download writes constantly."""
     return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
 
 

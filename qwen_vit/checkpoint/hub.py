@@ -43,7 +43,7 @@ SETTINGS = ("preprocessor_config.json", "processor_config.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """Name a checkpoint. `commit` is None unless a repository contains the checkpoint."""
+    """`commit` is None unless a repository contains the checkpoint."""
 
     name: str
     commit: str | None = None
@@ -60,7 +60,7 @@ class Download:
 
     `kept_bytes` counts weights, and `saved_bytes` counts the checkpoint's other weights. Both are
     None for a checkpoint outside the Hub. `saved_bytes` is also None if the index does not give the
-    total size. `licence` is the licence in the model card, if qwen_vit read the card.
+    total size.
     """
 
     source: Source
@@ -85,8 +85,7 @@ def find_checkpoint(
     'tiny'
 
     The function downloads the config files and the vision tensors once. `revision`, `token`,
-    `cache_dir` and `local_files_only` have the same meaning as in huggingface_hub. `download`
-    describes `subfolder`.
+    `cache_dir` and `local_files_only` have the same meaning as in huggingface_hub.
     """
     return download(
         model,

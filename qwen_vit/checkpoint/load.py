@@ -30,10 +30,8 @@ logger = logging.getLogger("qwen_vit")
 
 @dataclass(frozen=True, slots=True)
 class Tower:
-    """Describe a vision tower in files: its configs, and the stored parts of each published tensor.
-
-    `settings` are the config files.
-    """
+    """Describe a vision tower in files: its configs, and the stored parts of each published
+    tensor."""
 
     config: VisionConfig
     image_config: ImageConfig
@@ -52,8 +50,8 @@ class Checkpoint:
 
     `tensors` maps the published names without prefix, such as "blocks.0.attn.qkv.weight", to
     tensors as stored. For a checkpoint in files, each look-up reads a file. `convert` rejects NaN
-    and infinity. `files` are all files that the checkpoint reads. `prefix` is the text before the
-    names of the vision tensors. `dtypes` are the stored types, such as "BF16".
+    and infinity. `prefix` is the text before the names of the vision tensors. `dtypes` are the
+    stored types, such as "BF16".
 
     A checkpoint can be copied and pickled. If it is in files, a copy shares the open files, and an
     unpickled checkpoint opens the same paths.
@@ -117,15 +115,12 @@ class Checkpoint:
         )
 
     def on_host(self) -> "Checkpoint":
-        """Return the same checkpoint, with copies of a GPU's tensors in host memory."""
         return replace(self, tensors=self.tensors.on_host())
 
     def weights_sha256(self) -> str:
         return self.tensors.sha256()
 
     def locate(self, name: str) -> str:
-        """Return a tensor's place for messages: file, size and name, or the name alone without a
-        file."""
         return self.tensors.locate(name)
 
 

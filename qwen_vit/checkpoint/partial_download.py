@@ -35,7 +35,7 @@ CHUNK_BYTES = 2**20
 class Shards:
     """Read the shards of one checkpoint: local files, and remote files with range requests.
 
-    The class reads each header once. `label` names the repository in messages.
+    The class reads each header once.
     """
 
     def __init__(
@@ -73,7 +73,6 @@ class Shards:
         return self._headers[name]
 
     def piece(self, tensor: StoredTensor, to: int) -> Piece:
-        """Return the range of a tensor's bytes in its shard, and the place `to` to copy them to."""
         name = tensor.path.name
         self.header_of(name)
         start = self._data_starts[name] + tensor.info.start

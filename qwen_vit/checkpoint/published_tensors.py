@@ -41,7 +41,7 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 class PublishedTensors(Mapping[str, Tensor], Generic[Part]):
-    """Map published names to tensors. A look-up joins a tensor's parts."""
+    """Map published names to tensors."""
 
     def __init__(self, parts: Mapping[str, tuple[Part, ...]]) -> None:
         self._parts = parts
@@ -154,7 +154,6 @@ class GivenTensors(PublishedTensors[Tensor]):
     """Map names to tensors that the caller loaded, on any device."""
 
     def on_host(self) -> "GivenTensors":
-        """Return copies of a GPU's tensors in host memory, and the other tensors unchanged."""
         return GivenTensors(
             {name: tuple(part.cpu() for part in parts) for name, parts in self._parts.items()}
         )

@@ -92,7 +92,7 @@ class Pace:
         self._name, self._bytes, self._begin = name, 0, time.monotonic()
 
     def count(self, n_bytes: int) -> None:
-        """Raises TooSlowError if more than 30 s have passed with fewer than 1,000 bytes a second on
+        """Raise TooSlowError if more than 30 s have passed with fewer than 1,000 bytes a second on
         average."""
         self._bytes += n_bytes
         seconds = time.monotonic() - self._begin

@@ -44,10 +44,7 @@ class NotCachedError(HubError):
 
 
 class Repository:
-    """Access a repository at one commit. `resolve` finds the commit of a branch or tag.
-
-    `fetched_bytes` counts the bytes of files and ranges that were received over the network.
-    """
+    """Access a repository at one commit. `resolve` finds the commit of a branch or tag."""
 
     def __init__(
         self,
@@ -86,14 +83,12 @@ class Repository:
         return self.local_files_only or is_offline_mode() or not self._has_address()
 
     def cache(self) -> Path:
-        """Return the Hub's cache: `cache_dir`, or the folder of HF_HUB_CACHE or HF_HOME."""
         from huggingface_hub.constants import HF_HUB_CACHE
 
         return Path(self._cache_dir or HF_HUB_CACHE)
 
     def resolve(self, name: str) -> Path | None:
-        """Fetch a file and set the commit from its path. Return the path, or None if the repository
-        lacks the file.
+        """Fetch a file and set the commit from its path.
 
         The other files come from the same commit, even if the branch moves.
         """
@@ -261,7 +256,6 @@ class Repository:
             return None
 
     def _is_listed(self, name: str) -> bool:
-        """Return whether the file is in a listing that the client fetched before."""
         return self._listing is not None and name in (self.names() or ())
 
     def _forget_absence(self, name: str) -> None:
@@ -278,8 +272,8 @@ class Repository:
         return path
 
     def _download_file(self, name: str, revision: str | None) -> tuple[Path, int]:
-        """Return a file's path and size, after a download if necessary. Retry a FileNotFoundError
-        four times, because another process may recreate the cache's link."""
+        """Retry a FileNotFoundError four times, because another process may recreate the cache's
+        link."""
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 

@@ -97,7 +97,7 @@ def expected_tensors(config: VisionConfig) -> dict[str, tuple[int, ...]]:
 
 
 def tower_prefixes(names: Iterable[str]) -> list[str]:
-    """Return the sorted prefixes of the vision towers. A checkpoint usually has one.
+    """Return the sorted prefixes of the vision towers.
 
     >>> tower_prefixes(["visual.patch_embed.proj.weight", "model.norm.weight"])
     ['visual.']
@@ -145,8 +145,7 @@ def check_tower(
 ) -> dict[str, tuple[str, ...]]:
     """Check a tower. Return each published tensor's stored names: its own, or those of q, k and v.
 
-    `infos` maps names without prefix to header entries. `source` and `locate` name the checkpoint
-    and a tensor in messages.
+    `infos` maps names without prefix to header entries.
     """
     _refuse_other_towers(infos, source, locate)
     _refuse_as_tools_save({name: info.shape for name, info in infos.items()}, source)

@@ -39,7 +39,6 @@ class WeightUpdates:
 
     Args:
         tower: the `VisionTower`, whose parameters this class writes in place.
-        config: the tower's architecture.
         image_config: the image settings, on which the weights for uint8 pixels depend.
     """
 

@@ -24,8 +24,6 @@ def describe(source: Source, image: str | os.PathLike[str] | None = None) -> dic
     >>> from qwen_vit.checkpoint.hub import find_checkpoint
     >>> describe(find_checkpoint("tiny"))["tensors"]
     66
-
-    All values are JSON values.
     """
     checkpoint = load_checkpoint(source.folder)
     config, image_config = checkpoint.config, checkpoint.image_config

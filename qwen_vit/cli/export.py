@@ -169,10 +169,10 @@ def export(
     "path" and, optionally, an "id". Paths in a list are relative to the list's folder. With
     --column, each row of a Parquet file is an image.
 
-    Pass '-' to read a list from standard input. Its paths are relative to the current folder.
-    Read the output folder with qwen_vit.load_features. Its manifest has a row for each image. The
-    command skips and reports images that it cannot encode, and then exits with 1. Ctrl-C saves the
-    images encoded so far.
+    Pass '-' to read a list from standard input. Its paths are relative to the current folder. Read
+    the output folder with qwen_vit.load_features. Its manifest has a row for each image. By
+    default, the command skips and reports images that it cannot encode, and then exits with 1.
+    Ctrl-C saves the images encoded so far.
     """
     with slow_imports():
         from qwen_vit.export.options import ExportOptions

@@ -12,8 +12,7 @@ __all__ = ["slow_imports"]
 
 @contextmanager
 def slow_imports() -> Iterator[None]:
-    """Handle Ctrl-C and missing packages while the block imports packages. Ctrl-C ends the process
-    with exit code 130.
+    """Let Ctrl-C end the process with exit code 130 while the block imports packages.
 
     >>> with slow_imports():
     ...     import torch

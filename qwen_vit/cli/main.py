@@ -68,7 +68,6 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line. Turn errors into a message and an exit code."""
     open_missing_streams()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("huggingface_hub").propagate = False  # the library prints its own messages

@@ -162,8 +162,7 @@ def _parts(name: str) -> list[str]:
 
 
 def _pictures(items: Mapping[str, Item]) -> dict[str, ImageSource]:
-    """Return the path or the bytes of each image. Omit videos, and report unreadable tar
-    members."""
+    """Return the path or the bytes of each image. Omit videos, and log unreadable tar members."""
     found: dict[str, ImageSource] = {}
     for name, item in items.items():
         if item.is_video:

@@ -45,7 +45,7 @@ def check_target(out: Path, overwrite: bool) -> None:
 def write(
     out: Path, views: FeatureViews, given: ShowInput, command: str, layer: int | None = None
 ) -> tuple[list[Path], dict[str, Any]]:
-    """Write a page, a picture, or a folder with both. Return the files and a JSON report."""
+    """Write the output of `show`. Return the written files and a JSON report."""
     suffix = out.suffix.lower()
     if suffix == PAGE and not out.is_dir():
         files, contents = [out], [feature_page(views, _text(views, given, command, layer))]

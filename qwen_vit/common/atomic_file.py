@@ -35,9 +35,8 @@ class AtomicFile:
     >>> growing.file.write(b"whole or absent")  # doctest: +SKIP
     >>> growing.commit()  # doctest: +SKIP
 
-    The hidden name starts with a dot and the start of the file's own name, and ends in
-    TEMPORARY_SUFFIX. A killed process may leave such a file behind. With `overwrite=False`,
-    `commit` raises ExportError if `path` exists.
+    A killed process may leave the hidden file behind, whose name ends in TEMPORARY_SUFFIX. With
+    `overwrite=False`, `commit` raises ExportError if `path` exists.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = True) -> None:

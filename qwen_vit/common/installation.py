@@ -25,7 +25,7 @@ def install_command(extra: str = "") -> str:
     "pip install -e '.[hf]'"
 
     The command names the source of this installation (a checkout, a repository or a wheel), because
-    no index has the package. If the wheel's file is gone, the command names the extra's packages.
+    no index has the package.
     """
     extras = f"[{extra}]" if extra else ""
     if (CHECKOUT / "pyproject.toml").is_file():
@@ -51,8 +51,7 @@ def install_remedy(extra: str) -> Wording:
     >>> print(install_remedy("heif"))
     install the extra heif: pip install -e '.[heif]' in a checkout
 
-    Files record the wording for Python, which must not depend on the machine. The wording for the
-    command line contains this installation's command.
+    Files record the wording for Python, which must not depend on the machine.
     """
     return Wording(
         f"install the extra {extra}: pip install -e '.[{extra}]' in a checkout",
@@ -76,7 +75,6 @@ def _from_here(path: Path) -> Path:
 
 
 def _packages_of(extra: str) -> list[str]:
-    """Return the requirements that an extra adds, such as "transformers>=5.18", or this package."""
     from packaging.requirements import Requirement
 
     found = []

@@ -38,8 +38,7 @@ def thread_count(wanted: int | None, cores: int | None = None) -> int:
     >>> thread_count(3), thread_count(None, cores=16), thread_count(None, cores=1)
     (3, 8, 1)
 
-    `cores` defaults to the cores of this process. A single core gets one thread. All threads share
-    the GIL, so more threads would slow the thread that submits GPU work.
+    All threads share the GIL, so more threads would slow the thread that submits GPU work.
     """
     if wanted is None:
         cores = core_count() if cores is None else cores

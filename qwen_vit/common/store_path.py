@@ -61,7 +61,6 @@ class StorePath:
         return self
 
     def names(self) -> set[str]:
-        """Return the names of the objects directly in this folder."""
         with _facts():
             return {name for name in list_names(self.address) if not name.endswith("/")}
 
@@ -98,7 +97,6 @@ class StorePath:
         return _Ranges(self) if buffering == 0 else io.BytesIO(self.read_bytes())
 
     def read(self, start: int, end: int) -> bytes:
-        """Return the bytes from `start` to `end`, or to the object's end."""
         found = self._found()
         end = min(end, found.size)
         with _facts():

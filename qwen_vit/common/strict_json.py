@@ -128,7 +128,7 @@ def check_integer(value: object, name: str, maximum: int) -> None:
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Return whether a value is an integer. True and 1.0 are not integers."""
+    """True and 1.0 are not integers."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -122,10 +122,7 @@ def decode_pil(
 def _to_rgb(
     image: Image.Image, name: str, deep: bool, exif: ExifPolicy, turned: int | None
 ) -> tuple[Image.Image, tuple[str, ...]]:
-    """Run `to_rgb`, and handle the orientation `turned` that Pillow already applied to a TIFF.
-
-    With `exif="ignore"`, the function undoes the orientation. Otherwise it adds a note.
-    """
+    """Run `to_rgb`, and handle the orientation `turned` that Pillow already applied to a TIFF."""
     picture, notes = to_rgb(image, name, deep, exif)
     if turned is None:
         return picture, notes
@@ -308,9 +305,8 @@ def _check_icons(data: bytes, name: str, limits: ImageLimits) -> None:
 
 def _frame_notes(image: Image.Image) -> tuple[str, ...]:
     """Return a note if the image has several frames. Call this function last, because it changes
-    the file's position. A damaged later frame does not matter. For a GIF or TIFF, the note has no
-    number, because counting would read the whole file.
-    """
+    the file's position. For a GIF or TIFF, the note has no number, because counting would read the
+    whole file."""
     try:
         with _strictly():
             if isinstance(image, GifImagePlugin.GifImageFile | TiffImagePlugin.TiffImageFile):

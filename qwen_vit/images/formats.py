@@ -127,7 +127,6 @@ def _is_hevc(data: bytes) -> bool:
 
 
 def _on_request(data: bytes, name: str, formats: Sequence[str]) -> str:
-    """Return the optional format of these bytes, or an empty string."""
     if re.match(rb"P[1-6fy]", data) and data[2:3].isspace():
         return "PPM"
     if data.startswith(b"\0\0\1\0"):

@@ -32,8 +32,7 @@ class Frames:
 
     `size` and `new_size` are the width and height in pixels, before and after resizing. `blocks`
     are the bytes of each frame's pixels, row by row, and stay valid while this object exists. If
-    the number of frames is odd, the last frame counts twice. `name` identifies the video in
-    messages.
+    the number of frames is odd, the last frame counts twice.
     """
 
     blocks: tuple[memoryview, ...]

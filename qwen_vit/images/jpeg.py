@@ -225,7 +225,6 @@ def _read_frame(jpeg: JpegFile, marker: int, body: bytes, name: str) -> None:
 
 
 def _read_scan(jpeg: JpegFile, body: bytes, name: str) -> None:
-    """Record which bits of which coefficients a scan gives."""
     jpeg.scans += 1
     count = body[0] if body else 0
     if len(body) < 4 + 2 * count:

@@ -60,9 +60,8 @@ def load_image(
     "auto" raises an error if the axis is ambiguous. A PIL image gives its current frame. The loader
     may trigger Pillow's lazy loading, but does not change the image otherwise. Pass exif="ignore"
     for images that are already upright, because Pillow's `transpose` keeps the tag. With `is_lent`,
-    the result may share the pixels of a PIL image, which then must not change. `unwrap` describes
-    rows. `name` identifies the image in messages. Many threads may call the function at the same
-    time.
+    the result may share the pixels of a PIL image, which then must not change. Many threads may
+    call the function at the same time.
     """
     limits = ImageLimits() if limits is None else limits
     if layout not in ("auto", "HWC", "CHW"):

@@ -44,7 +44,7 @@ class DecodingMemory:
         return self._total
 
     def set_total(self, n_bytes: int | None) -> None:
-        """Set the budget. With None, `total` computes the default again."""
+        """With None, `total` computes the default again."""
         with self._changed:
             self._total = n_bytes
             self._changed.notify_all()

@@ -135,7 +135,6 @@ def _resize_and_cut(pictures: Sequence[Picture], device: torch.device) -> torch.
 
 
 def _resize_and_cut_frames(videos: Sequence[Frames], device: torch.device) -> torch.Tensor:
-    """Resize and cut several videos into rows of two frames, in groups of whole time steps."""
     config = videos[0].config
     n_rows = sum(video.n_patches for video in videos)
     out = torch.empty((n_rows, videos[0].n_values), dtype=torch.uint8, device=device)
@@ -166,10 +165,9 @@ def _copy_staged(blocks: Iterable[memoryview], buffer: torch.Tensor) -> None:
     """Copy bytes to the start of a GPU buffer through pinned memory of one size.
 
     torch reuses a block of pinned memory after the GPU has read it, but does not free it, so this
-    function always requests the same size. A memoryview copies small blocks and keeps the
-    GIL, because waiting for the GIL again would take longer than the copy. NumPy copies large
-    blocks and releases the GIL, so that other threads can decode. After STAGES copies, the function
-    waits for the oldest one.
+    function always requests the same size. A memoryview copies small blocks and keeps the GIL,
+    because waiting for the GIL again would take longer than the copy. NumPy copies large blocks and
+    releases the GIL, so that other threads can decode.
     """
     done = filled = 0
     copies: deque[torch.cuda.Event] = deque()

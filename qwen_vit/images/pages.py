@@ -33,7 +33,7 @@ def page_id(name: str, page: int) -> str:
 def split_pages(source: Any, name: str, limits: ImageLimits) -> Iterator[tuple[Any, str]]:
     """Yield an image's pages with names. An image with one page keeps its own name.
 
-    `source` is bytes or a PIL image. Any other source counts as one page.
+    A source other than bytes or a PIL image counts as one page.
     """
     if isinstance(source, bytes):
         for page in range(1, (count := count_pages(source, name, limits)) + 1):

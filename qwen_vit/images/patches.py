@@ -251,8 +251,7 @@ def patchify(rgb: Rgb, config: ImageConfig, *, name: str | None = None) -> Patch
     >>> patchify(np.zeros((56, 84, 3), np.uint8), ImageConfig.from_json({}), name="cat.png").name
     'cat.png'
 
-    `rgb` is a Pillow image of mode RGB, or uint8 (height, width, 3). `name` identifies the image in
-    messages and becomes the patches' name.
+    `rgb` is a Pillow image of mode RGB, or uint8 (height, width, 3).
     """
     called = "the image" if name is None else name
     with limited_memory(called):

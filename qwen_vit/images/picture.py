@@ -43,7 +43,7 @@ class Picture:
 
     `size` is the width and height before resizing, in pixels. `parts` are the picture, or bands of
     its rows. `blocks` are the bytes of their pixels, row by row, and stay valid while this object
-    exists. `name` identifies the image in messages and ids.
+    exists.
     """
 
     size: tuple[int, int]

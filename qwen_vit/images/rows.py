@@ -45,8 +45,6 @@ def as_grids(grid_thw: Tensor) -> tuple[Grid, ...]:
 def check_rows(
     name: str, rows: Tensor, grids: tuple[Grid, ...], patch_dim: int, *, is_float: bool
 ) -> None:
-    """Raise ImageError (code `patches`) unless `rows` has the expected type and the shape (N, P)
-    that the grids imply."""
     if not isinstance(rows, Tensor):
         raise ImageError(
             f"{name} is a {type(rows).__name__}",

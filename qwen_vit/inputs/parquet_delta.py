@@ -66,7 +66,7 @@ def check_lengths(data: bytes | memoryview, encoding: int, most: int) -> None:
 
     In DELTA_BYTE_ARRAY, a value begins with a prefix of the value before it. The function also
     raises ValueError for a prefix that is longer than the page. In DELTA_BINARY_PACKED, numbers
-    have no lengths, and `most` does not apply. Empty data raises nothing.
+    have no lengths, and `most` does not apply.
     """
     if not data:  # pyarrow rejects this page
         return
@@ -98,7 +98,6 @@ class _Lengths:
         return miniblocks, values, total
 
     def lengths(self, most: int) -> Any:
-        """Read the numbers, as uint32."""
         miniblocks, values, total = self.count(most)
         deltas = [np.array([_signed(self._varint())], np.uint32)]
         left = total - 1

@@ -72,7 +72,6 @@ def type_of(schema: Any, column: str, name: str) -> Any:
 
 
 def holds_images(kind: Any) -> bool:
-    """Return whether a type is bytes, or a struct with a field `bytes`."""
     import pyarrow as pa
 
     if pa.types.is_struct(kind):

@@ -49,7 +49,6 @@ class CheckedPages:
         self._waiting = (parquet.metadata.row_group(group), leaves, most)
 
     def read(self, size: int = -1) -> bytes:
-        """Return the file's next bytes, after a check of the page headers in them."""
         if self._waiting is not None:
             # not earlier: a request for an encrypted column's size ends the process, and pyarrow
             # reads no such column
@@ -98,7 +97,6 @@ class _Chunk:
         self._header: PageHeader | None = None  # of the page whose content is held
 
     def follow(self, at: int, data: bytes) -> None:
-        """Check page headers, and pages with a delta encoding, in the bytes at this position."""
         if at == self._start:  # pyarrow reads the column, or reads it again
             self._begin(at)
         end = at + len(data)

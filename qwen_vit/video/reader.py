@@ -334,7 +334,7 @@ class FileFrames:
 def open_video(
     source: str | bytes | BinaryIO, name: str, limits: VideoLimits, *, threads: int = 1
 ) -> Iterator[FileFrames]:
-    """Open a video from a path, bytes or a seekable file. The decoder uses `threads` threads."""
+    """Open a video from a path, bytes or a seekable file."""
     deadline = time.monotonic() + limits.max_decode_s
     frames = FileFrames(Opener(source, name, limits), deadline, threads)
     try:
