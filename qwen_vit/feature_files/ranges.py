@@ -9,13 +9,12 @@ from torch import Tensor
 
 from qwen_vit.common.safetensors_header import LENGTH_BYTES, TensorInfo, header_length, parse_header
 from qwen_vit.common.store_path import StorePath
-from qwen_vit.errors import CheckpointError
 
 __all__ = ["RangedTensors"]
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8,
+    "I64": torch.int64,
 }  # fmt: skip
 
 
@@ -36,19 +35,11 @@ class RangedTensors:
         return self._metadata  # type: ignore[no-any-return]
 
     def get_tensor(self, name: str) -> Tensor:
-        info = self._info(name)
+        info = self.tensors[name]
         return self._read(info, 0, math.prod(info.shape)).view(info.shape)
 
     def get_slice(self, name: str) -> "_Rows":
-        return _Rows(self, self._info(name))
-
-    def _info(self, name: str) -> TensorInfo:
-        info = self.tensors[name]
-        if info.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{name} has dtype {info.dtype}", name=str(self._path), expected=", ".join(DTYPES)
-            )
-        return info
+        return _Rows(self, self.tensors[name])
 
     def _read(self, info: TensorInfo, first: int, last: int) -> Tensor:
         """Read the values from `first` to `last` as a flat tensor."""

@@ -71,6 +71,7 @@ READABLE = (1, 2)  # schema versions
 METADATA_KEY = "qwen_vit"
 EMBEDS = "image_embeds"
 INTEGERS = ("image_grid_thw", "image_token_offsets")
+ROW_DTYPES = ("BF16", "F16", "F32", "F64")  # safetensors' own names
 LINES_AT_ONCE = 4_096  # of a listing, parsed as one array: 1e6 lines take 0.5 s, one by one 2 s
 EXPORT_ELSEWHERE = "export into a new folder"
 RESUME = "run the same `qwen-vit export` command again to write what is missing"
@@ -195,6 +196,8 @@ def parse_metadata(
     elif len(set(ids)) < len(ids) or any(len(tensors[name].shape) != 2 for name in rows):
         problem = f"{len(ids)} ids, {len(set(ids))} of them different; "
         problem += ", ".join(f"{name} of shape {tensors[name].shape}" for name in sorted(rows))
+    elif odd := sorted(name for name in rows if tensors[name].dtype not in ROW_DTYPES):
+        problem = f"{odd[0]} has the dtype {tensors[odd[0]].dtype}"
     elif found != {name: ("I64", shape) for name, shape in expected.items()}:
         problem = f"{len(ids)} ids; {found}"
     else:

@@ -144,6 +144,10 @@ EDITED = {
         lambda facts, tensors: tensors.pop("image_token_offsets"),
         "not a feature file",
     ),
+    "whole embeds": (
+        set_tensor("image_embeds", torch.ones(3, 8, dtype=torch.int16)),
+        "corrupt (image_embeds has the dtype I16)",
+    ),
     "flat embeds": (set_tensor("image_embeds", torch.ones(3)), "image_embeds of shape (3,)"),
 }
 
