@@ -113,7 +113,10 @@ class ExportOptions:
             (isinstance(self.limits, ImageLimits), "limits", "ImageLimits"),
             (isinstance(self.video, VideoOptions), "video", "VideoOptions"),
             (isinstance(self.video_limits, VideoLimits), "video_limits", "VideoLimits"),
-            (isinstance(self.as_video, bool), "as_video", "True or False"),
+            *(
+                (isinstance(getattr(self, name), bool), name, "True or False")
+                for name in ("as_video", "extend", "retry_failed", "accept_versions")
+            ),
         ):
             if not is_right:
                 raise ArgumentError(f"{name} is {getattr(self, name)!r}", expected=expected)

@@ -109,7 +109,8 @@ def test_nothing_to_export_is_an_error(export_dir: Path) -> None:
         {"part": (0, 2)}, {"part": (3, 2)}, {"part": 5}, {"part": "12"}, {"part": [1, 1]},
         {"part": (1, 2, 3)}, {"part": (1.0, 1.0)}, {"max_failures": -1}, {"max_failures": "x"},
         {"shard_size": 1.5}, {"shard_size": "5"}, {"shard_size": True}, {"limits": 5},
-        {"limits": None},
+        {"limits": None}, {"as_video": 1}, {"extend": "no"}, {"retry_failed": None},
+        {"accept_versions": 1},
     ],
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
