@@ -137,7 +137,7 @@ def open_export(
     ...     print(plan.n_images)  # doctest: +SKIP
 
     With inputs of None, the export continues with its own listing. Unless `options.extend` is set,
-    it logs the changes of its inputs that it finds.
+    the function logs changes of the recorded inputs.
     """
     paths, folder = None if inputs is None else _paths(inputs), as_folder(folder)
     if paths is None:
@@ -224,7 +224,7 @@ def _begin_among_others(
     settings: Mapping[str, Any], paths: Sequence[str] | None, found: Listing | None,
     folder: ExportFolder, options: ExportOptions,
 ) -> ExportPlan:  # fmt: skip
-    """Begin or resume the export, again if another machine changed it first."""
+    """Begin or resume the export. Try again if another machine changed it first."""
     try:
         return _begin_or_resume(settings, paths, found, folder, options)
     except ChangedError:
