@@ -31,8 +31,15 @@ def check_target(out: Path, overwrite: bool) -> None:
                 expected="a new or empty folder",
                 remedy="pass --overwrite to write into this folder",
             )
+    elif not suffix and out.is_file():
+        raise ExportError(
+            "an existing file, whose name gives no format",
+            name=str(out),
+            expected=f"{PAGE} for a page, {PICTURE} for a picture, or a folder",
+            remedy=f"pass --out {out.with_suffix(PAGE)}",
+        )
     elif suffix in ("", PAGE, PICTURE):
-        check_output(out, overwrite and bool(suffix), suffix=suffix)
+        check_output(out, overwrite, suffix=suffix)
     else:
         raise ExportError(
             f"its suffix is {out.suffix}",

@@ -98,6 +98,16 @@ def test_a_folder_gets_the_page_and_a_picture_of_each(folder: Path, run: Any) ->
     assert run("p", *TINY, "--out", "out", "--overwrite").code == 0
 
 
+def test_a_file_without_a_suffix_is_never_replaced(folder: Path, run: Any) -> None:
+    """The error once advised --overwrite, which gave the same error."""
+    Path("notes").write_text("mine")
+    for options in ((), ("--overwrite",)):
+        done = run("p", *TINY, "--out", "notes", *options)
+        assert (done.code, Path("notes").read_text()) == (2, "mine")
+        assert "an existing file, whose name gives no format" in done.err
+        assert "Pass --out notes.html." in done.err
+
+
 def test_a_layer_is_shown(undrawn: None, folder: Path, run: Any) -> None:
     report = json.loads(run("p", *TINY, "--layer", "1", "--json").out)
     assert report["layer"] == 1
