@@ -59,6 +59,7 @@ logger = logging.getLogger("qwen_vit")
 # a hash.
 IMAGE_HEAD_BYTES, TENSOR_HEAD_BYTES = 420, 100
 MOMENT_BYTES = 14  # for each frame of a video
+NAMES_BYTES = 5_000  # more than an id and a path take
 LEFTOVER = re.compile(
     r"\.+(?:shard-(\d{8})\.|listing-(\d+)-of-(\d+)\b|listing-\d+\.|export\.|manifest\.).*\.tmp"
 )
@@ -277,21 +278,26 @@ def reserved_header_bytes(items: Sequence[Item], settings: Mapping[str, Any]) ->
     """Return the bytes to reserve for a shard's header, which depend only on the plan."""
     names = [name for item in items for name in (item.id, item.source)]
     text = json.dumps({**settings, "ids": names})
-    policy = settings.get("image_policy", {}).get("video") or {}
-    of_videos = MOMENT_BYTES * (policy.get("n_frames") or policy.get("max_frames") or MAX_FRAMES)
-    of_videos *= sum(item.is_video for item in items)
+    of_videos = _video_head_bytes(settings) * sum(item.is_video for item in items)
     per_image = IMAGE_HEAD_BYTES + TENSOR_HEAD_BYTES * (1 + len(settings.get("layers", ())))
     return len(json.dumps(text)) + per_image * (len(items) + 1) + of_videos  # JSON within JSON
+
+
+def _video_head_bytes(settings: Mapping[str, Any]) -> int:
+    policy = settings.get("image_policy", {}).get("video") or {}
+    frames: int = policy.get("n_frames") or policy.get("max_frames") or MAX_FRAMES
+    return MOMENT_BYTES * frames
 
 
 def _check_heads(plan: ExportPlan) -> None:
     """Raise ExportError if a shard's header might exceed the limit of safetensors."""
     for shard in plan.shards:
         n_images = plan.listing.shard_length(shard)
-        # such a shard's ids and paths fit if they have less than 5,000 bytes per image
-        if n_images * IMAGE_HEAD_BYTES < MAX_HEADER_BYTES // 16:
+        settings = plan.settings_of(shard)
+        per_item = IMAGE_HEAD_BYTES + NAMES_BYTES + _video_head_bytes(settings)
+        if n_images * per_item < MAX_HEADER_BYTES:
             continue
-        room = reserved_header_bytes(plan.listing.shard(shard), plan.settings_of(shard))
+        room = reserved_header_bytes(plan.listing.shard(shard), settings)
         if room > MAX_HEADER_BYTES:
             raise ExportError(
                 f"{n_images} images would need a header of up to {room} bytes",

@@ -77,6 +77,18 @@ def test_a_list_of_another_kind_is_no_image(export_dir: Path, name: str) -> None
     assert export("p", name).failed == {"truncated": 1, "not-an-image": 1}
 
 
+def test_the_times_of_frames_count_in_a_header(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard of many videos was once accepted, and its header exceeded the limit at the end."""
+    monkeypatch.setattr(plan_module, "MAX_HEADER_BYTES", 60_000)
+    for index in range(6):  # with up to 768 frames each
+        Path(f"{index}.mp4").write_bytes(b"unread")
+    videos = [f"{index}.mp4" for index in range(6)]
+    with pytest.raises(ExportError, match=r"6 images would need a header of up to 6\d{4} bytes"):
+        export(*videos, encoder=NeverAsked(), options=replace(SMALL, shard_size=6))
+
+
 def test_a_header_that_safetensors_would_not_read_is_refused_before_any_image(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
