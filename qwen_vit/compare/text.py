@@ -201,9 +201,10 @@ def frame_lines(frames: SampledFrames) -> list[str]:
         f'sampling "{frames.sampling}"'
     ]
     for each in frames.references:
-        words = "the same frames" if each.passed else f"{each.differ} frames differ"
         if each.indices is None:
-            words = "takes no frames with these options"
+            lines.append(f"{each.reference}: takes no frames with these options")
+            continue
+        words = "the same frames" if each.passed else f"{each.differ} frames differ"
         how = "" if each.is_run else " (its rule; not installed or without torchvision)"
         lines.append(f"{each.reference}{how}: {words}")
     return lines

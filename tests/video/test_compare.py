@@ -10,9 +10,9 @@ from qwen_vit import VideoOptions, VisionEncoder
 from qwen_vit.compare import huggingface, videos
 from qwen_vit.compare.golden import load_golden
 from qwen_vit.compare.report import write_report
-from qwen_vit.compare.result import ImageComparison
+from qwen_vit.compare.result import FrameChoice, ImageComparison, SampledFrames
 from qwen_vit.compare.run import compare, compare_with_golden
-from qwen_vit.compare.text import as_text
+from qwen_vit.compare.text import as_text, frame_lines
 from qwen_vit.config import Grid
 from qwen_vit.video.sampling import Timeline
 from tests.support.videos import make_video, number_in
@@ -70,6 +70,12 @@ def test_other_frames_than_the_references_are_a_problem(monkeypatch: pytest.Monk
     follows = VideoOptions(sampling="transformers", start=0.5)
     of_part = videos.compare_frames(timeline, follows, moments, "a.mp4").references[1]
     assert (of_part.indices, of_part.is_judged) == (None, False)  # it takes whole videos
+
+
+def test_a_library_that_rejects_the_options_is_not_called_missing() -> None:
+    rejected = FrameChoice("transformers 5.23", False, False, None, 2)
+    sampled = SampledFrames("qwen", 60, 30.0, (0, 59), (0.0,), (rejected,))
+    assert frame_lines(sampled)[1:] == ["transformers 5.23: takes no frames with these options"]
 
 
 def test_a_golden_of_a_video_serves_its_file(tmp_path: Path) -> None:
