@@ -220,8 +220,8 @@ class ImageLoader:
                 yield Job(partial(self.load, self._load_frames(image, name), name))
             else:  # the caller may change it after the loader takes the next image
                 loaded = self._load_eagerly(image, name)
-                n_bytes = 4 * loaded.height * loaded.width if isinstance(loaded, RgbImage) else 0
                 # Pillow stores 4 bytes per pixel
+                n_bytes = 4 * loaded.height * loaded.width if isinstance(loaded, RgbImage) else 0
                 yield Job(partial(self.load, loaded, name), n_bytes)
 
     def _named(self, images: Iterable[ImageInput]) -> Iterator[tuple[Any, str]]:

@@ -41,7 +41,7 @@ class PrincipalColours:
 
     mean: Tensor  # (D,)
     axes: Tensor  # (D, 3 or fewer)
-    low: Tensor  # value of each component at the end of the colour range
+    low: Tensor  # value of each component at the lower end of the colour range
     high: Tensor
     explained: tuple[float, ...]
 

@@ -241,7 +241,7 @@ def _settings(metadata: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _uuid(settings: Mapping[str, Any], rows: Tensor, grid: Sequence[int]) -> str:
-    # without a quantization, a uuid is as before this setting existed
+    # None adds nothing, so entries from before the setting `quantization` keep their uuids
     values = [settings[name] for name in SAME if settings[name] is not None]
     model = sha256(json.dumps(values).encode()).hexdigest()
     content = sha256(json.dumps(list(grid)).encode())
