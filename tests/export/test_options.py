@@ -85,7 +85,7 @@ def test_the_times_of_frames_count_in_a_header(
     for index in range(6):  # with up to 768 frames each
         Path(f"{index}.mp4").write_bytes(b"unread")
     videos = [f"{index}.mp4" for index in range(6)]
-    with pytest.raises(ExportError, match=r"6 images would need a header of up to 6\d{4} bytes"):
+    with pytest.raises(ExportError, match=r"6 images would need a header of up to 7\d{4} bytes"):
         export(*videos, encoder=NeverAsked(), options=replace(SMALL, shard_size=6))
 
 
