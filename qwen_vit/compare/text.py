@@ -86,12 +86,12 @@ def closer_line(comparison: Comparison) -> str:
     ratios = sorted(image.stages[-1].ratio for image in comparison.images)
     if not ratios or not all(map(math.isfinite, ratios)):
         return ""
-    who, count = ("ours", ours) if ours >= theirs else ("Hugging Face", theirs)
+    who = "both equally" if ours == theirs else "ours" if ours > theirs else "Hugging Face"
     least, most = f"{ratios[0]:.2f}", f"{ratios[-1]:.2f}"
     return (
-        f"closer to float64: {who}, at {count} of {plural(len(stages), 'stage')}; in the merged "
-        f"tokens our error is {least if least == most else f'{least} to {most}'} times Hugging "
-        "Face's"
+        f"closer to float64: {who}, at {max(ours, theirs)} of {plural(len(stages), 'stage')}; "
+        f"in the merged tokens our error is {least if least == most else f'{least} to {most}'} "
+        "times Hugging Face's"
     )
 
 

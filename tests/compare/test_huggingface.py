@@ -82,6 +82,9 @@ def test_who_is_closer_to_float64_is_said_in_words() -> None:
     )
     assert line((2e-7, 1e-7)).startswith("closer to float64: Hugging Face, at 1 of 1 stage; ")
     assert "our error is 2.00 times" in line((2e-7, 1e-7))
+    assert line((2e-7, 1e-7), (1e-7, 2e-7)).startswith(
+        "closer to float64: both equally, at 1 of 2 stages; "
+    )
     assert line() == line((math.nan, 1e-7)) == ""
 
 
