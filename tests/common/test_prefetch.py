@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from qwen_vit.common.prefetch import Job, thread_count, work_ahead
 from qwen_vit.errors import ArgumentError, ImageError
 from tests.support.fake_encoder import FakeEncoder
-from tests.support.pipelines import load_threads, stand_in_export
+from tests.support.pipelines import load_threads, fake_export
 
 
 class Sized(NamedTuple):
@@ -183,7 +183,7 @@ def test_a_number_of_threads_that_makes_no_sense_is_refused(wrong: Any) -> None:
 
 def test_such_a_number_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="decode_threads is 0"):
-        stand_in_export(tmp_path, FakeEncoder(), 2, decode_threads=0)
+        fake_export(tmp_path, FakeEncoder(), 2, decode_threads=0)
     assert not (tmp_path / "out").exists()
 
 

@@ -20,7 +20,7 @@ from qwen_vit.feature_files.writer import FeatureWriter
 from qwen_vit.images.load import load_image
 from tests.support import fake_encoder
 from tests.support.fake_encoder import FakeEncoder
-from tests.support.pipelines import encoder, load_threads, mixed, stand_in_export
+from tests.support.pipelines import encoder, load_threads, mixed, fake_export
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -70,7 +70,7 @@ def test_the_next_shards_images_are_loaded_while_one_is_encoded(
                 yield features
 
     monkeypatch.setattr(loading, "load_image", watched_load)
-    assert stand_in_export(tmp_path, Waiting(), 3, decode_threads=2).exported == 12
+    assert fake_export(tmp_path, Waiting(), 3, decode_threads=2).exported == 12
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_the_next_shard_is_encoded_up_to_a_limit_while_a_shard_is_saved(
 
     monkeypatch.setattr(FeatureWriter, "save", save)
     monkeypatch.setattr(loading, "load_image", watched_load)
-    assert stand_in_export(tmp_path, whole, 3, decode_threads=2).exported == 12
+    assert fake_export(tmp_path, whole, 3, decode_threads=2).exported == 12
     assert encoded == expected
 
 
@@ -115,7 +115,7 @@ def test_a_disk_that_fails_stops_the_encoder_soon(
     whole = FakeEncoder()
     monkeypatch.setattr(FeatureWriter, "save", save)
     with pytest.raises(ExportError, match="the disk is gone"):
-        stand_in_export(tmp_path, whole, 50)
+        fake_export(tmp_path, whole, 50)
     assert whole.encoded <= 8
     assert load_threads() == 0
 
@@ -128,7 +128,7 @@ def test_an_export_says_what_it_waited_for(tmp_path: Path) -> None:
                 yield features
 
     begin = time.perf_counter()
-    done = stand_in_export(tmp_path, Slow(), 4)
+    done = fake_export(tmp_path, Slow(), 4)
     elapsed = time.perf_counter() - begin
     assert list(done.waits) == ["read and decode", "encode", "copy back", "write", "rest"]
     assert max(done.waits, key=lambda stage: done.waits[stage]) == "encode"

@@ -24,7 +24,7 @@ NORM_OF_A_BLOCK = re.compile(r"blocks\.\d+\.norm[12]\.weight")
 
 
 def refusal(folder: Path) -> str:
-    """Return the message with which the folder is refused."""
+    """Return the message of the error from loading the folder."""
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(folder)
     return str(caught.value)
@@ -42,5 +42,5 @@ def given(prefix: str = "visual.", **changes: Any) -> dict[str, Any]:
     tensors = random_tensors(SMALL)
     stored = split_qkv(tensors) if prefix == "thinker.visual." else tensors
     stored = {prefix + name: tensor for name, tensor in stored.items()}
-    beside = {"lm_head.weight": torch.zeros(2)} if prefix else {}
-    return stored | beside | {name.replace("__", "."): value for name, value in changes.items()}
+    others = {"lm_head.weight": torch.zeros(2)} if prefix else {}
+    return stored | others | {name.replace("__", "."): value for name, value in changes.items()}

@@ -38,14 +38,14 @@ def cluster_kills(folder: Path, *, kills: int, images: int, seed: int = 0) -> di
     write_images(folder / "images", images)
     (folder / "workers").mkdir()
     (folder / "hold").touch()
-    # the last image waits until every kill has landed
+    # The encoder holds the last image until the kills have ended.
     Image.fromarray(np.full((28, 28, 3), HELD, np.uint8)).save(folder / "images" / "z.png")
     inputs, options = [str(folder / "images")], ExportOptions(shard_size=SHARD_IMAGES)
     encoder: Any = FakeEncoder()
     single = export_features(encoder, inputs, folder / "single", options)
     logger = logging.getLogger("ray")
     logger.setLevel(logging.ERROR)
-    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # for its workers
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # for Ray's workers
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
         doomed, _ = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
     killer = threading.Thread(target=kill_workers, args=(folder, cluster, doomed, kills, seed))
@@ -88,17 +88,17 @@ def cluster_kills(folder: Path, *, kills: int, images: int, seed: int = 0) -> di
 def kill_workers(folder: Path, cluster: Any, node: Any, kills: int, seed: int) -> None:
     """Kill a node after the first shard, then workers at random moments, and then let the export
     end."""
-    moments, killed, gone = random.Random(seed), set[str](), set[str]()
+    rng, killed, ended = random.Random(seed), set[str](), set[str]()
     while not shards_of(folder / "out") and (folder / "hold").exists():
         time.sleep(0.02)
     cluster.remove_node(node)
     while len(killed) < kills and (folder / "hold").exists():
-        time.sleep(moments.uniform(0, 1))
-        for pid in set(os.listdir(folder / "workers")) - killed - gone:
+        time.sleep(rng.uniform(0, 1))
+        for pid in set(os.listdir(folder / "workers")) - killed - ended:
             try:
                 os.kill(int(pid), signal.SIGKILL)
-            except ProcessLookupError:  # with its node, or because it had nothing left to do
-                gone.add(pid)
+            except ProcessLookupError:  # ended with its node, or because no work was left
+                ended.add(pid)
             else:
                 killed.add(pid)
                 break

@@ -33,7 +33,6 @@ from tests.support.fake_encoder import main as fake_encoder_main
 from tests.support.process_memory import memory_mb, open_files
 
 SHARD_IMAGES = 50
-# wherever a trial starts it
 FAKE_ENCODER = (
     "env",
     f"PYTHONPATH={checkout_first()}",
@@ -45,12 +44,12 @@ FAKE_ENCODER = (
 
 def fake_encoder(journal: Path, *arguments: str | Path) -> list[str]:
     """Return the command that exports with the fake encoder."""
-    words = [*FAKE_ENCODER, journal, "export", "--model", "stand-in"]
-    return [str(word) for word in (*words, *arguments)]
+    command = [*FAKE_ENCODER, journal, "export", "--model", "stand-in"]
+    return [str(word) for word in (*command, *arguments)]
 
 
 def start_forked(command: Sequence[str], log: Path) -> kill_harness.Process:
-    """Start such a command as a fork of this process, which has imported torch."""
+    """Start a command of `fake_encoder` as a fork of this process, which has imported torch."""
     words = [*command]
     assert words[: len(FAKE_ENCODER)] == [*FAKE_ENCODER], words
 
@@ -87,8 +86,8 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Return the bytes that every run must repeat, without the locks and the manifest's own
-    format."""
+    """Return the hashes of the files that have equal bytes in all runs. Locks and the Parquet
+    manifest differ."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.glob("*"))
@@ -124,7 +123,7 @@ class Exports:
         begin = time.monotonic()
         done = self.run(unbroken)
         self.seconds = time.monotonic() - begin
-        assert done.code in (0, 1), done.errors  # 1 where some images are broken
+        assert done.code in (0, 1), done.errors  # 1 if some images are broken
         self.expected = digests(unbroken)
         self.most_redone = 0
         self.images = images
@@ -152,7 +151,7 @@ class Exports:
         self._remember()
 
     def after_end(self, result: kill_harness.Run) -> None:
-        assert result.code in (0, 1), result.errors  # 1 where an image failed in this very run
+        assert result.code in (0, 1), result.errors  # 1 if an image failed in this run
         self.after_interruption()
         assert digests(self.out) == self.expected
         names = {path.name for path in self.out.iterdir()}
@@ -160,7 +159,7 @@ class Exports:
         features = load_features(self.out)
         assert len(features) + len(features.errors) == self.images
         del features
-        gc.collect()  # its files are mapped, and a disk with mapped files is busy
+        gc.collect()  # removes the mappings of shards, because a disk with mapped files is busy
         shutil.rmtree(self.out)
         self._remember()
 
@@ -181,7 +180,7 @@ def on_an_export(trial: Callable[..., dict[str, Any]]) -> Callable[..., dict[str
 
 
 def kills(exports: Exports, *, kills: int, seed: int = 0) -> dict[str, Any]:
-    """kill -9 at random moments."""
+    """Kill the export with SIGKILL at random moments, and check its shards after each kill."""
     done = kill_harness.kill_again_and_again(
         exports.command,
         kills=kills,
@@ -258,7 +257,7 @@ def journal_bytes(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-# kind of harm -> the code that the ledger must have for it
+# kind of damage -> the expected error code
 HOSTILE = {
     "cut": "truncated",
     "empty": "empty-file",
@@ -343,21 +342,21 @@ def hostile(folder: Path, *, bad: int, good: int, seed: int = 0) -> dict[str, An
 def interrupts(exports: Exports, *, times: int, seed: int = 0) -> dict[str, Any]:
     """Send SIGINT and SIGTERM alternately at random moments, and check for exit code 130 within 5
     s."""
-    folder, moments = exports.folder, random.Random(seed)
+    folder, rng = exports.folder, random.Random(seed)
     waits: list[float] = []
-    exports.most_redone = 0  # a kill before may have lost what it had encoded
-    for _ in range(3 * times):  # some end before their signal comes
+    exports.most_redone = 0  # an earlier kill may have lost encoded images
+    for _ in range(3 * times):  # some runs end before their signal
         if len(waits) == times:
             break
         number = signal.SIGTERM if len(waits) % 2 else signal.SIGINT
         process = exports.start(exports.command(), folder / "log")
-        wanted = exports.encoded_before + moments.randint(1, exports.images // 3)
+        wanted = exports.encoded_before + rng.randint(1, exports.images // 3)
         while process.poll() is None and journal_bytes(exports.journal) < wanted:
             time.sleep(0.002)
         begin = time.monotonic()
         code = kill_harness.end_group(process, number)
         log = (folder / "log").read_text()
-        if code == -signal.SIGTERM:  # it came when all was written, and nobody listened any more
+        if code == -signal.SIGTERM:  # after the export, when the handler was already removed
             assert digests(exports.out) == exports.expected
             continue
         if code != 130:
@@ -370,7 +369,7 @@ def interrupts(exports: Exports, *, times: int, seed: int = 0) -> dict[str, Any]
         assert left == [], left
         exports.after_interruption()
     exports.after_end(exports.run())
-    assert exports.most_redone == 0, exports.most_redone  # an interrupt keeps what was encoded
+    assert exports.most_redone == 0, exports.most_redone  # an interrupt saves encoded images
     assert len(waits) == times, waits
     assert max(waits) < 5, waits
     return {

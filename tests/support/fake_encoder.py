@@ -32,12 +32,13 @@ from qwen_vit.loading import LoadedImage
 from qwen_vit.outputs import OutputOptions
 
 WIDTH, DEPTH = 16, 4
-POISON, TOO_LARGE = 7, 9  # images of this value alone give NaN, or do not fit into the memory
-HELD = 5  # an image of this value alone waits until a file is gone
+# An image with only the value POISON gives NaN, and with only TOO_LARGE an out-of-memory error.
+POISON, TOO_LARGE = 7, 9
+HELD = 5  # an image with only this value waits until the test removes a file
 BATCH = 32
 
 
-VISION_ENCODER: Any = object  # for a type checker, so that a stand-in passes where one is asked for
+VISION_ENCODER: Any = object  # so that a type checker accepts a fake as a VisionEncoder
 
 
 class FakeEncoder(VISION_ENCODER):  # type: ignore[misc]
@@ -118,12 +119,12 @@ class BatchedEncoder(FakeEncoder):
 
     def __init__(self) -> None:
         super().__init__()
-        self.batches: list[int] = []  # the images of each
+        self.batches: list[int] = []  # the number of images in each batch
 
     def encode_iter(
         self, images: Iterable[Any], **options: Any
     ) -> Iterator[ImageFeatures | FailedImage]:
-        """In batches of `TOKEN_BUDGET["cpu"]` patches."""
+        """Encode in batches of `TOKEN_BUDGET["cpu"]` patches."""
         config: Any = SimpleNamespace(patch_dim=2 * 588, merge_unit=4)
         encoder = BatchEncoder(self._forward, self.device, config, OutputOptions(), "skip")
         jobs = (Job(partial(LoadedImage, str(each.name), patches=each)) for each in images)

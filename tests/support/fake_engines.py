@@ -28,7 +28,7 @@ from qwen_vit.integrations.hf import IMAGE_TOKEN_ID
 from tests.support.checkpoints import SMALL
 
 SPECIAL = {"<|im_start|>": 0, "<|im_end|>": 1, "<|vision_start|>": 2, "<|vision_end|>": 3}
-LETTERS = 16  # where ordinary bytes begin: one token each
+LETTERS = 16  # the token of the first byte; each byte is one token
 N_LETTERS = 256
 
 
@@ -102,7 +102,7 @@ class EngineDeadError(RuntimeError):
 class FakeVllm:
     """Imitate the part of vLLM's engine that takes features, and its faults. As in vLLM 0.32.0
     (measured by tools/checks/engines), a wrong number of rows, width or time grid, or a missing
-    cache file, stops the engine for all users. NaN spoils later requests. Source of the forms:
+    cache file, stops the engine for all users. NaN spoils later requests. Sources:
     vllm/model_executor/models/qwen2_5_vl.py and qwen2_vl.py, vllm/renderers/chat_utils.py and
     distributed/ec_transfer/ec_connector/example_connector.py.
     """
@@ -121,7 +121,7 @@ class FakeVllm:
             uuids = request.get("multi_modal_uuids", {}).get(kind)
             try:
                 found[kind] = self._items(kind, data, uuids)
-            except AssertionError:  # a request that the front end lets pass
+            except AssertionError:  # the front end accepts such a request, and the engine stops
                 self.is_dead = True
                 raise EngineDeadError(f"the engine stops at {kind} {data}") from None
         rows = [part for parts in found.values() for part in parts]

@@ -1,4 +1,4 @@
-"""Imitate SGLang's side of the model class, as in SGLang 0.5.23. The engine itself runs in
+"""Imitate the code of SGLang 0.5.23 that calls the model class. The engine itself runs in
 tools/checks/engines. Each fake has the signatures, the order of calls and the side effects of the
 file that it names.
 """
@@ -30,7 +30,7 @@ class EmbeddingCache(dict[int, Tensor]):
 
 
 class VisionTransformer(nn.Module):
-    """models/qwen2_5_vl.py, Qwen2_5_VisionTransformer: what is read before it is replaced."""
+    """models/qwen2_5_vl.py, Qwen2_5_VisionTransformer: the attributes that the plugin reads."""
 
     def __init__(self, vision_config: Any) -> None:
         super().__init__()
@@ -83,21 +83,21 @@ class Model(nn.Module):
 
 
 def run_sharded(visual: Any, pixel_values: Tensor, grids: list[list[int]], n_ranks: int) -> Tensor:
-    """multimodal/mm_utils.py, run_dp_sharded_mrope_vision_model: the ranks one after the other."""
+    """multimodal/mm_utils.py, run_dp_sharded_mrope_vision_model, with sequential ranks."""
     counts = [math.prod(grid) for grid in grids]
     parts = pixel_values.split(counts)
     found: dict[int, Tensor] = {}
     for rank in range(n_ranks):
-        mine = list(range(rank, len(grids), n_ranks))
-        if mine:
-            rows = torch.cat([parts[i] for i in mine])
-            embeds = visual(rows, torch.tensor([grids[i] for i in mine]))
+        own = list(range(rank, len(grids), n_ranks))
+        if own:
+            rows = torch.cat([parts[i] for i in own])
+            embeds = visual(rows, torch.tensor([grids[i] for i in own]))
         else:
             embeds = torch.empty(
                 (0, visual.out_hidden_size), device=visual.device, dtype=pixel_values.dtype
             )
-        sizes = [counts[i] // visual.spatial_merge_size**2 for i in mine]
-        found |= dict(zip(mine, embeds.split(sizes), strict=True))
+        sizes = [counts[i] // visual.spatial_merge_size**2 for i in own]
+        found |= dict(zip(own, embeds.split(sizes), strict=True))
     return torch.cat([found[i] for i in range(len(grids))])
 
 
@@ -180,7 +180,7 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "0.5.23") -> SimpleN
         if parent:
             setattr(sys.modules[parent], last, module)
     ours = f"{PACKAGE}.model"
-    monkeypatch.setitem(sys.modules, ours, ModuleType(ours))  # so that it is gone after the test
+    monkeypatch.setitem(sys.modules, ours, ModuleType(ours))  # so that monkeypatch removes it
     del sys.modules[ours]
     real = importlib.metadata.version
     monkeypatch.setattr(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qwen_vit import VisionEncoder
 
 OUR_MODULE = "qwen_vit.integrations.vllm.model"
-BUDGET = 130  # merged tokens that one step of the engine may encode
+BUDGET = 130  # the most merged tokens that the engine encodes in one step
 
 
 class UnquantizedLinearMethod:
@@ -144,7 +144,7 @@ class Config:
             hf_config=SimpleNamespace(to_dict=lambda: document),
             multimodal_config=self.limits,
             image_processor=SimpleNamespace(
-                # as where the engine's tower normalises: the processor's own flags are off
+                # the flags of a processor whose engine normalises in the tower
                 to_dict=lambda: {
                     **self.encoder.image_config.to_json(),
                     "do_rescale": False,

@@ -31,7 +31,7 @@ def set_fact(name: str, value: Any) -> Any:
 
 
 def poison(file: Path, row: int = 0) -> None:
-    """Put a NaN into a feature file, as a disk or a bad GPU would."""
+    """Put a NaN into a row of a feature file."""
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     tensors = load_file(file)

@@ -12,7 +12,7 @@ METADATA = {"model": "tiny", "commit": None, "dtype": "float32"}
 ODD_IDS = {
     "unicode": "фото/猫 🐈.jpg",
     "newline": "two\nlines\r\t.jpg",
-    "bytes": os.fsdecode(b"caf\xe9\xff.jpg"),  # surrogates: not a Unicode name at all
+    "bytes": os.fsdecode(b"caf\xe9\xff.jpg"),  # surrogates, which no Unicode text contains
     "255 bytes": "n" * 251 + ".jpg",
     "leading dash": "--out",
     "quotes": '"\\',

@@ -1,4 +1,4 @@
-"""Random cases for the e4m3 GEMMs, and their float64 oracles on the same e4m3 values."""
+"""Provide random cases for the e4m3 GEMMs, and their float64 oracles on the same e4m3 values."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +10,9 @@ from qwen_vit.weight_format import QuantizedRows, quantize, split_gate_and_up
 from tests.support.linear_cases import EPS
 from tests.support.towers import CPU
 
-# (K, N) of the published tower's two GEMMs, and what follows
+# epilogue -> (K, N) of the GEMM in the published tower
 SHAPES = {"swiglu": (1280, 6912), "residual": (3456, 1280)}
-# of the float32 sums against float64: the matrix instruction adds with 14 bits, 32 products each
+# The error of the sums against float64. The matrix instruction adds 32 products with 14 bits.
 SUM_ERROR = 1e-3
 
 
@@ -24,7 +24,7 @@ class Fp8Case:
     rows: QuantizedRows
     weight: tuple[Tensor, Tensor]
     bias: Tensor
-    squares: Tensor  # of the rows before they were quantised
+    squares: Tensor  # of the rows before quantisation
     before: Tensor  # the stream that `residual` adds to
 
     @classmethod
@@ -47,7 +47,7 @@ class Fp8Case:
         )  # fmt: skip
 
     def rows_at(self, rows: slice) -> "Fp8Case":
-        """The same operands of some rows alone, in memory of their own."""
+        """Return the case with only these rows, in separate memory."""
         quantized = QuantizedRows(
             self.rows.values[rows].clone(), self.rows.scales[:, rows].clone(),
         )  # fmt: skip
@@ -58,13 +58,13 @@ class Fp8Case:
 
     @property
     def operands(self) -> dict[str, Any]:
-        """What a launch takes besides rows, weight and bias."""
+        """Return the operands of a launch in addition to rows, weight and bias."""
         if self.epilogue == "swiglu":
             return {"squares": self.squares, "eps": EPS}
         return {"residual": self.before}
 
     def oracle(self) -> Tensor:
-        """The result in float64, before it is rounded to e4m3 or bf16."""
+        """Return the result in float64, without the rounding to e4m3 or bf16."""
         values, scale = self.weight
         y = self.rows.dequantized().double() @ (values.double() * scale.double()[:, None]).T
         if self.epilogue == "residual":

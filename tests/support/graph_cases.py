@@ -1,4 +1,4 @@
-"""Provide layouts that fit a graph."""
+"""Provide a config and a failing tower for the tests of CUDA graphs."""
 
 from functools import cache
 from typing import Any
@@ -27,10 +27,10 @@ class Faulty:
 
     def __call__(self, pixels: torch.Tensor, layout: Layout) -> torch.Tensor:
         self.calls += 1
-        answer: torch.Tensor = self.tower(pixels, layout)
+        result: torch.Tensor = self.tower(pixels, layout)
         if self.calls == self.fails_at:
             raise self.error
-        return answer
+        return result
 
 
 OUT_OF_MEMORY = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-GUARD_BYTES = 4096  # before and after; a multiple of what tensor maps must be aligned to
-FILL = 0xFF  # in every byte: a NaN in each floating type
+GUARD_BYTES = 4096  # on each side; a multiple of the alignment of tensor maps
+FILL = 0xFF  # a value of these bytes is NaN in every floating type
 
 
 @dataclass(frozen=True, slots=True)

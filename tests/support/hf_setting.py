@@ -23,8 +23,8 @@ from tests.support.towers import assert_no_worse_than
 
 IMAGE_TOKEN = 4
 ONE_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-# Height and width in pixels: a wide and a tall one of equally many tokens, one with windows that
-# are not whole, and one that is enlarged.
+# Height and width in pixels: a wide and a tall image with equally many tokens, an image with
+# incomplete windows, and an image that is enlarged.
 SIZES = ((56, 84), (140, 84), (61, 200), (84, 56), (20, 20))
 NEW_TOKENS = 16
 

@@ -19,8 +19,9 @@ from triton.runtime.cache import get_cache_manager
 from qwen_vit.kernels.launch import LAUNCH
 
 HOPPER = 90  # compute capability, as Triton's targets name it
-REGISTERS = 65_536  # of a multiprocessor
-# bytes of shared memory of a multiprocessor: CUDA's programming guide, compute capabilities
+REGISTERS = 65_536  # per multiprocessor
+# Bytes of shared memory per multiprocessor, from the table of compute capabilities in CUDA's
+# programming guide.
 SHARED_MEMORY = {80: 167_936, 89: 102_400, HOPPER: 233_472, 100: 233_472, 120: 102_400}
 SHARED_BYTES_OF_THE_SYSTEM = 1024  # in each program
 
@@ -29,14 +30,14 @@ SHARED_BYTES_OF_THE_SYSTEM = 1024  # in each program
 class Compiled:
     registers: int
     spill_bytes: int
-    serialised_wgmma: bool  # ptxas' C7515: every matrix instruction waits for the one before
+    serialised_wgmma: bool  # C7515: each matrix instruction waits for the previous one
     wgmma_shapes: frozenset[str]
     shared_bytes: int
     corrupt_descriptors: int
     unfenced_reads: int
-    barrier_arrays: int  # held to the end
-    barriers_left: int  # held by nobody
-    has_async_copies: bool = True  # into shared memory: else loads and products take turns
+    barrier_arrays: int  # arrays that the kernel invalidates at its end
+    barriers_left: int  # barriers that the kernel never invalidates
+    has_async_copies: bool = True  # without copies to shared memory, a load does not overlap a GEMM
     capability: int = HOPPER
     spills_in_loops: int = 0  # loads and stores of spilled registers between matrix instructions
 
@@ -117,13 +118,13 @@ def _assembled(ptx: str, capability: int) -> tuple[str, str]:
     """Return ptxas' report and the disassembly, and cache both beside Triton's own cache. Both
     programs are deterministic. They take a second of one core, mostly for their start.
     """
-    ptx = without_places(ptx)
-    assembler = get_ptxas(capability)  # the one that this Triton itself uses
+    ptx = without_source_lines(ptx)
+    assembler = get_ptxas(capability)  # Triton itself uses this assembler
     ptxas, version = Path(assembler.path), assembler.version
     tools = f"{triton.__version__} {ptxas} {version}"
     key = hashlib.sha256(f"{tools}\n{ptx}".encode()).hexdigest()
-    kept = get_cache_manager(key)
-    paths = [kept.get_file(name) for name in ("report.txt", "disassembly.txt")]
+    cache = get_cache_manager(key)
+    paths = [cache.get_file(name) for name in ("report.txt", "disassembly.txt")]
     if None not in paths:
         report, sass = (Path(str(path)).read_text() for path in paths)
         return report, sass
@@ -143,39 +144,41 @@ def _assembled(ptx: str, capability: int) -> tuple[str, str]:
             text=True,
             check=True,
         ).stdout
-    kept.put(report, "report.txt", binary=False)
-    kept.put(sass, "disassembly.txt", binary=False)
+    cache.put(report, "report.txt", binary=False)
+    cache.put(sass, "disassembly.txt", binary=False)
     return report, sass
 
 
-def without_places(ptx: str) -> str:
-    """Remove lines and files of the source. They change with each edit, and the code does not."""
+def without_source_lines(ptx: str) -> str:
+    """Remove the references to source lines, because an edit of a comment changes them."""
     code = ptx.partition("\t.section\t.debug")[0]
     return re.sub(r"^\s*\.(?:loc|file)\b.*\n", "", code, flags=re.MULTILINE)
 
 
 def count_barriers(ptx: str) -> tuple[int, int]:
-    """(arrays of barriers that a kernel holds to its end, barriers that are made and not held).
+    """Return the number of barrier arrays that a kernel keeps to its end, and of other barriers.
 
-    The memory of those may be another's meanwhile. An array is held by ending its first barrier;
-    where two arrays touch, the second would pass for the rest of the first: so count them as well.
-    A GEMM once kept its bias where two barriers had been that it never used. When another
-    process had its turn on the GPU, the hardware wrote those back: a few columns became NaN.
+    A kernel keeps an array by invalidating the array's first barrier at the kernel's end. The
+    compiler may reuse the shared memory of other barriers. The number of arrays is necessary,
+    because the function takes an array directly behind a kept array for a part of that array.
+
+    A GEMM once kept its bias in the shared memory of two unused barriers. After a context switch
+    to another process, the hardware restored the barriers, and a few columns became NaN.
     """
     step = re.compile(
         r"add\.s32\s+(?P<sum>%r\d+), %r\d+, (?P<bytes>\d+);"
-        r"|mbarrier\.(?P<what>init|inval)\.shared(?:::cta)?\.b64 \[(?P<at>%r\d+)\]"
+        r"|mbarrier\.(?P<action>init|inval)\.shared(?:::cta)?\.b64 \[(?P<at>%r\d+)\]"
     )
-    offset: dict[str, int] = {}  # of a register: from where shared memory begins
+    offset: dict[str, int] = {}  # register -> its offset from the start of shared memory
     made, kept = set[int](), set[int]()
     for found in step.finditer(ptx):
         if found["sum"]:
             offset[found["sum"]] = int(found["bytes"])
         else:
-            (made if found["what"] == "init" else kept).add(offset.get(found["at"], 0))
+            (made if found["action"] == "init" else kept).add(offset.get(found["at"], 0))
     arrays, left = len(kept), 0
     for place in sorted(made - kept):
-        if place - 8 in kept:  # an array's next
+        if place - 8 in kept:  # the next barrier of an array
             kept.add(place)
         else:
             left += 1
@@ -183,7 +186,8 @@ def count_barriers(ptx: str) -> tuple[int, int]:
 
 
 def count_spills_in_loops(sass: str) -> int:
-    """Loads and stores of spilled registers from a loop's matrix instruction to the loop's end."""
+    """Count the loads and stores of spilled registers between a loop's first matrix instruction and
+    the loop's end."""
     in_loop, found = False, 0
     for line in sass.splitlines():
         if re.search(r"\b[HQI]GMMA\b", line):
@@ -196,40 +200,40 @@ def count_spills_in_loops(sass: str) -> int:
 
 
 def count_unfenced_reads(sass: str) -> int:
-    """Matrix instructions and bulk stores where a store to shared memory may not have arrived.
+    """Count the matrix instructions and bulk stores that may read shared memory before a store.
 
-    They read through another path than the store took: the thread that stored must have fenced,
-    and only then may all have met at a barrier. Counted in the order of the code, for stores of 16
-    bytes, whatever their address.
+    These instructions read shared memory through the asynchronous proxy. After a store, the storing
+    thread must therefore execute a proxy fence, and then all threads must pass a barrier. The
+    function follows the order of the code, and checks stores of 16 bytes at any address.
     """
     order = re.compile(
         r"\*/ +(?:@!?U?P\w+ +)?"
         r"(STS\.128|STSM[.\w]*\.4|FENCE\.VIEW\.ASYNC|BAR\.SYNC|[HQ]GMMA|UTMASTG|EXIT)\b"
     )
-    state, unfenced = "shown", 0
+    state, unfenced = "visible", 0
     for line in sass.splitlines():
         if (found := order.search(line)) is None:
             continue
-        what = found[1]
-        if what.startswith("STS"):
+        instruction = found[1]
+        if instruction.startswith("STS"):
             state = "stored"
-        elif what.startswith("FENCE"):
+        elif instruction.startswith("FENCE"):
             state = "fenced" if state == "stored" else state
-        elif what.startswith("BAR"):
-            state = "shown" if state == "fenced" else state
-        elif what == "EXIT":
-            state = "shown"
-        elif state != "shown":
+        elif instruction.startswith("BAR"):
+            state = "visible" if state == "fenced" else state
+        elif instruction == "EXIT":
+            state = "visible"
+        elif state != "visible":
             unfenced += 1
     return unfenced
 
 
 def count_corrupt_descriptors(sass: str) -> int:
-    """64-bit uniform additions whose high word adds the low word's register.
+    """Count the 64-bit uniform additions whose high word adds the low word's register.
 
-    ptxas 12.8, which Triton 3.6 and 3.7 bundle, sometimes builds a matrix descriptor that way: the
-    address leaks into the strides, and the GEMM reads whatever lies there. Seen as a wrong tail
-    of 16 dims, or an illegal address.
+    Triton 3.6 and 3.7 contain ptxas 12.8, which sometimes makes such a matrix descriptor. The
+    address then changes the strides, so the GEMM reads wrong memory. The last 16 dims were wrong,
+    or the GPU reported an illegal address.
     """
     low = re.compile(r"UIADD3 UR\d+, (UP\d+), (UR\d+), 0x[0-9a-f]+, URZ")
     high = re.compile(r"UIADD3\.X UR\d+, (UR\d+), -?0x[0-9a-f]+, URZ, (UP\d+), !UPT")

@@ -1,4 +1,4 @@
-"""Run an https server on loopback, and admit it by a test's resolver and rule."""
+"""Run an https server on loopback, with a resolver and a rule that let tests connect to it."""
 
 import datetime as dt
 import ipaddress
@@ -45,7 +45,7 @@ def write_certificate(path: Path) -> None:
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print no error of a client that rejects the certificate or leaves."""
+        """Ignore a client that rejects the certificate or closes the connection."""
         if not isinstance(sys.exc_info()[1], ssl.SSLError | ConnectionError):
             super().handle_error(request, client_address)
 
@@ -82,5 +82,5 @@ def trusting(certificate: Path) -> ssl.SSLContext:
 
 
 def is_loopback_or(is_public: Callable[[str], bool]) -> Callable[[str], bool]:
-    """Return a rule that also admits 127.0.0.1."""
+    """Return a rule that also accepts 127.0.0.1 as a public address."""
     return lambda address: ipaddress.ip_address(address).is_loopback or is_public(address)

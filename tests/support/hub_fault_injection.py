@@ -33,8 +33,8 @@ from tests.support.hub_worker import hub_environment
 REPO = "org/tiny"
 SLOW = Fault("*.safetensors", method="GET", drip=0.01)
 
-# Imports once, then forks a process for each line: {"cache", "no_locks", "seed"}. It writes a line
-# when a process starts, and one when it ends: [pid, "start"] and [pid, "end", code, message].
+# The server imports qwen_vit once, and forks a process for each line {"cache", "no_locks"}. It
+# writes [pid, "start", 0, "", ""] and [pid, "end", exit code, error class, message or hash].
 FORK_SERVER = """
 import json, logging, os, sys, threading, time
 logging.basicConfig(level=logging.CRITICAL)
@@ -66,12 +66,13 @@ def child(call):
         print(json.dumps(["crash", traceback.format_exc()]), flush=True)
         os._exit(4)
 
-talking = threading.Lock()  # nobody forks while a thread holds stdout's own lock
+# A fork while another thread holds stdout's lock would leave that lock held in the child.
+writing_line = threading.Lock()
 
 for line in sys.stdin:
     call = json.loads(line)
     reading, writing = os.pipe()
-    with talking:
+    with writing_line:
         pid = os.fork()
     if pid == 0:
         os.dup2(writing, 1)
@@ -80,15 +81,15 @@ for line in sys.stdin:
 
     def watch(pid=pid, reading=reading):
         with os.fdopen(reading) as pipe:
-            said = pipe.read()
+            output = pipe.read()
         _, status = os.waitpid(pid, 0)
-        said = json.loads(said) if said.endswith("\\n") else ["", ""]
+        result = json.loads(output) if output.endswith("\\n") else ["", ""]
         code = os.waitstatus_to_exitcode(status)
-        with talking:
-            sys.stdout.write(json.dumps([pid, "end", code, *said]) + "\\n")
+        with writing_line:
+            sys.stdout.write(json.dumps([pid, "end", code, *result]) + "\\n")
             sys.stdout.flush()
 
-    with talking:
+    with writing_line:
         sys.stdout.write(json.dumps([pid, "start", 0, "", ""]) + "\\n")
         sys.stdout.flush()
     threading.Thread(target=watch).start()
@@ -108,8 +109,8 @@ class ForkServer:
         self.process.stdin.write(json.dumps(call) + "\n")
         self.process.stdin.flush()
         while True:
-            pid, what, *rest = self._read()
-            if what == "start":
+            pid, event, *rest = self._read()
+            if event == "start":
                 return int(pid)
             self.ended[pid] = tuple(rest)
 
@@ -149,7 +150,7 @@ class Chaos:
 
 
 def on_a_hub(body: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Convert a function below to a function of a folder."""
+    """Convert a function of a `Chaos` to a function of a folder, which starts the Hub."""
 
     def run(folder: Path, **arguments: Any) -> dict[str, Any]:
         with chaos(folder) as running:
@@ -160,7 +161,7 @@ def on_a_hub(body: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any
 
 @contextmanager
 def chaos(folder: Path) -> Iterator[Chaos]:
-    """Provide everything that the functions below need, in `folder`."""
+    """Run a Hub and a fork server in `folder`."""
     write_checkpoint(folder / "repo", WIDE, shards=2)
     truth = load_checkpoint(folder / "repo").weights_sha256()
     with serving({REPO: folder / "repo"}) as hub:
@@ -181,30 +182,31 @@ def chaos(folder: Path) -> Iterator[Chaos]:
                 process.kill()
 
 
-def check_names(cache: Path, truth: str, *, lies_and_kills: bool = False) -> str:
-    """Check that every file with a final name is complete, and return the existing shards of ours
-    and of the Hub. Raises AssertionError or CheckpointError for an incomplete file. The Hub's own
-    client gives a shard its name before we can hash it. With `lies_and_kills`, a shard may be
-    damaged, and no code may use it.
+def check_names(cache: Path, truth: str, *, may_be_damaged: bool = False) -> str:
+    """Check that every file with a final name is complete, and summarise the existing files.
+
+    Raises AssertionError or CheckpointError for an incomplete file. huggingface_hub gives a shard
+    its final name before qwen_vit hashes it. `may_be_damaged` therefore allows damaged shards of
+    huggingface_hub, after wrong answers and kills. qwen_vit must not use such a shard.
     """
-    kept = whole = 0
+    n_ours = n_shards = 0
     for folder in store.folder_of(cache, REPO, COMMIT).parent.glob("?" * 40):
         assert store.find(folder) is not None
         store.check(folder)
         assert load_checkpoint(folder).weights_sha256() == truth, folder
-        kept += 1
+        n_ours += 1
     for path in cache.glob("models--*/snapshots/*/*"):
-        if not path.exists():  # its damaged blob, which several commits share, was removed
+        if not path.exists():  # qwen_vit removed the damaged blob, which several commits share
             continue
         digest = store.hub_digest(path)
         assert digest is not None, path
         try:
             store.check_digest(path, digest)
         except CheckpointError:
-            if not lies_and_kills:
+            if not may_be_damaged:
                 raise
-        whole += path.suffix == ".safetensors"
-    return f"{'kept' if kept else 'absent'}, {whole} whole shards"
+        n_shards += path.suffix == ".safetensors"
+    return f"{'kept' if n_ours else 'absent'}, {n_shards} whole shards"
 
 
 def kill_at_random(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
@@ -215,14 +217,14 @@ def kill_at_random(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
     cache = chaos.folder / "killed"
     while (kills := found["kills"]) < times:
         chaos.hub.faults = [SLOW if kills % 3 else replace(SLOW, ignore_range=True)]
-        if kills % 10 == 0:  # how long one takes now
+        if kills % 10 == 0:  # measure a download without a kill
             begin = time.monotonic()
             assert chaos.download(chaos.folder / "alone")[::2] == (0, chaos.truth)
             seconds = time.monotonic() - begin
             shutil.rmtree(chaos.folder / "alone")
         pid = chaos.fork_server.start(cache)
         time.sleep(rng.uniform(0, seconds))
-        with suppress(ProcessLookupError):  # it was quicker
+        with suppress(ProcessLookupError):  # the download ended first
             os.kill(pid, signal.SIGKILL)
         code, kind, result = chaos.fork_server.wait(pid)
         assert code in (0, -signal.SIGKILL), (code, kind, result)
@@ -231,7 +233,7 @@ def kill_at_random(chaos: Chaos, times: int, seed: int = 0) -> dict[str, Any]:
         if code == 0 or found["kills"] % 20 == 0:
             chaos.check_good(cache)
             folder = store.folder_of(cache, REPO, COMMIT).parent
-            assert list(folder.glob(".*")) == [], "what killed processes left was not removed"
+            assert list(folder.glob(".*")) == [], "files of killed processes remain"
             shutil.rmtree(cache)
     chaos.check_good(cache)
     shutil.rmtree(cache)
@@ -257,7 +259,7 @@ def crowd(chaos: Chaos, times: int, processes: int = 16, seed: int = 0) -> dict[
             found[f"exit {code}"] += 1
             assert code in ((0,) if quiet else (0, 3, -signal.SIGKILL)), (code, kind, result)
             assert code != 0 or result == chaos.truth
-        found[check_names(cache, chaos.truth, lies_and_kills=not quiet)] += 1
+        found[check_names(cache, chaos.truth, may_be_damaged=not quiet)] += 1
         if quiet and not no_locks:
             spans = sum(r.sent for r in chaos.hub.requests if r.file.endswith(".safetensors"))
             most = max(most, spans / cache_bytes(cache))
@@ -269,7 +271,7 @@ def crowd(chaos: Chaos, times: int, processes: int = 16, seed: int = 0) -> dict[
 
 
 def tally_of(times: int, found: Counter[str]) -> dict[str, Any]:
-    """Return a line of the ledger."""
+    """Return the counts and versions, for a row of the ledger."""
     versions = {name: version(name) for name in ("huggingface_hub", "safetensors", "torch")}
     return {"times": times, "found": dict(found), "versions": versions}
 
@@ -364,8 +366,8 @@ def hub_versions(folder: Path, seed: int = 0) -> dict[str, Any]:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder / str(i))]
         subprocess.run([*pip, wanted], check=True, capture_output=True)
         environment = {**os.environ, "PYTHONPATH": str(folder / str(i))}
-        ask = [sys.executable, "-c", "import huggingface_hub as hub; print(hub.__version__)"]
-        found = subprocess.run(ask, env=environment, check=True, capture_output=True, text=True)
+        show = [sys.executable, "-c", "import huggingface_hub as hub; print(hub.__version__)"]
+        found = subprocess.run(show, env=environment, check=True, capture_output=True, text=True)
         test = [
             sys.executable,
             "-m",

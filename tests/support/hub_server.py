@@ -20,26 +20,27 @@ from typing import Any, ClassVar
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RESOLVE = re.compile(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)")
 API = re.compile(r"/api/models/([\w.-]+/[\w.-]+)(?:/revision/([^/]+))?")
-LARGE = ".safetensors"  # what the Hub keeps in LFS, names by its sha256 and serves from elsewhere
+LARGE = ".safetensors"  # LFS files: the etag is the sha256, and the CDN serves the content
 CHUNK = 65_536
 
 
 @dataclass
 class Fault:
-    """What happens to requests for `file` (a pattern over "org/repo/file"; "api" for the listing).
+    """Describe a fault of requests for `file` (a pattern over "org/repo/file", or "api").
 
-    It begins after `skip` such requests and ends after `times` more (None: never). `method` and
-    `ranges` (True: only requests of a range) narrow it down. What happens, any of:
+    The fault begins after `skip` such requests, and ends after `times` more (None: never). `method`
+    selects the requests of one method. `ranges` selects the requests with a range (True) or without
+    one (False). The fault has any of these effects:
 
-    status, code, headers       this HTTP status, X-Error-Code and more, instead of the file
-    cut                         the connection closes after this share of the body
-    drip                        a pause of this many seconds before each 64 KiB
-    flip                        one bit of this byte of the file is wrong, however it is read
-    ignore_range                the whole file, 200, whatever range was asked for
-    wrong_total                 the file's size is said to be larger by this
-    shift                       another range is sent than was asked for, and said so
-    encoding                    the body is said to be encoded like this
-    then                        called with the Hub before the answer: to move a branch, say
+    status, code, headers       answer with this HTTP status, X-Error-Code and headers
+    cut                         close the connection after this share of the body
+    drip                        wait this number of seconds before each 64 KiB
+    flip                        change one bit of this byte of the file
+    ignore_range                answer a request for a range with the complete file and status 200
+    wrong_total                 add this number to the declared size of the file
+    shift                       move the sent range by this number of bytes, and declare that range
+    encoding                    declare this encoding of the body
+    then                        call this function with the Hub before the answer
     """
 
     file: str = "*"
@@ -86,8 +87,8 @@ class Hub:
     commits: dict[str, Path]
     branches: dict[str, str]
     faults: list[Fault] = field(default_factory=list)
-    token: str | None = None  # when set, every repository wants it
-    redirects: bool = False  # large files come from the second server
+    token: str | None = None  # every repository requires this token
+    redirects: bool = False  # whether the second server serves large files
     licence: str = "apache-2.0"
     requests: list[Request] = field(default_factory=list)
     endpoint: str = ""
@@ -158,11 +159,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         self.file, self.revision, self.sent, self.code = "", "", 0, 0
-        self.range = self._asked_range()
+        self.range = self._requested_range()
         try:
             self._route(self.path.partition("?")[0])
         except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True  # the client was killed, or has seen enough
+            self.close_connection = True  # the client was killed, or closed the connection
         finally:
             request = Request(
                 self.command, self.file, self.revision, self.range, self.code, self.sent,
@@ -171,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
             with self.hub.lock:
                 self.hub.requests.append(request)
 
-    def _asked_range(self) -> tuple[int, int] | None:
+    def _requested_range(self) -> tuple[int, int] | None:
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if found:
             return int(found[1]), int(found[2]) + 1

@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.support import ROOT
 
-# Reads a call in JSON from each line: {"do": ..., keyword arguments}; writes its result.
+# The worker reads a call {"do": ..., keyword arguments} from each line, and writes its result.
 SCRIPT = """
 import contextlib, importlib, io, json, logging, sys, time
 import huggingface_hub
@@ -37,8 +37,8 @@ class Terminal(io.StringIO):
 
 logging.getLogger("qwen_vit").addHandler(Collect())
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-time.sleep = waits.append  # between the client's attempts
-ranges._rest = lambda seconds, stop: waits.append(seconds)  # and ours
+time.sleep = waits.append  # between attempts of huggingface_hub
+ranges._rest = lambda seconds, stop: waits.append(seconds)  # between attempts of qwen_vit
 
 def run(do, **call):
     if "part_bytes" in call:
@@ -46,7 +46,7 @@ def run(do, **call):
     if call.pop("no_locks", False):
         import fcntl
         fcntl.flock = lambda *_: None
-    if do == "whole":  # as any other program fills the Hub's cache
+    if do == "whole":  # a download by huggingface_hub alone
         return {"path": huggingface_hub.hf_hub_download(**call)}
     if do == "command":
         out, err = io.StringIO(), Terminal() if call.get("terminal") else io.StringIO()
@@ -97,14 +97,14 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            _, said = self.process.communicate()
-            raise AssertionError(f"the worker died ({self.process.returncode}): {said}")
+            _, stderr = self.process.communicate()
+            raise AssertionError(f"the worker died ({self.process.returncode}): {stderr}")
         result: dict[str, Any] = json.loads(line)
         return result
 
 
 def hub_environment(home: Path, endpoint: str) -> dict[str, str]:
-    """Return the environment of a process that knows only this Hub."""
+    """Return the environment of a process that has access to only this Hub."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}

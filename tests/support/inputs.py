@@ -1,4 +1,4 @@
-"""Make inputs of a test: files, tars, and their ids."""
+"""Make files and tars as inputs of tests, and list their ids."""
 
 import io
 import os

@@ -1,9 +1,9 @@
-"""Interrupt an export."""
+"""Interrupt an export after a number of images."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
 
-COUNT = 100  # images, every 13th of them broken
+COUNT = 100  # images, of which every 13th is broken
 
 
 def segments(folder: str = "out") -> list[str]:
@@ -11,7 +11,7 @@ def segments(folder: str = "out") -> list[str]:
 
 
 class Stop:
-    """Send a signal after this number of checks, one check for each image."""
+    """Request a stop after this number of checks. An export checks once for each image."""
 
     def __init__(self, after: int) -> None:
         self.left = after

@@ -39,7 +39,7 @@ class Run:
 
     code: int
     seconds: float
-    errors: str  # what it said on stderr
+    errors: str  # stderr
 
 
 @dataclass
@@ -61,11 +61,11 @@ def start(command: Sequence[str], log: Path, **environment: str) -> subprocess.P
             stderr=errors,
             env={**os.environ, **environment},
             start_new_session=True,
-            preexec_fn=_heed_interrupts,
+            preexec_fn=_restore_ctrl_c,
         )
 
 
-def _heed_interrupts() -> None:
+def _restore_ctrl_c() -> None:
     """Restore the handler of Ctrl-C, because the processes of a shell's background job ignore
     Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -87,14 +87,14 @@ class Forked:
             code = 1
             try:
                 os.setpgid(0, 0)
-                _heed_interrupts()
+                _restore_ctrl_c()
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 os.dup2(errors, 2)
                 code = _exit_code(function)
             finally:
                 os._exit(code)
         os.close(errors)
-        with suppress(OSError):  # whichever process is first
+        with suppress(OSError):  # parent and child both do this, because either may run first
             os.setpgid(self.pid, self.pid)
 
     def poll(self) -> int | None:
@@ -122,7 +122,7 @@ def _exit_code(function: Callable[[], object]) -> int:
         code: object = 0
     except SystemExit as done:
         code = done.code or 0
-    except BaseException:  # noqa: BLE001 - as Python's own handler
+    except BaseException:  # noqa: BLE001 - Python also prints every exception
         traceback.print_exc()
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]
@@ -164,16 +164,17 @@ def kill_again_and_again(
     after_end: Callable[[Run], None],
     start: Start = start,
 ) -> Kills:
-    """Kill the command at moments spread evenly from 0 to `longest_s`, until `kills` have landed.
-    `after_kill` checks the state after a kill, from which the next start must continue. `after_end`
-    checks the result of a command that ended by itself, and removes the result, so that `command`
-    begins again. The last start may end by itself.
+    """Kill the command at random moments from 0 to `longest_s`, until `kills` kills have landed.
+
+    After a kill, `after_kill` checks the state, and the next start continues from this state. After
+    an end without a kill, `after_end` checks and removes the result, and the next start begins
+    anew. The function does not kill the last start.
     """
-    moments, done, begin = random.Random(seed), Kills(), time.monotonic()
+    rng, done, begin = random.Random(seed), Kills(), time.monotonic()
     while True:
         is_last = done.landed == kills
-        moment = None if is_last else moments.uniform(0, longest_s)
-        result = run(command(), log, moment, start)
+        kill_after_s = None if is_last else rng.uniform(0, longest_s)
+        result = run(command(), log, kill_after_s, start)
         if result.code == -signal.SIGKILL:
             done.landed += 1
             after_kill(result)

@@ -59,14 +59,16 @@ def random_case(
 
 def norm_case(dtype: torch.dtype, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    scales = 10.0 ** torch.linspace(-4, 3, 256)[:, None]  # where eps decides, to large activations
+    scales = (
+        10.0 ** torch.linspace(-4, 3, 256)[:, None]
+    )  # from values below eps to large activations
     x = torch.randn(256, 160, generator=generator) * scales
     weight = torch.rand(160, generator=generator) * 2 - 0.5
     return x.to(device, dtype), weight.to(device, dtype)
 
 
 def their_norm(x: Tensor, weight: Tensor) -> Tensor:
-    # takes seconds, and the child that interprets products does not need it
+    # This import takes seconds, and the child process that interprets GEMMs does not need it.
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
     norm = Qwen2_5_VLRMSNorm(len(weight), eps=1e-6)
@@ -75,14 +77,14 @@ def their_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 EPILOGUES = ("plain", "gelu")
-# float32: a sum of K products is off by about sqrt(K) roundings of 6e-8, 2e-6 at K = 1,280.
+# float32: a sum of K products has an error of about sqrt(K) roundings of 6e-8, 2e-6 at K = 1,280.
 # bfloat16: one rounding of the result is 1.7e-3 in the mean (2^-9 uniformly over a binade).
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2.0e-3}
 
 
 def assert_gathered_pixels_are_exact(device: torch.device, dtype: torch.dtype) -> None:
     pixels = random_pixels(67, 0)
-    pixels[0, :256] = torch.arange(256, dtype=torch.uint8)  # every value there is
+    pixels[0, :256] = torch.arange(256, dtype=torch.uint8)  # every uint8 value
     index = torch.randint(0, 67, (101,), dtype=torch.int32)
     index[0] = 0
     out = gather_pixels(

@@ -15,7 +15,7 @@ from qwen_vit.errors import CheckpointError
 from tests.support.checkpoints import SMALL, write_checkpoint
 from tests.support.hub_fault_injection import tally_of
 
-SECONDS_AT_MOST = 1.0  # for one damaged file
+MAX_SECONDS = 1.0  # for one damaged file
 Mutate = Callable[[bytes, random.Random], bytes]
 TOKENS = (
     b"null", b"-1", b"0", b"1e999", b"9" * 40, b"[]", b"{}", b'""', b"true", b"NaN",
@@ -66,19 +66,19 @@ def mutate_header(content: bytes, rng: random.Random) -> bytes:
 def mutate_json(content: bytes, rng: random.Random) -> bytes:
     """Change, remove, repeat or exchange values of a JSON document."""
     document = json.loads(content)
-    places: list[tuple[Any, Any]] = []
+    entries: list[tuple[Any, Any]] = []
 
     def collect(value: Any) -> None:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in items:
-            places.append((value, key))
+            entries.append((value, key))
             if isinstance(item, dict | list):
                 collect(item)
 
     collect(document)
     for _ in range(rng.randint(1, 3)):
-        parent, key = rng.choice(places)
-        other_parent, other = rng.choice(places)
+        parent, key = rng.choice(entries)
+        other_parent, other = rng.choice(entries)
         try:
             kind = rng.randrange(5)
             if kind == 0:
@@ -115,7 +115,7 @@ def mutate_json(content: bytes, rng: random.Random) -> bytes:
         )
     try:
         return json.dumps(document).encode()
-    except ValueError:  # an exchange may have made a circle
+    except ValueError:  # an exchange may have made a reference cycle
         return b"{}"
 
 
@@ -140,12 +140,12 @@ def _mutated(
     folder: Path, names: list[str], mutate: Mutate, times: int, seed: int
 ) -> dict[str, Any]:
     rng = random.Random(seed)
-    whole = {name: (folder / name).read_bytes() for name in names}
+    originals = {name: (folder / name).read_bytes() for name in names}
     found: Counter[str] = Counter()
     slowest = 0.0
     for i in range(times):
         name = names[i % len(names)]
-        content = mutate(whole[name], rng)
+        content = mutate(originals[name], rng)
         (folder / name).write_bytes(content)
         begin = time.perf_counter()
         try:
@@ -164,6 +164,6 @@ def _mutated(
             raise AssertionError(f"mutation {i} of {name}: {type(error).__name__}") from error
         duration = time.perf_counter() - begin
         slowest = max(slowest, duration)
-        assert duration < SECONDS_AT_MOST, (i, name, duration)
-        (folder / name).write_bytes(whole[name])
+        assert duration < MAX_SECONDS, (i, name, duration)
+        (folder / name).write_bytes(originals[name])
     return {"slowest_s": round(slowest, 3), **tally_of(times, found)}

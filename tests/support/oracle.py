@@ -39,7 +39,7 @@ class Faults:
     swap_row_and_column: bool = False  # rotary angles as [column | row]
     raster_positions: bool = False  # rotary positions in raster order, tokens in grid order
     positions_within_window: bool = False  # rotary positions start again in each window
-    interleave_rotary_pairs: bool = False  # pairs (2i, 2i+1) where the weights mean (i, i+R)
+    interleave_rotary_pairs: bool = False  # pairs (2i, 2i+1) instead of (i, i+R)
     bf16_rotary_angles: bool = False
     keep_grid_order: bool = False  # windows cut from grid order
     skip_inverse_order: bool = False  # merged tokens stay in window order
@@ -55,7 +55,7 @@ class Faults:
     drop_proj_bias: bool = False  # (one block)
     drop_gate_bias: bool = False  # (one block)
     drop_down_bias: bool = False  # (one block)
-    drop_merger_bias: bool = False  # the first linear's
+    drop_merger_bias: bool = False  # of the first linear layer
     tanh_gelu: bool = False
 
     @classmethod
@@ -72,7 +72,7 @@ class FaultyOracle(Oracle):
     def __init__(self, *arguments: Any, faults: Faults = NO_FAULTS, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.faults = faults
-        self.is_window_block = False  # the block at work
+        self.is_window_block = False  # whether the current block has windows
         self.peaks: list[Tensor] = []
 
     def plan(self, grids: Iterable[Any]) -> PatchOrder:
@@ -148,7 +148,7 @@ class FaultyOracle(Oracle):
             k = torch.cat((k, k.new_zeros(len(k), missing, k.shape[2])), 1)
         if self.faults.no_attention_scale:
             q = q * self.head_dim**0.5
-        weights = super().softmax(q, k)[..., :n_keys]  # the values of padding are zeros as well
+        weights = super().softmax(q, k)[..., :n_keys]  # padding also has zero values
         self.peaks[-1] = torch.cat((self.peaks[-1], weights.amax(-1).T))
         return weights
 

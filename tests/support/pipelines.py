@@ -19,7 +19,7 @@ def load_threads() -> int:
     return sum(thread.name.startswith("qwen-vit") for thread in threading.enumerate())
 
 
-def stand_in_export(folder: Path, encoder: Any, shards: int, **more: Any) -> Any:
+def fake_export(folder: Path, encoder: Any, shards: int, **more: Any) -> Any:
     """Export with 4 images in a shard."""
     (folder / "p").mkdir()
     for number in range(4 * shards):

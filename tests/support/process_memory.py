@@ -5,14 +5,14 @@ from pathlib import Path
 
 
 def memory_mb(pid: int) -> tuple[float, float]:
-    """Return the resident memory of a process, including mapped files."""
+    """Return the private memory and the memory of mapped files of a process, in MB."""
     _, resident, shared, *_ = map(int, Path(f"/proc/{pid}/statm").read_text().split())
     page_mb = os.sysconf("SC_PAGE_SIZE") / 2**20
     return (resident - shared) * page_mb, shared * page_mb
 
 
 def peak_mb(*, forget: bool = False) -> float:
-    """The most memory that this process has had in use, or since the last call with `forget`."""
+    """Return the peak memory of this process since the last call with `forget`, in MB."""
     if forget:
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()

@@ -112,7 +112,7 @@ def many_shards(folder: str | Path, *, shards: int, seed: int = 0) -> dict[str, 
         "grown_mb": round(max(memory) - memory[0], 1),
     }
     assert max(files) == files[0], figures
-    assert max(mapped) <= SHARDS_OPEN + 1, figures  # those that are kept, and one on its way
+    assert max(mapped) <= SHARDS_OPEN + 1, figures  # the open shards, and one that is being opened
     assert figures["grown_mb"] <= 50, figures
     return figures
 

@@ -19,8 +19,8 @@ from tests.support.s3_server import BUCKET, S3Server, s3_server
 from tests.support.store_stress import parquet_folder
 
 OUT = f"s3://{BUCKET}/out"
-TIMEOUT_S = 3_600.0  # without any progress
-MAX_PAUSE_S = 0.5  # from the image that a kill waits for to the kill
+TIMEOUT_S = 3_600.0  # since the last encoded image
+MAX_PAUSE_S = 0.5  # between the image that triggers a kill, and the kill
 
 
 class Nodes:
@@ -49,7 +49,7 @@ class Nodes:
         """Return the number of encodings of all nodes, including repeated images."""
         return sum(journal_bytes(self._folder / f"journal-{n}") for n in range(self.count))
 
-    def at_work(self) -> list[int]:
+    def running(self) -> list[int]:
         """Return the running nodes. Raises AssertionError for a failed node."""
         for node, process in self._running.items():
             log = self._folder / f"log-{node}"
@@ -57,7 +57,7 @@ class Nodes:
         return [node for node, process in self._running.items() if process.poll() is None]
 
     def kill(self, node: int) -> None:
-        """kill -9."""
+        """Kill a node with SIGKILL."""
         kill_harness.end_group(self._running[node])
 
     def end(self) -> None:
@@ -70,20 +70,20 @@ class Nodes:
 def kills_of_nodes(
     folder: Path, *, images: int, kills: int, first: int, nodes: int, seed: int = 0
 ) -> dict[str, Any]:
-    """kill -9 of random nodes at random images. Then the bucket has the bytes of one local run.
+    """Kill random nodes at random images, and compare the bucket with the bytes of one local run.
 
-    Two runs work beside the nodes: the local one, and one of a node without kills into an address
-    of its own, which shows the memory from the image `first` on.
+    At the same time, the function exports to a local folder, and exports with one node without
+    kills to a separate address. The second export measures memory from the image `first` on.
     """
     shard_size = min(512, max(10, images // 60))
     inputs = parquet_folder(folder / "images", images)
     arguments = [*inputs, "--shard-size", str(shard_size), "--yes"]
     (folder / "flat").mkdir()
-    flat_out = f"s3://{BUCKET}/flat-{os.getpid()}"  # its scratch folder is this run's own
-    with s3_server() as server, ThreadPoolExecutor(2) as beside:
+    flat_out = f"s3://{BUCKET}/flat-{os.getpid()}"  # a name for this run's own scratch folder
+    with s3_server() as server, ThreadPoolExecutor(2) as pool:
         begin = time.monotonic()
-        local = beside.submit(_local_run, folder, arguments)
-        flat = beside.submit(
+        local = pool.submit(_local_run, folder, arguments)
+        flat = pool.submit(
             export_stress.flat_memory, folder / "flat", images=images,
             first=min(first, images // 2), write=lambda *_: inputs, address=flat_out,
         )  # fmt: skip
@@ -96,7 +96,8 @@ def kills_of_nodes(
         figures = flat.result()
         requests = sum("flat" in each.path + each.query for each in server.requests)
     redone = encoded - once
-    lost = kills * (shard_size + GROUP_IMAGES)  # the open shard, and the first group of the next
+    # A kill loses the open shard, and the first group of the next shard.
+    lost = kills * (shard_size + GROUP_IMAGES)
     assert redone <= lost, (redone, kills, shard_size)
     return {
         **{f"one_node_{name}": figure for name, figure in figures.items() if name != "images"},
@@ -115,7 +116,7 @@ def kills_of_nodes(
 def _local_run(
     folder: Path, arguments: Sequence[str | Path]
 ) -> tuple[dict[str, bytes], int, float]:
-    """Export into a local folder. Returns its files, how many images it encoded, and seconds."""
+    """Export into a local folder. Returns files, the number of encoded images, and seconds."""
     local = folder / "local"
     done = kill_harness.run(
         fake_encoder(folder / "journal", *arguments, "--out", local), folder / "log"
@@ -130,26 +131,27 @@ def _kill(
 ) -> tuple[int, set[tuple[str, str | None]]]:
     """Kill nodes at random images, and let them end.
 
-    Returns how many images were encoded, and the shards that existed after the kills, with ETags.
+    Returns the number of encoded images, and the shards that existed after the kills, with ETags.
     """
-    moments = random.Random(seed)
-    targets = sorted(moments.uniform(0, 0.98 * images) for _ in range(kills))  # some are broken
+    rng = random.Random(seed)
+    # 0.98, because a broken image has no encoding, so the count never reaches `images`
+    targets = sorted(rng.uniform(0, 0.98 * images) for _ in range(kills))
     nodes, landed = Nodes(folder, count, arguments), 0
     seen: set[tuple[str, str | None]] = set()
     changed, encoded = time.monotonic(), 0
     try:
-        while (working := nodes.at_work()) or landed < kills:
+        while (working := nodes.running()) or landed < kills:
             time.sleep(0.01)
             if nodes.encoded != encoded:
                 changed, encoded = time.monotonic(), nodes.encoded
             assert time.monotonic() - changed < TIMEOUT_S
             if landed == kills or (working and encoded < targets[landed]):
                 continue
-            node = moments.choice(working or range(count))
-            if not working:  # all have ended: one begins again, and dies while it resumes
+            node = rng.choice(working or range(count))
+            if not working:  # all nodes have ended: start one again, and kill it during its resume
                 nodes.start(node)
-            time.sleep(moments.uniform(0, MAX_PAUSE_S))
-            if node in nodes.at_work():
+            time.sleep(rng.uniform(0, MAX_PAUSE_S))
+            if node in nodes.running():
                 nodes.kill(node)
                 landed += 1
                 seen |= _shards()
@@ -160,7 +162,7 @@ def _kill(
 
 
 def _shards() -> set[tuple[str, str | None]]:
-    """The shards in the bucket, with their ETags. A torn or changed shard would have another."""
+    """Return the shards in the bucket with their ETags. A damaged shard has another ETag."""
     found = ((each.address.rpartition("/")[2], each.version) for each in list_objects(OUT))
     return {(name, etag) for name, etag in found if name.startswith("shard-")}
 

@@ -55,13 +55,13 @@ class S3Server:
     """Hold a running server. `fault` names the fault of a request: an error code, "cut" or "slow".
     "cut-put" ends the connection in the middle of a request's body, and "lost" ends the connection
     after the server has executed the request. Listings omit the keys in `hidden`. With
-    `ignores_conditions`, writes have none, as on some servers.
+    `ignores_conditions`, the server ignores the conditions of writes, like some real servers.
     """
 
     url: str = ""
     requests: list[Request] = field(default_factory=list)
     fault: Fault = lambda _: None
-    page_keys: int = 0  # of a listing, if not S3's 1,000
+    page_keys: int = 0  # keys in one page of a listing, or 0 for S3's 1,000
     hidden: Callable[[str], bool] | None = None
     ignores_conditions: bool = False
 
@@ -91,8 +91,8 @@ class S3Server:
         self.requests.clear()
 
     def objects(self, prefix: str) -> dict[str, bytes]:
-        """Return the objects below a prefix, by the rest of their names, without counting the
-        request."""
+        """Return the objects below a prefix, by their names without the prefix, without counting
+        the request."""
         before, self.fault = (self.fault, self.hidden), lambda _: None
         self.hidden = None
         files = fsspec.filesystem("s3", use_listings_cache=False)
@@ -208,7 +208,7 @@ def forget_stores() -> None:
 
 
 def reset_moto() -> None:
-    """Empty moto's buckets, which one process shares."""
+    """Empty moto's buckets, which all servers of a process share."""
     from moto.backends import get_backend
 
     for account in get_backend("s3").values():

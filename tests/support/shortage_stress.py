@@ -1,4 +1,4 @@
-"""Run an export while its inputs are away or its memory is short, and then without the shortage.
+"""Run an export with missing inputs or with too little memory, and then without the shortage.
 
 A trial raises AssertionError for a fault, and returns measurements.
 """
@@ -31,7 +31,7 @@ from tests.support.export_stress import (
     tiny_png,
 )  # fmt: skip
 
-# what is at the inputs' path during an outage
+# During an outage, a test moves the inputs, and puts one of these at their path.
 OUTAGES: dict[str, Callable[[Path], None]] = {
     "missing": lambda _: None,
     "an empty folder": Path.mkdir,  # a mount point without its disk
@@ -48,32 +48,33 @@ def run_through_outage(
     Returns the run, and whether the outage began before the run's end.
     """
     log, begin = exports.folder / "log", time.monotonic()
-    away = exports.inputs.with_name("away")
+    moved = exports.inputs.with_name("moved")
     process = exports.start(exports.command(), log)
 
-    def works_until(seconds: float) -> bool:
+    def wait_until(seconds: float) -> bool:
         while (left := seconds - (time.monotonic() - begin)) > 0 and process.poll() is None:
             time.sleep(min(left, 0.002))
         return process.poll() is None
 
-    if began := works_until(begin_s):
-        exports.inputs.rename(away)
+    if began := wait_until(begin_s):
+        exports.inputs.rename(moved)
+        # without a listing, the export would take the file as its input
         if kind != "a file" or (exports.out / "export.json").exists():
-            OUTAGES[kind](exports.inputs)  # before the listing, a file would be the input
-        works_until(begin_s + length_s)
+            OUTAGES[kind](exports.inputs)
+        wait_until(begin_s + length_s)
         if exports.inputs.is_dir():
             exports.inputs.rmdir()
         exports.inputs.unlink(missing_ok=True)
-        away.rename(exports.inputs)
+        moved.rename(exports.inputs)
     code = process.wait()
     seconds = time.monotonic() - begin
     return kill_harness.Run(code, seconds, log.read_text("utf-8", "replace")), began
 
 
 def outages(exports: Exports, *, outages: int, seed: int = 0) -> dict[str, Any]:
-    """Run an export through outages; afterwards its bytes are those of an unbroken export."""
+    """Run an export through outages, and compare its bytes with an export without outages."""
     chance, begin, count = random.Random(seed), time.monotonic(), Counter[str]()
-    kinds, failed_for_a_while = Counter[str](), 0
+    kinds, n_transient = Counter[str](), 0
     while count["outages"] < outages:
         kind = chance.choice(list(OUTAGES))
         begin_s = chance.uniform(0, exports.seconds)
@@ -87,28 +88,28 @@ def outages(exports: Exports, *, outages: int, seed: int = 0) -> dict[str, Any]:
             count["outages"] += 1
             kinds[kind] += 1
             count[f"exit code {result.code}"] += 1
-        failed_for_a_while += failures_for_a_while(exports)
-        if chance.random() < 0.5:  # otherwise the next outage meets what this one left
+        n_transient += count_transient_failures(exports)
+        if chance.random() < 0.5:  # otherwise the next outage begins with an incomplete export
             finish(exports)
     finish(exports)
     return {
         "outages": count.pop("outages"),
         "by_kind": dict(sorted(kinds.items())),
         **{name.replace(" ", "_"): number for name, number in sorted(count.items())},
-        "failed_for_a_while": failed_for_a_while,
+        "failed_for_a_while": n_transient,
         "images": exports.images,
         "images_per_shard": SHARD_IMAGES,
         "seconds": round(time.monotonic() - begin, 1),
     }
 
 
-def failures_for_a_while(exports: Exports) -> int:
-    """Count the good images that failed; each must have a code that the export tries again."""
+def count_transient_failures(exports: Exports) -> int:
+    """Count the good images that failed. Each must have an error code that the export retries."""
     if not exports.out.exists():
         return 0
     unbroken = load_features(exports.folder / "unbroken")
     good, lasting = set(unbroken.ids), {error.id: error.code for error in unbroken.errors}
-    for_a_while = 0
+    transient = 0
     for name, digest in shards_of(exports.out).items():
         if exports.expected.get(name) == digest:
             continue
@@ -119,15 +120,15 @@ def failures_for_a_while(exports: Exports) -> int:
         for error in shard.errors:
             is_lasting = lasting.get(error.id) == error.code
             assert is_lasting or error.code in TRANSIENT, f"{error.id}: {error.message}"
-            for_a_while += not is_lasting
-        assert any(error.id in good for error in shard.errors), f"{name} has other bytes"
-    return for_a_while
+            transient += not is_lasting
+        assert any(error.id in good for error in shard.errors), f"{name} has wrong bytes"
+    return transient
 
 
 def finish(exports: Exports) -> None:
-    """Run the same command again without an outage, compare the bytes, and clear them away."""
+    """Repeat the command without an outage, compare the bytes, and remove the export."""
     result = exports.run()
-    assert result.code in (0, 1), result.errors  # 1 where an image failed in this very run
+    assert result.code in (0, 1), result.errors  # 1 if an image failed in this run
     assert digests(exports.out) == exports.expected
     names = {path.name for path in exports.out.iterdir()}
     assert names == {*exports.expected, "manifest.parquet"}, names
@@ -135,18 +136,18 @@ def finish(exports: Exports) -> None:
 
 
 MEGABYTE = 2**20
-LARGE_SIDE = 3_000  # of a picture that takes some 100 MB of memory
+LARGE_SIDE = 3_000  # the side of an image that takes about 100 MB of memory
 
 
 def write_small_images(folder: Path, count: int) -> None:
-    """Write small pictures, of which a file each is in a folder."""
+    """Write small images to a folder, one to a file."""
     folder.mkdir(parents=True)
     for number in range(count):
         (folder / f"{number:06}.png").write_bytes(tiny_png(number))
 
 
 def write_some_large_images(folder: Path, count: int) -> None:
-    """Write small pictures, and in place of every tenth one a large one."""
+    """Write small images to a folder, and make every tenth image large."""
     write_small_images(folder, count)
     for number in range(5, count, 10):
         side = LARGE_SIDE - number
@@ -155,7 +156,7 @@ def write_some_large_images(folder: Path, count: int) -> None:
 
 
 def status_mb(process_id: int, label: str) -> float:
-    """Return a line of /proc/PID/status, such as VmSize; 0 after the process's end."""
+    """Return a value of /proc/PID/status in MB, such as VmSize, or 0 after the process's end."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
         line = next(line for line in lines if line.startswith(f"{label}:"))
@@ -165,10 +166,10 @@ def status_mb(process_id: int, label: str) -> float:
 
 @dataclass
 class Watched:
-    """Run an export's command, and watch its memory once it works on images.
+    """Run an export's command, and measure its memory from the first decoded image on.
 
-    Above `address_mb` more than at that moment, the system refuses memory. Above `resident_mb`
-    more, the command is killed, as by a control group.
+    The limits count the growth since that image. Above `address_mb`, the system refuses memory.
+    Above `resident_mb`, this class kills the command, like a control group.
     """
 
     exports: Exports
@@ -181,7 +182,7 @@ class Watched:
         log, begin = self.exports.folder / "log", time.monotonic()
         shutil.rmtree(self.exports.out, ignore_errors=True)
         process = self.exports.start(self.exports.command(), log)
-        while process.poll() is None and not self._works():
+        while process.poll() is None and not self._is_decoding():
             time.sleep(0.002)
         first = {label: status_mb(process.pid, label) for label in self.grown}
         if self.address_mb is not None:
@@ -197,7 +198,7 @@ class Watched:
         errors = log.read_text("utf-8", "replace")
         return kill_harness.Run(process.wait(), time.monotonic() - begin, errors)
 
-    def _works(self) -> bool:
+    def _is_decoding(self) -> bool:
         """Return whether the command has recorded the images that it decodes."""
         out = self.exports.out
         return out.is_dir() and any(UNDER_WAY_NAME.fullmatch(path.name) for path in out.iterdir())
@@ -213,26 +214,26 @@ def memory_edges(
     free = Watched(exports)
     free.run()
     shutil.rmtree(exports.out)
-    failed_for_a_while = 0
+    n_transient = 0
     for number in range(runs):
         codes: tuple[int, ...]
         if number % 2:
             kind, codes = "resident", (0, -signal.SIGKILL)
             limited = Watched(exports, resident_mb=chance.uniform(0, free.grown["VmRSS"]))
         else:
-            # C++ code of Arrow ends the process if it gets no memory for a thread
+            # Arrow's C++ code aborts the process if it has no memory for a thread.
             kind, codes = "address", (0, 1, 2, -signal.SIGABRT)
             limited = Watched(exports, address_mb=chance.uniform(0, free.grown["VmSize"]))
         result = limited.run()
         assert result.code in codes, (limited, result)
         assert "Traceback" not in result.errors, (limited, result.errors)
         count[f"{kind}_limit_exit_code_{result.code}"] += 1
-        failed_for_a_while += failures_for_a_while(exports)
+        n_transient += count_transient_failures(exports)
         finish(exports)
     return {
         "runs": runs,
         **dict(sorted(count.items())),
-        "failed_for_a_while": failed_for_a_while,
+        "failed_for_a_while": n_transient,
         "grown_mb_without_a_limit": {label: round(mb) for label, mb in free.grown.items()},
         "images": images,
         "forked": forked,

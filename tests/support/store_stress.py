@@ -27,15 +27,15 @@ from tests.support.parquet_files import write_rows
 from tests.support.process_memory import peak_mb
 from tests.support.s3_server import BUCKET, s3_server
 
-ROWS_A_FILE = 10_000
-WIDTH = 512  # of the rows that are read at random
+ROWS_PER_FILE = 10_000
+WIDTH = 512  # the width of the features in `random_reads`
 
 
 def parquet_folder(folder: Path, count: int) -> list[Path | str]:
     """Write Parquet files of images, every 97th broken. Returns the arguments that export them."""
     folder.mkdir()
-    for start in range(0, count, ROWS_A_FILE):
-        numbers = range(start, min(start + ROWS_A_FILE, count))
+    for start in range(0, count, ROWS_PER_FILE):
+        numbers = range(start, min(start + ROWS_PER_FILE, count))
         images = [tiny_png(n)[: 60 if n % 97 == 0 else None] for n in numbers]
         structs = [{"bytes": data, "path": None} for data in images]
         write_rows(folder / f"{start:08}.parquet", structs, group=100)
@@ -85,9 +85,10 @@ def random_reads(folder: Path, *, images: int, chosen: int, seed: int = 0) -> di
 
 
 def large_listing(folder: Path, *, objects: int, real: int) -> dict[str, Any]:
-    """Freeze the listing of a prefix: of a fake of S3's answers, and of moto's, which cost parsing.
+    """Freeze the listing of a prefix twice, from moto's answers and from fake answers.
 
-    The fake measures memory: moto keeps its objects in this process.
+    moto's answers show the time with parsing. The fake answers show the memory, because moto keeps
+    its objects in this process.
     """
     address, out = f"s3://{BUCKET}/photos/", folder / "listing.jsonl"
     with s3_server():
@@ -96,7 +97,7 @@ def large_listing(folder: Path, *, objects: int, real: int) -> dict[str, Any]:
             backend.put_object(BUCKET, f"photos/{number:08}.jpg", b"")
         begin = time.process_time()
         assert Listing.freeze(out, find_items([address]), 512).n_images == real
-        real_seconds = time.process_time() - begin  # moto's as well
+        real_seconds = time.process_time() - begin  # includes moto's own time
     before = peak_mb(forget=True)
     begin, wall = time.process_time(), time.monotonic()
     with (
@@ -132,7 +133,7 @@ def _fake_pages(objects: int) -> Iterator[dict[str, Any]]:
 
 
 def header_bytes(path: Path) -> int:
-    """Return the bytes of a shard before its rows, and its grids and offsets."""
+    """Return the number of bytes of a shard's header, grids and offsets."""
     file = FeatureFile(path)
     with open(path, "rb") as raw:
         length = 8 + int.from_bytes(raw.read(8), "little")

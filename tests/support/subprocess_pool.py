@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
-# The server imports the program once, without touching a GPU; each call is forked from it.
+# The fork server imports the modules once, and does not use a GPU. Each call is a fork of it.
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -23,7 +23,7 @@ class Outcome:
 def _send(connection: Connection, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     try:
         outcome = Outcome(call(*arguments), None)
-    except BaseException as error:  # noqa: BLE001 whatever it was, the caller is told
+    except BaseException as error:  # noqa: BLE001 - the caller gets every error
         first_line = (str(error).strip() or "no message").splitlines()[0]
         outcome = Outcome(None, f"{type(error).__name__}: {first_line[:160]}")
     connection.send(outcome)
@@ -44,12 +44,14 @@ def outcomes(
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
-                index, these = waiting.pop()
-                ours, theirs = CONTEXT.Pipe(duplex=False)
-                process = CONTEXT.Process(target=_send, args=(theirs, call, these), daemon=True)
+                index, call_arguments = waiting.pop()
+                receiver, sender = CONTEXT.Pipe(duplex=False)
+                process = CONTEXT.Process(
+                    target=_send, args=(sender, call, call_arguments), daemon=True
+                )
                 process.start()
-                theirs.close()  # so that a dead process ends the pipe
-                running[ours] = (index, process, time.monotonic() + seconds)
+                sender.close()  # otherwise the pipe stays open after the process died
+                running[receiver] = (index, process, time.monotonic() + seconds)
             first = min(deadline for _, _, deadline in running.values())
             ready = [
                 c for c in wait(list(running), timeout=max(0.0, first - time.monotonic()))

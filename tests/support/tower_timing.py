@@ -15,7 +15,7 @@ from qwen_vit.layout import Layout
 from qwen_vit.model import VisionTower
 
 COOL_DOWN_S = 1.0
-COOL_MS = 30.0  # before heat slows a GPU down
+COOL_MS = 30.0  # short enough that heat does not slow a GPU down
 COPIED_BYTES = 2**32
 
 
@@ -56,7 +56,7 @@ def graph_of(run: Callable[[], Any]) -> Callable[[], None]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        run()  # compiles what is not compiled yet
+        run()  # compiles the kernels
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             run()
@@ -117,7 +117,7 @@ def launches(run: Callable[[], Any]) -> Counter[str]:
     """
     run()
     torch.cuda.synchronize()
-    from torch.profiler import ProfilerActivity, profile  # slow to import, and rarely wanted
+    from torch.profiler import ProfilerActivity, profile  # slow to import, and few callers need it
 
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     with profile(activities=activities) as seen:

@@ -21,7 +21,7 @@ from qwen_vit.weight_format import Quantization
 
 CPU = torch.device("cpu")
 GridTuple = tuple[int, int, int]  # (t, h, w) in patches
-# Merged sides of 0, 1, 2 and 3 mod 4, a strip, one unit, a clip: no side is a multiple of all.
+# Merged sides of 0, 1, 2 and 3 mod 4, a strip, one merged token, and a clip.
 MIXED: list[GridTuple] = [(1, 10, 14), (1, 2, 2), (3, 6, 4), (1, 2, 30), (1, 16, 8)]
 
 

@@ -1,7 +1,7 @@
 """Run Triton's own interpreter, which is the reference for `qwen_vit.kernels.interpret`.
 
-`TRITON_INTERPRET=1` would turn it on for the whole process, and only if it is set before anything
-imports triton. Wrapping single functions needs no environment variable.
+`TRITON_INTERPRET=1` works only if it is set before the import of triton, and then interprets every
+kernel of the process. This module wraps single functions, and needs no environment variable.
 """
 
 import types
@@ -19,14 +19,14 @@ from triton.runtime.jit import JITFunction
 
 __all__ = ["RUNS_HERE", "interpreted_by_triton"]
 
-# its `range()` over a loaded bound needs one of these
+# Older versions of Triton need an older NumPy for `range()` over a loaded bound.
 RUNS_HERE = Version(triton.__version__) >= Version("3.7.1") or np.__version__ < "2.4"
 
 
 def interpreted_by_triton(kernel: JITFunction) -> Callable[..., None]:
     """Return a launcher `run(grid, *args, **kwargs)` of the kernel's source in Triton's
-    interpreter. It also interprets helpers that the kernel calls by a global name. `tl.sum` and
-    other functions that triton.language itself compiles are not.
+    interpreter. It also interprets helpers that the kernel calls by a global name, but not
+    `tl.sum` and other functions that triton.language itself compiles.
     """
     function = InterpretedFunction(_plain_twin(kernel))
 
@@ -47,7 +47,8 @@ def _plain_twin(kernel: JITFunction) -> types.FunctionType:
     """Return the kernel's function in a separate namespace, in which its helpers are plain
     functions.
 
-    As an `InterpretedFunction` a helper would swap the functions of triton.language at each call.
+    As an `InterpretedFunction`, a helper would replace the functions of triton.language at each
+    call.
     """
     source = kernel.fn
     names = {

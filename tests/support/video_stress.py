@@ -26,14 +26,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "mpeg4.avi": {"codec": "mpeg4"},
 }
 SIZE = {"min_pixels": 784, "max_pixels": 56 * 84}
-PIECE = 48  # patches: videos of 8 frames come in two pieces, those of 2 frames whole
+PIECE = 48  # patches: a video of 8 frames has two pieces, and a video of 2 frames has one
 WIDTH = 64
 MAX_GROWTH_MB, MAX_FILES = 30, 5
 
 
 def flat_memory_of_videos(folder: Path, *, clips: int, first: int) -> dict[str, Any]:
     """Measure memory and open files over many clips, of which every tenth is incomplete."""
-    paths = [make_video(folder / name, 12, size=(320, 240), **how) for name, how in KINDS.items()]
+    paths = [make_video(folder / name, 12, size=(320, 240), **kind) for name, kind in KINDS.items()]
     torn = folder / "torn.mp4"
     torn.write_bytes(Path(paths[0]).read_bytes()[:900])
     config = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3584})

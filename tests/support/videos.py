@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 __all__ = ["LEVELS", "make_clip", "make_video", "number_in", "numbered"]
 
-BITS, LEVELS = 10, 1 << 10  # frames that can be told apart
+BITS, LEVELS = 10, 1 << 10  # the number of different frames
 SIZE = (96, 64)  # width, height
 
 
@@ -24,7 +24,11 @@ def numbered(number: int, size: tuple[int, int] = SIZE) -> NDArray[np.uint8]:
     edges = np.linspace(0, width, BITS + 1).round().astype(int)
     for bit in range(BITS):
         frame[: height // 2, edges[bit] : edges[bit + 1]] = 230 if number >> bit & 1 else 25
-    frame[height // 2 :, : width // 4] = (200, 40, 40)  # the left is red, so a turn shows
+    frame[height // 2 :, : width // 4] = (
+        200,
+        40,
+        40,
+    )  # the left side is red, so that a test finds a rotation
     return frame
 
 
@@ -41,15 +45,15 @@ def number_in(frame: NDArray[np.uint8]) -> int:
     return total
 
 
-ATTEMPTS = 5  # to write one video
+ATTEMPTS = 5  # for one video
 Arguments = ParamSpec("Arguments")
 
 
-def written_again(write: Callable[Arguments, str]) -> Callable[Arguments, str]:
+def retried(write: Callable[Arguments, str]) -> Callable[Arguments, str]:
     """Write a video again if FFmpeg's muxer fails, which happens at random with libx265."""
 
     @wraps(write)
-    def write_again(*args: Arguments.args, **kwargs: Arguments.kwargs) -> str:
+    def write_with_retries(*args: Arguments.args, **kwargs: Arguments.kwargs) -> str:
         import av
 
         for _ in range(ATTEMPTS - 1):
@@ -57,10 +61,10 @@ def written_again(write: Callable[Arguments, str]) -> Callable[Arguments, str]:
                 return write(*args, **kwargs)
         return write(*args, **kwargs)
 
-    return write_again
+    return write_with_retries
 
 
-@written_again
+@retried
 def make_video(
     path: Path | str,
     n_frames: int = 60,
@@ -106,7 +110,7 @@ def make_video(
 
 
 def make_clip(path: Path | str, images: Path) -> None:
-    """Return a clip of 6 s for the pages, with 3 s of the rocket and 3 s of the cat."""
+    """Write a clip of 6 s for the documentation, with 3 s of the rocket and 3 s of the cat."""
     import av
     from PIL import Image
 
@@ -127,7 +131,7 @@ def make_clip(path: Path | str, images: Path) -> None:
         container.mux(stream.encode())
 
 
-if __name__ == "__main__":  # python -m tests.support.videos writes the clip of the pages
+if __name__ == "__main__":  # python -m tests.support.videos writes the clip of the documentation
     make_clip("tests/videos/clip.mp4", Path("tests/photographs"))
 
 
