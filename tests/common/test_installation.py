@@ -40,7 +40,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_checkout_is_installed_from_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: Any
 ) -> None:
-    """The remedy once was qwen-vit[hf], which no index has."""
+    """The remedy once named qwen-vit[hf], which no package index has."""
     (tmp_path / "pyproject.toml").touch()
     monkeypatch.chdir(tmp_path)
     assert install_command("hf") == "pip install -e '.[hf]'"
@@ -52,7 +52,7 @@ def test_a_checkout_is_installed_from_its_folder(
 def test_a_deleted_current_folder_does_not_replace_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: Any
 ) -> None:
-    """An export would stop at the first HEIF image, in place of one failure."""
+    """Otherwise an export would stop at the first HEIF image, instead of reporting one failure."""
     installed(None)
     monkeypatch.chdir(tmp_path)
     tmp_path.rmdir()
@@ -71,7 +71,7 @@ def test_another_source_is_named_by_its_address(tmp_path: Path, installed: Any) 
     assert install_command("hf") == (
         "pip install 'qwen-vit[hf] @ git+https://example.org/q.git@abc123'"
     )
-    installed(None)  # from an index
+    installed(None)  # installed from an index
     assert install_command("hf") == "pip install 'qwen-vit[hf]'"
 
 
@@ -85,7 +85,7 @@ def test_without_the_wheel_the_packages_of_the_extra_are_named(
 def test_the_pip_of_another_python_is_not_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: Any
 ) -> None:
-    """tools/demo runs .venv/bin/qwen-vit, and `pip` was the system's pip."""
+    """tools/demo runs .venv/bin/qwen-vit, where the remedy's `pip` once was the system's pip."""
     installed(None)
     monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/pip")
     monkeypatch.chdir(tmp_path)

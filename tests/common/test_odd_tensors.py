@@ -22,7 +22,7 @@ GRID = torch.tensor([[1, 4, 6]])
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ODD)
-def test_odd_tensors_are_refused_by_our_own_errors(
+def test_unusual_tensors_raise_our_own_errors(
     encoder: VisionEncoder, kind: str, tmp_path: Path
 ) -> None:
     odd = ODD[kind]
@@ -53,7 +53,9 @@ def negative(tensor: torch.Tensor) -> torch.Tensor:
     return view
 
 
-def test_a_negative_view_counts_as_its_values(encoder: VisionEncoder, tmp_path: Path) -> None:
+def test_a_negative_view_gives_the_results_of_its_values(
+    encoder: VisionEncoder, tmp_path: Path
+) -> None:
     rows, qkv = torch.randn(24, 1176), torch.randn(9, 3, 2, 8)
     table, ends = torch.rand(9, 4), torch.tensor([0, 9])
     got = encoder.encode_patches(negative(rows), GRID)

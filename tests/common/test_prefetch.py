@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from qwen_vit.common.prefetch import Job, thread_count, work_ahead
 from qwen_vit.errors import ArgumentError, ImageError
 from tests.support.fake_encoder import FakeEncoder
-from tests.support.pipelines import load_threads, fake_export
+from tests.support.pipelines import fake_export, load_threads
 
 
 class Sized(NamedTuple):
@@ -33,7 +33,7 @@ def squares(count: int) -> Iterator[Job[Sized]]:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_results_come_in_order_whatever_thread_ends_first(threads: int) -> None:
+def test_results_come_in_order(threads: int) -> None:
     def job(number: int) -> Sized:
         time.sleep((number * 7 % 5) / 2_000)
         return Sized(number)
@@ -67,7 +67,7 @@ def test_an_exception_of_the_source_is_raised_after_the_results_before_it() -> N
         next(results)
 
 
-def test_an_interrupt_while_the_source_is_asked_goes_through_at_once() -> None:
+def test_an_interrupt_in_the_source_is_raised_at_once() -> None:
     def source() -> Iterator[Job[Sized]]:
         yield from squares(3)
         raise KeyboardInterrupt
@@ -77,7 +77,7 @@ def test_an_interrupt_while_the_source_is_asked_goes_through_at_once() -> None:
     assert load_threads() == 0
 
 
-def test_closing_drops_what_has_not_begun() -> None:
+def test_closing_drops_jobs_that_have_not_begun() -> None:
     begun, may_end = [], threading.Event()
 
     def job(number: int) -> Sized:
@@ -94,7 +94,7 @@ def test_closing_drops_what_has_not_begun() -> None:
     assert len(begun) <= 6
 
 
-def test_what_waits_is_bounded_in_bytes() -> None:
+def test_waiting_results_are_bounded_in_bytes() -> None:
     """Results have 10 bytes, and 50 bytes may wait. Each thread may add one running job's
     result."""
     taken = waiting = most = 0
@@ -117,7 +117,7 @@ def test_what_waits_is_bounded_in_bytes() -> None:
     assert most <= 50 + 3 * 10 + 10
 
 
-def test_what_jobs_hold_before_they_run_is_bounded_too() -> None:
+def test_waiting_jobs_are_bounded_in_bytes() -> None:
     """A caller's encoded bytes have 10 bytes each. While the first job runs, 50 bytes may wait."""
     asked, may_end = 0, threading.Event()
 
@@ -125,7 +125,7 @@ def test_what_jobs_hold_before_they_run_is_bounded_too() -> None:
         nonlocal asked
         for number in range(100):
             asked += 1
-            if asked == 6:  # as many as fit, and nobody has begun
+            if asked == 6:  # the source is read until the bound, while no job has begun
                 may_end.set()
             yield Job(partial(wait, number), 10)
 
@@ -150,7 +150,7 @@ def test_one_result_larger_than_the_bound_passes() -> None:
     max_bytes=st.integers(1, 150),
     max_jobs=st.integers(1, 20),
 )
-def test_no_bound_ever_blocks_for_good(
+def test_no_bound_causes_a_deadlock(
     sizes: list[int], threads: int, max_bytes: int, max_jobs: int
 ) -> None:
     jobs = (Job(partial(Sized, number, size), size) for number, size in enumerate(sizes))
@@ -158,7 +158,7 @@ def test_no_bound_ever_blocks_for_good(
     assert [each.value for each in results] == list(range(len(sizes)))
 
 
-def test_the_source_is_asked_in_the_callers_thread_and_not_without_end() -> None:
+def test_the_source_runs_in_the_callers_thread_and_is_read_lazily() -> None:
     asked: list[threading.Thread] = []
 
     def source() -> Iterator[Job[Sized]]:
@@ -176,12 +176,12 @@ def test_the_source_is_asked_in_the_callers_thread_and_not_without_end() -> None
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, 1_001])
-def test_a_number_of_threads_that_makes_no_sense_is_refused(wrong: Any) -> None:
+def test_an_invalid_number_of_threads_is_refused(wrong: Any) -> None:
     with pytest.raises(ArgumentError, match="decode_threads is"):
         thread_count(wrong)
 
 
-def test_such_a_number_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+def test_an_invalid_number_of_threads_creates_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="decode_threads is 0"):
         fake_export(tmp_path, FakeEncoder(), 2, decode_threads=0)
     assert not (tmp_path / "out").exists()
@@ -209,7 +209,7 @@ sys.exit(int(sys.argv[1]))
 
 
 @pytest.mark.parametrize(("end", "code"), [("0", 0), ("3", 3), ("raise", 1)])
-def test_results_that_nobody_takes_do_not_keep_the_process(end: str, code: int) -> None:
+def test_results_that_are_never_read_do_not_block_the_exit(end: str, code: int) -> None:
     """A name at a module's top level exists until the end, and Python joins threads before the
     end."""
     done = subprocess.run(

@@ -23,7 +23,7 @@ def test_the_code_of_a_cause_is_found() -> None:
 
 @pytest.mark.timeout(10)
 def test_errors_that_cause_each_other_end_the_search() -> None:
-    """A retry that raises an earlier error from a later one made the search endless."""
+    """The search was once endless after a retry that raised an earlier error from a later error."""
     first, second = OSError("first"), OSError("second")
     caused_by(second, caused_by(first, second))
     assert service_code(first) == ""

@@ -59,7 +59,7 @@ def bad_images(folder: Path) -> dict[str, Any]:
 LIMITS = ImageLimits(max_pixels=1_000_000, max_file_bytes=1_999_999)
 
 
-def test_each_bad_image_is_skipped_with_its_code_and_the_others_go_on(tmp_path: Path) -> None:
+def test_each_bad_image_is_skipped_with_its_code(tmp_path: Path) -> None:
     bad = bad_images(tmp_path)
     good = picture(28, 28)
     images = [image for each in bad.values() for image in (each, good)]
@@ -76,7 +76,7 @@ def test_each_bad_image_is_skipped_with_its_code_and_the_others_go_on(tmp_path: 
 
 
 @pytest.mark.parametrize("code", ["truncated", "missing", "array-range", "ratio"])
-def test_a_bad_image_raises_unless_it_is_to_be_skipped(tmp_path: Path, code: str) -> None:
+def test_a_bad_image_raises_by_default(tmp_path: Path, code: str) -> None:
     image = bad_images(tmp_path)[code]
     with pytest.raises(ImageError) as caught:
         small().encode([picture(28, 28), image])
@@ -94,12 +94,12 @@ def test_the_error_of_a_skipped_image_does_not_hold_its_file(tmp_path: Path) -> 
 # Streaming
 
 
-def test_a_long_run_of_images_that_fail_is_reported_as_it_goes() -> None:
+def test_many_failed_images_are_streamed() -> None:
     taken = 0
 
     def source() -> Iterator[bytes]:
         nonlocal taken
-        while True:  # without end: only streaming can return anything
+        while True:  # endless, so only a stream returns results
             taken += 1
             yield b""
 

@@ -61,12 +61,12 @@ COPIES: dict[str, Callable[[Any], Any]] = {"deepcopy": copy.deepcopy, "pickle": 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("how", COPIES)
 def test_a_copy_of_an_encoder_gives_the_same_bits(how: str, device: str) -> None:
-    expected(device)  # an encoder that has been used: files are open, graphs are captured
+    expected(device)  # a used encoder has open files and captured graphs
     twin = COPIES[how](encoder(device))
     assert_same_bits(embeds_of(twin), device)
     assert twin.metadata() == encoder(device).metadata()
     pairs = zip(twin.tower.parameters(), encoder(device).tower.parameters(), strict=True)
-    assert all(ours.data_ptr() != theirs.data_ptr() for ours, theirs in pairs)  # weights of its own
+    assert all(ours.data_ptr() != theirs.data_ptr() for ours, theirs in pairs)  # separate weights
     if device == "cuda":
         assert twin.graphs is not None
         assert twin.graphs is not encoder(device).graphs
@@ -111,7 +111,7 @@ class Encoded(Dataset[Tensor]):
         ("fork", "cpu"),
         ("spawn", "cpu"),
         ("forkserver", "cpu"),
-        # torch cannot use CUDA in a process that was forked from one that has used it
+        # a fork of a process that has used CUDA cannot use CUDA
         pytest.param("spawn", "cuda", marks=GPU),
         pytest.param("forkserver", "cuda", marks=GPU),
     ],
@@ -156,8 +156,9 @@ def test_a_fork_while_another_thread_encodes_does_not_hang() -> None:
         thread.join()
 
 
-def test_a_pickled_encoder_needs_its_files_for_the_weights_hash_alone(tmp_path: Path) -> None:
-    """A spawned worker on another machine has the sent weights, and no checkpoint."""
+def test_only_the_weights_hash_of_a_pickled_encoder_needs_its_files(tmp_path: Path) -> None:
+    """The pickle contains the weights. Only their hash needs the checkpoint, which another machine
+    may not have."""
     file = tmp_path / "encoder.pickle"
     file.write_bytes(pickle.dumps(encoder()))
     code = f"""

@@ -26,11 +26,9 @@ from tests.support.encoders import picture, small, tiny
 from tests.support.goldens import TINY_FOLDER
 from tests.support.towers import gpu
 
-# Out of memory
-
 
 @pytest.mark.parametrize(
-    ("device", "change", "told"),
+    ("device", "change", "message"),
     [
         ("cuda", {"hidden_size": 144, "num_heads": 1}, "head_dim is 144. Expected 16 to 128 on"),
         ("cuda", {"hidden_size": 32, "num_heads": 4}, "head_dim is 8. Expected 16 to 128 on cuda"),
@@ -44,17 +42,17 @@ from tests.support.towers import gpu
     ],
 )
 def test_an_architecture_that_a_device_cannot_compute_is_refused(
-    device: str, change: dict[str, Any], told: str
+    device: str, change: dict[str, Any], message: str
 ) -> None:
     device_module.check_fits(SMALL, torch.device(device))
-    with pytest.raises(CheckpointError, match=rf'{told}.*\. (Use device="cpu"|Choose another)'):
+    with pytest.raises(CheckpointError, match=rf'{message}.*\. (Use device="cpu"|Choose another)'):
         device_module.check_fits(replace(SMALL, **change), torch.device(device))
 
 
 # from_pretrained
 
 
-def test_tensors_of_somebody_elses_give_the_same_bits() -> None:
+def test_given_tensors_have_the_bits_of_a_checkpoint() -> None:
     checkpoint = tiny().checkpoint
     tensors = {f"model.visual.{name}": tensor for name, tensor in checkpoint.tensors.items()}
     tensors["lm_head.weight"] = torch.zeros(2, 2)
@@ -80,7 +78,7 @@ def test_tensors_on_a_gpu_give_the_same_bits() -> None:
     assert ours.metadata()["weights_sha256"] == theirs.metadata()["weights_sha256"]
 
 
-def test_other_ways_to_build_or_move_one_name_the_right_way() -> None:
+def test_errors_of_wrong_calls_name_the_correct_call() -> None:
     with pytest.raises(ArgumentError, match=r'VisionEncoder\.from_pretrained\("tiny"\)'):
         VisionEncoder("tiny")  # type: ignore[call-arg,arg-type]
     with pytest.raises(ArgumentError, match=r"VisionEncoder\.from_pretrained"):
@@ -116,7 +114,7 @@ REFUSED_ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("fault", REFUSED_ARGUMENTS)
-def test_arguments_that_fit_no_machine_or_model_are_refused_with_the_reason(fault: str) -> None:
+def test_invalid_arguments_are_refused_with_the_reason(fault: str) -> None:
     arguments, words = REFUSED_ARGUMENTS[fault]
     with pytest.raises(ArgumentError) as caught:
         VisionEncoder.from_pretrained("tiny", **{"device": "cpu", **arguments})
@@ -134,13 +132,13 @@ def pretend_gpus(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
 
 
-def test_cuda_without_a_gpu_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_without_a_gpu_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpus(monkeypatch, 0)
     with pytest.raises(ArgumentError, match=r"finds no CUDA GPU\. Install an NVIDIA driver"):
         VisionEncoder.from_pretrained("tiny", device="cuda")
 
 
-def test_a_gpu_that_is_not_there_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_missing_gpu_counts_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpus(monkeypatch, 2)
     with pytest.raises(ArgumentError, match=r"'cuda:2', but torch finds 2 GPUs\. Count the GPUs"):
         VisionEncoder.from_pretrained("tiny", device="cuda:2")
@@ -155,7 +153,7 @@ def test_a_gpu_older_than_ampere_is_refused_by_name(
         VisionEncoder.from_pretrained("tiny", device=device)
 
 
-def test_the_newest_device_and_type_are_chosen_by_themselves(
+def test_auto_selects_the_gpu_and_bfloat16(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pretend_gpus(monkeypatch, 2, capability=(8, 0))
@@ -165,7 +163,7 @@ def test_the_newest_device_and_type_are_chosen_by_themselves(
     assert device_module.choose_dtype("float32", device) == torch.float32
 
 
-def test_computing_on_the_cpu_is_said_once(
+def test_the_cpu_is_reported_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pretend_gpus(monkeypatch, 0)
@@ -174,11 +172,11 @@ def test_computing_on_the_cpu_is_said_once(
         for _ in range(3):
             encoder = VisionEncoder.from_pretrained("tiny")
     assert (encoder.device, encoder.dtype) == (torch.device("cpu"), torch.float32)
-    [said] = caplog.messages
-    assert "no CUDA GPU" in said
-    assert "interpreted" in said
+    [warning] = caplog.messages
+    assert "no CUDA GPU" in warning
+    assert "interpreted" in warning
     caplog.clear()
-    VisionEncoder.from_pretrained("tiny", device="cpu")  # who asks for it needs no telling
+    VisionEncoder.from_pretrained("tiny", device="cpu")  # no warning for an explicit device
     assert caplog.messages == []
 
 
@@ -192,7 +190,7 @@ def test_computing_on_the_cpu_is_said_once(
         ("{tmp}/weights", CheckpointError, ("{tmp}/weights", "config.json")),
     ],
 )
-def test_a_model_that_is_not_there_is_named(
+def test_a_missing_model_is_named(
     tmp_path: Path, model: str, kind: type[QwenVitError], words: tuple[str, ...]
 ) -> None:
     for part in ("config", "weights"):
@@ -229,7 +227,7 @@ def test_metadata_names_model_hashes_versions_and_policy() -> None:
     [(["-c", "from qwen_vit import VisionEncoder"], 1), (["-m", "qwen_vit", "info", "tiny"], 2)],
     ids=["python", "command"],
 )
-def test_without_triton_the_import_says_what_to_install(
+def test_without_triton_the_error_names_the_package(
     tmp_path: Path, arguments: list[str], exit_code: int
 ) -> None:
     (tmp_path / "triton").mkdir()

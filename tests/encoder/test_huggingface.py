@@ -22,8 +22,10 @@ def processor(max_pixels: int) -> Qwen2VLImageProcessorPil:
 
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
-def test_a_photograph_becomes_what_hugging_faces_processor_and_tower_make_of_it(name: str) -> None:
-    limit = 300_000 if name == "astronaut.png" else 120_000  # one large, two that are shrunk
+def test_photographs_equal_hugging_faces_processor_and_tower(name: str) -> None:
+    limit = (
+        300_000 if name == "astronaut.png" else 120_000
+    )  # one large image, and two images that are reduced
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=limit)
     with Image.open(IMAGES / name) as image:
         inputs = processor(limit)(image.convert("RGB"), return_tensors="pt")
@@ -54,7 +56,7 @@ def test_encode_agrees_with_encode_patches_of_the_same_pixels() -> None:
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_bad_pixel_in_one_image_reaches_no_other(poison: float) -> None:
+def test_nan_in_one_image_changes_no_other_image(poison: float) -> None:
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
     grids = torch.tensor([[1, 4, 6], [1, 10, 6], [1, 4, 6]])
     pixels = torch.randn(24 + 60 + 24, 1176)
@@ -66,7 +68,7 @@ def test_a_bad_pixel_in_one_image_reaches_no_other(poison: float) -> None:
     assert torch.equal(rows[21:], clean[21:])
 
 
-def test_an_image_alone_is_as_near_to_itself_in_a_batch_as_hugging_face_is_to_the_truth() -> None:
+def test_the_effect_of_a_batch_is_at_most_hugging_faces_error() -> None:
     images = [picture(56, 84), picture(28, 28, 1), picture(196, 140, 2), picture(112, 112, 3)]
     batch = tiny().encode(images)
     backwards = tiny().encode(images[::-1])[::-1]

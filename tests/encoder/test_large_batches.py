@@ -10,8 +10,8 @@ from tests.support.attention_cases import random_case
 from tests.support.towers import gpu
 from tests.support.wide_tower import CONFIG, CUDA, embeddings, published_width
 
-INT32_VALUES = 2**31  # how far an offset of 32 bits reaches
-GRID_LIMIT = 65_535  # programs along the second and third axis of a launch
+INT32_VALUES = 2**31  # the range of 32-bit offsets
+GRID_LIMIT = 65_535  # the limit of programs on the second and third axis of a launch
 
 
 def assert_equals_its_halves(tower: VisionTower, grid: Grid, count: int) -> None:
@@ -32,7 +32,7 @@ def assert_equals_its_halves(tower: VisionTower, grid: Grid, count: int) -> None
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_batch_whose_projection_has_more_than_2_to_the_31_values(dtype: torch.dtype) -> None:
+def test_a_projection_of_more_than_2_to_the_31_values_equals_its_halves(dtype: torch.dtype) -> None:
     grid, count = Grid(1, 64, 64), 140
     assert count * grid.n_patches * 3 * CONFIG.hidden_size > INT32_VALUES
     assert_equals_its_halves(published_width(dtype), grid, count)
@@ -40,14 +40,14 @@ def test_a_batch_whose_projection_has_more_than_2_to_the_31_values(dtype: torch.
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_batch_of_more_windows_and_frames_than_a_launch_has_rows(dtype: torch.dtype) -> None:
+def test_more_windows_and_frames_than_the_grid_limit_equal_their_halves(dtype: torch.dtype) -> None:
     count = 70_000
     assert count > GRID_LIMIT >= count // 2
     assert_equals_its_halves(published_width(dtype), Grid(1, 2, 2), count)
 
 
 @gpu
-def test_the_kernel_alone_beyond_both_limits() -> None:
+def test_the_attention_kernel_works_above_both_limits() -> None:
     count, length, heads, head_dim = 70_000, 8, 16, 80
     N = count * length
     qkv = torch.randn(N, 3, heads, head_dim, device=CUDA, dtype=torch.bfloat16)

@@ -39,13 +39,13 @@ def test_a_batch_out_of_memory_is_halved_to_the_same_values(
     sizes = forget_above(48, monkeypatch)
     results = small().encode(images)
     assert sizes[0] == 4 * 4 * 4 + 3 * 4 * 6
-    assert max(sizes[1:]) > 48  # halved more than once
+    assert max(sizes[1:]) > 48  # the encoder halved more than once
     assert [features.grid_thw for features in results] == [f.grid_thw for f in expected]
     for ours, other in zip(results, expected, strict=True):
         assert relative_error(embeds_of(ours), embeds_of(other)) < 1e-6
 
 
-def test_nothing_of_a_batch_is_kept_while_its_halves_are_tried(
+def test_a_batch_is_released_before_its_halves_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The result fitted into the GPU's memory, but a second copy did not."""

@@ -1,4 +1,4 @@
-"""Decoded pictures take the same way as patches, and a GPU without room leaves them to the CPU."""
+"""Test that the GPU resizes decoded pictures like the CPU, and the CPU if GPU memory is short."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -28,13 +28,13 @@ SIZES = [(60, 100), (56, 84), (130, 40)]
 def resized_here(
     parts: Sequence[Patches | Picture], device: torch.device, *, pinned_rows: int
 ) -> Patches:
-    """What the GPU does, by the CPU path."""
+    """Resize a picture with the CPU code, like the GPU."""
     return Patches.cat(part.patchify() if isinstance(part, Picture) else part for part in parts)
 
 
 @pytest.fixture
 def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The loader hands out pictures; the list gets the number of pictures in each batch."""
+    """Let the loader return pictures. Returns a list of the number of pictures in each batch."""
     batches: list[int] = []
 
     def resize(parts: Sequence[Any], *args: Any, **options: Any) -> Patches:
@@ -62,8 +62,10 @@ def test_pictures_and_patches_have_the_same_features(as_on_gpu: list[int]) -> No
     assert [each.size_px for each in found] == [SIZES[0], (0, 0), SIZES[2]]
 
 
-def test_a_list_lends_its_images_and_a_generator_does_not(as_on_gpu: list[int]) -> None:
-    """A generator may draw every image into one picture."""
+def test_a_generator_may_reuse_its_image_and_listed_images_do_not_change(
+    as_on_gpu: list[int],
+) -> None:
+    """A generator may return the same image object with new pixels each time."""
     expected = tiny().encode(images()[:2])
     canvas = Image.new("RGB", SIZES[0][::-1])
 
@@ -82,7 +84,7 @@ def test_a_list_lends_its_images_and_a_generator_does_not(as_on_gpu: list[int]) 
 
 
 def modes(folder: Path) -> list[Image.Image]:
-    """Return images that need a conversion or a turn, and one that Pillow has not loaded yet."""
+    """Return images that need a conversion or a rotation, and an image that is not loaded yet."""
     image = Image.fromarray(noise(60, 100, seed=5))
     turned = image.copy()
     turned.getexif()[0x0112] = 6  # a quarter turn
@@ -91,7 +93,7 @@ def modes(folder: Path) -> list[Image.Image]:
     return [*converted, turned, Image.open(folder / "lazy.png")]
 
 
-def test_every_mode_takes_the_way_of_pictures(as_on_gpu: list[int], tmp_path: Path) -> None:
+def test_every_image_mode_is_resized_as_a_picture(as_on_gpu: list[int], tmp_path: Path) -> None:
     loaded = [load_image(image).picture for image in modes(tmp_path)]
     expected = tiny().encode([patchify(each, tiny().image_config) for each in loaded])
     found = tiny().encode(modes(tmp_path))
@@ -105,7 +107,7 @@ def out_of_memory(*_: Any, **__: Any) -> Patches:
     raise torch.cuda.OutOfMemoryError("no room")
 
 
-def test_a_picture_without_room_on_the_gpu_is_resized_on_the_cpu(
+def test_a_picture_without_gpu_memory_is_resized_on_the_cpu(
     as_on_gpu: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = tiny().encode(images())
@@ -113,11 +115,11 @@ def test_a_picture_without_room_on_the_gpu_is_resized_on_the_cpu(
     with caplog.at_level(logging.WARNING, "qwen_vit"):
         found = tiny().encode(images())
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours.embeds, theirs.embeds)  # other batches
+        torch.testing.assert_close(ours.embeds, theirs.embeds)  # the batches differ
     assert sum("the CPU resizes " in message for message in caplog.messages) == len(SIZES)
 
 
-def test_a_picture_without_room_anywhere_is_an_error(
+def test_a_picture_without_gpu_and_cpu_memory_is_an_error(
     as_on_gpu: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_memory(picture: Picture) -> Patches:
@@ -132,7 +134,7 @@ def test_a_picture_without_room_anywhere_is_an_error(
         tiny().encode(images()[:1])
 
 
-def test_one_still_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_image_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a thread")
 

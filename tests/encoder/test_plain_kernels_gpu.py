@@ -1,4 +1,4 @@
-"""The plain kernels, which other GPUs run, on a Hopper GPU: as exact, and the same bits."""
+"""Test the plain kernels of other GPUs on a Hopper GPU: the error, and equal bits."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What `quantization` refuses, and that a checkpoint's tower can be quantised at all."""
+"""Test the refusals of `quantization`, and the quantised tower of a checkpoint."""
 
 import copy
 import pickle
@@ -25,13 +25,13 @@ from tests.support.oracle import relative_error
 from tests.support.towers import build_tower, random_pixels, tower_trace
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-# as SMALL, with whole scales of 128 columns
+# like SMALL, with a width of complete scales of 128 columns
 WIDE = replace(SMALL, hidden_size=128, num_heads=2, intermediate_size=200)
 IMAGE_CONFIG = ImageConfig.from_json({})
 GRIDS = [(1, 10, 14), (1, 2, 6)]
 
 
-def test_a_cpu_is_refused_before_the_model_is_looked_for() -> None:
+def test_a_cpu_is_refused_before_the_model_is_loaded() -> None:
     with pytest.raises(ArgumentError, match=r"'fp8' on a CPU.*8\.9 .*Leave quantization out"):
         VisionEncoder.from_pretrained("no/model", device="cpu", quantization="fp8")
 
@@ -85,7 +85,7 @@ def test_a_quantised_tower_is_close_to_the_exact_one_at_every_stage() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_values_out_of_range_are_flagged_in_their_own_image_alone(bad: float) -> None:
+def test_values_out_of_range_fail_only_their_image(bad: float) -> None:
     tower = build_tower(random_tensors(WIDE), WIDE, quantization="fp8")
     rows = torch.randn(152, 1176)
     clean = tower_trace(tower, rows, GRIDS)["merger"]
@@ -95,7 +95,7 @@ def test_values_out_of_range_are_flagged_in_their_own_image_alone(bad: float) ->
     assert torch.equal(found[35:], clean[35:])
 
 
-def test_rows_of_zeros_give_what_they_give_without_quantisation() -> None:
+def test_rows_of_zeros_equal_those_without_quantisation() -> None:
     tensors, rows = random_tensors(WIDE), torch.zeros(152, 1176)
     exact = tower_trace(build_tower(tensors, WIDE), rows, GRIDS)["merger"]
     found = tower_trace(build_tower(tensors, WIDE, quantization="fp8"), rows, GRIDS)["merger"]
@@ -143,7 +143,7 @@ def test_a_quantised_encoder_is_copied_and_pickled(
 
 
 def compared(ratios: dict[str, float]) -> Comparison:
-    """A comparison in fp8 whose stages have these ratios to Hugging Face's error."""
+    """Return an fp8 comparison with these ratios of a stage's error to Hugging Face's error."""
     stages = tuple(
         Stage(
             name, Difference(0.01, 0.1, 0.9, 0.99), ratio * 1e-2, 1e-2,
@@ -166,7 +166,7 @@ def compared(ratios: dict[str, float]) -> Comparison:
     return Comparison(facts, (image,), ())
 
 
-def test_a_comparison_in_fp8_names_the_worst_block_and_how_far_it_misses() -> None:
+def test_a_comparison_in_fp8_names_the_worst_block_and_its_ratio() -> None:
     comparison = compared({"block.0": 4.5, "block.1": 6.0, "merger": 1.4})
     assert not comparison.passed
     lines = as_text(comparison).splitlines()

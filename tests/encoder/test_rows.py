@@ -55,7 +55,7 @@ def test_rows_and_grids_that_disagree_are_refused_before_any_kernel(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_rows_of_any_floating_type_are_taken(dtype: torch.dtype) -> None:
+def test_rows_of_any_floating_dtype_are_accepted(dtype: torch.dtype) -> None:
     rows = random_rows(24, seed=3).to(dtype)
     ours = tiny().encode_patches(rows, GRID.int())
     assert ours.dtype == torch.float32
@@ -91,12 +91,14 @@ def test_rows_of_a_video_have_the_bits_of_encode_patches() -> None:
     floats = ((rows.view(48, 3, 392).float() / 255 - mean) / std).flatten(1)
     ours = tiny().encode_pixels(rows, grid, still=False)
     assert torch.equal(ours, tiny().encode_patches(floats, grid))
-    still = tiny().encode_pixels(rows, grid)  # another answer: only the first frames were read
+    still = tiny().encode_pixels(
+        rows, grid
+    )  # differs, because this call reads only the first frames
     assert relative_error(still, ours) > 1e-3
 
 
 @pytest.mark.parametrize("fault", ["float", "narrow", "few", "array"])
-def test_pixel_rows_of_another_kind_are_refused(fault: str) -> None:
+def test_invalid_pixel_rows_are_refused(fault: str) -> None:
     rows = ROWS.byte()
     wrong: Any = {
         "float": ROWS, "narrow": rows[:, :588], "few": rows[:20], "array": rows.numpy(),

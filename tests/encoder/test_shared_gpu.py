@@ -15,7 +15,7 @@ PROCESSES, SECONDS, IMAGES = 3, 5.0, 64
 def repeats() -> tuple[int, int]:
     """Return the number of batches after the first batch, and the number of batches with other
     bits."""
-    # large: a kernel must take longer than a process' turn
+    # large, so that a kernel takes longer than the time slice of a process
     grids = [Grid(1, 64, 64)] * IMAGES
     n_patches = sum(grid.n_patches for grid in grids)
     pixels = torch.randint(0, 256, (n_patches, 588), dtype=torch.uint8, device="cuda")
@@ -30,10 +30,10 @@ def repeats() -> tuple[int, int]:
 
 
 @gpu
-def test_bits_stay_while_processes_take_turns_on_the_gpu() -> None:
-    """At the end of a process's turn, the hardware saves the barriers, and writes them back later.
-    A GEMM's bias once used the memory of two barriers. Half of these batches were then wrong, but
-    no batch was wrong with a single process on the GPU.
+def test_other_processes_on_the_gpu_change_no_bit() -> None:
+    """A GEMM once kept its bias in the shared memory of two barriers. A context switch saves and
+    restores the barriers, which changed the bias. Half of these batches were then wrong, but no
+    batch was wrong with a single process on the GPU.
     """
     found = [
         each for _, each in outcomes(repeats, [()] * PROCESSES, at_once=PROCESSES, seconds=120)

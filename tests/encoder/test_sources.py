@@ -25,7 +25,7 @@ from tests.support.oracle import relative_error
 # Every kind of image
 
 
-def test_every_kind_of_source_gives_the_same_embeddings_in_the_order_given(
+def test_every_kind_of_source_gives_the_same_embeddings_in_order(
     tmp_path: Path,
 ) -> None:
     array = picture(56, 84)
@@ -42,7 +42,9 @@ def test_every_kind_of_source_gives_the_same_embeddings_in_the_order_given(
         array.astype(np.float32) / 255,
         array[::-1][::-1],
     ]
-    other = picture(56, 112, seed=1)  # between them, so that a mix-up shows
+    other = picture(
+        56, 112, seed=1
+    )  # different images between them, so that a wrong order is found
     mixed = [image for source in sources for image in (source, other)]
     results = tiny().encode(mixed)
     assert len(results) == len(mixed)
@@ -72,14 +74,17 @@ def test_kept_features_do_not_keep_their_batch() -> None:
 
 
 def test_patch_output_is_row_major_and_before_the_merger() -> None:
-    images = [picture(56, 84), picture(140, 112, seed=1)]  # 140 x 112: windows are cut
+    images = [
+        picture(56, 84),
+        picture(140, 112, seed=1),
+    ]  # 140 x 112 pixels: some windows are incomplete
     dense = tiny().encode(images, output="patch")
     merged = tiny().encode(images)
     for patch, features in zip(dense, merged, strict=True):
         assert patch.grid_thw == features.grid_thw
         _, h, w = patch.grid_thw or (0, 0, 0)
         assert embeds_of(patch).shape == (h * w, tiny().config.hidden_size)
-        # each 2 x 2 cell of the dense map, merged by Hugging Face, is the token at that cell
+        # Hugging Face's merger of each 2 x 2 cell of the map gives the token of this cell
         cells = embeds_of(patch).view(h // 2, 2, w // 2, 2, -1).permute(0, 2, 1, 3, 4)
         again = tiny_hf_tower().merger(cells.reshape(h * w, -1))
         assert relative_error(again, embeds_of(features)) < 1e-5
@@ -89,7 +94,7 @@ def test_patch_output_is_row_major_and_before_the_merger() -> None:
 
 
 def one_image(kind: str, folder: Path) -> Any:
-    pixels = picture(28, 28)  # an array is one image, not 28 images one pixel high
+    pixels = picture(28, 28)  # one image, and not 28 images of one pixel row
     path = folder / "a.png"
     path.write_bytes(png(pixels))
     return {
@@ -138,7 +143,7 @@ def test_a_stack_of_images_gives_a_list(kind: str) -> None:
     assert tiny().encode(images[:0]) == []
 
 
-def test_a_failed_image_alone_is_told_by_its_type() -> None:
+def test_a_single_failed_image_has_its_own_type() -> None:
     failed = tiny().encode(b"not an image", on_error="skip")
     assert isinstance(failed, FailedImage)
     assert (failed.id, failed.code, failed.error.name) == ("image 0", "not-an-image", "image 0")
@@ -146,7 +151,7 @@ def test_a_failed_image_alone_is_told_by_its_type() -> None:
         tiny().encode(io.BytesIO(b"one"))
 
 
-def test_features_are_seen_as_a_map_and_as_numpy() -> None:
+def test_features_are_available_as_a_map_and_as_numpy() -> None:
     image = picture(56, 84)
     merged, patch = (tiny().encode([image], output=each)[0] for each in ("merged", "patch"))
     assert merged.map.shape == (1, 2, 3, 192)
@@ -180,7 +185,7 @@ def test_unknown_options_are_refused() -> None:
 # from_pretrained
 
 
-def test_a_name_that_is_given_comes_back_as_the_id(tmp_path: Path) -> None:
+def test_a_given_name_is_the_id(tmp_path: Path) -> None:
     odd = tmp_path / os.fsdecode(b"caf\xe9\n.png")
     odd.write_bytes(png(picture(28, 28)))
     [features] = small().encode([odd])

@@ -38,7 +38,7 @@ def test_every_image_is_in_one_batch_and_batches_keep_the_budget(
         assert len(batch) == 1 or sum(sizes[index] for index in batch) <= budget
         assert [sizes[i] for i in batch] == sorted((sizes[i] for i in batch), reverse=True)
     full = [sum(sizes[index] for index in batch) for batch in batches]
-    # first fit leaves at most one batch that is half empty
+    # first fit leaves at most one batch less than half full
     assert sum(2 * size <= budget for size in full) <= 1
 
 
@@ -62,7 +62,7 @@ def test_the_features_do_not_depend_on_the_number_of_threads(
         assert torch.equal(one.embeds, other.embeds)
 
 
-def test_an_array_that_its_owner_uses_again_is_encoded_as_it_was() -> None:
+def test_an_array_is_encoded_with_its_values_at_the_call() -> None:
     def frames() -> Iterator[np.ndarray]:
         buffer = np.empty((56, 56, 3), np.uint8)
         for value in range(6):
@@ -77,7 +77,7 @@ def test_an_array_that_its_owner_uses_again_is_encoded_as_it_was() -> None:
     assert not torch.allclose(single[0], single[1], atol=1e-2)
 
 
-def test_the_first_image_that_fails_is_the_one_that_is_raised(tmp_path: Path) -> None:
+def test_the_error_of_the_first_failed_image_is_raised(tmp_path: Path) -> None:
     (tmp_path / "late.png").write_bytes(b"")
     images: list[Any] = [
         IMAGES / "rocket.jpg",
@@ -94,7 +94,7 @@ def test_the_first_image_that_fails_is_the_one_that_is_raised(tmp_path: Path) ->
     assert load_threads() == 0
 
 
-def test_an_array_that_fails_is_not_kept() -> None:
+def test_a_failed_array_is_released() -> None:
     """The error's traceback once referred to the image in a cycle, which only the garbage collector
     breaks."""
     gc.collect()
@@ -110,7 +110,7 @@ def test_an_array_that_fails_is_not_kept() -> None:
         gc.enable()
 
 
-def test_an_export_that_is_stopped_encodes_no_more(tmp_path: Path) -> None:
+def test_a_stopped_export_encodes_no_more_images(tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     for number in range(8):
         good = number < 2
@@ -132,7 +132,7 @@ def test_an_export_that_is_stopped_encodes_no_more(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_the_images_before_the_one_that_fails_are_given(threads: int) -> None:
+def test_images_before_a_failed_image_are_returned(threads: int) -> None:
     """The images wait for the following images of the same batch."""
 
     three = [IMAGES / "chelsea.png"] * 3
@@ -152,7 +152,7 @@ def test_the_images_before_the_one_that_fails_are_given(threads: int) -> None:
         assert len(given) == 3
 
 
-def test_a_stream_that_is_left_ends_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_a_stream_ends_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(batching.TOKEN_BUDGET, "cpu", 100)
     results = encoder().encode_iter([IMAGES / "chelsea.png"] * 50, decode_threads=2)
     next(results)
@@ -165,7 +165,7 @@ def test_a_stream_that_is_left_ends_its_threads(monkeypatch: pytest.MonkeyPatch)
     assert load_threads() == 0
 
 
-def test_patches_of_two_images_are_no_image() -> None:
+def test_patches_of_two_images_are_refused() -> None:
     from qwen_vit.images.patches import Patches, patchify
 
     whole = encoder()
@@ -176,7 +176,7 @@ def test_patches_of_two_images_are_no_image() -> None:
         whole.encode([Patches.cat([one, one])])
 
 
-def test_patches_that_are_not_this_encoders_fail_alone() -> None:
+def test_patches_of_another_width_are_single_failures() -> None:
     """The encoder once padded narrower patches with zeros, and wider patches failed the whole
     batch."""
     from qwen_vit.config import Grid
@@ -208,7 +208,7 @@ def test_patches_that_are_not_this_encoders_fail_alone() -> None:
         whole.encode([patches[0]])
 
 
-def test_images_are_packed_largest_first_and_come_back_in_order(
+def test_images_are_packed_largest_first_and_returned_in_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Encode like a GPU, where an image's bits do not depend on the batch."""
@@ -229,7 +229,7 @@ def test_images_are_packed_largest_first_and_come_back_in_order(
 
     monkeypatch.setattr(VisionEncoder, "forward", forward)
     together = whole.encode(images)
-    # the first window is one batch, and the second window has room for three batches
+    # the first window is one batch, and the second window has three batches
     assert batches == [[64, 16], [48, 36, 16], [24, 24]]
     for features, image in zip(together, images, strict=True):
         [alone] = whole.encode([image])
@@ -238,7 +238,7 @@ def test_images_are_packed_largest_first_and_come_back_in_order(
 
 
 @gpu
-def test_packed_on_a_gpu_an_image_has_the_bits_that_it_has_alone(
+def test_packing_on_a_gpu_changes_no_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = VisionEncoder.from_pretrained("tiny", device="cuda", max_pixels=200_704)

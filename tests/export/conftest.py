@@ -41,7 +41,7 @@ def server(
     running: S3Server, export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[S3Server]:
     """Return the empty server without faults, and set a scratch folder for this test."""
-    from tests.support.remote_exports import on_host  # loads moto, which few tests need
+    from tests.support.remote_exports import on_host  # this import loads moto, which few tests need
 
     running.fault, running.hidden, running.ignores_conditions = lambda _: None, None, False
     running.delete("out")

@@ -11,7 +11,7 @@ from qwen_vit.export.background import BackgroundWriter, StageTimer
 from tests.support.pipelines import load_threads
 
 
-def test_jobs_behind_are_done_in_order_and_all_of_them() -> None:
+def test_all_background_jobs_run_in_order() -> None:
     done: list[int] = []
     with BackgroundWriter(3) as writer:
         futures = [writer.submit(partial(done.append, number), 1) for number in range(100)]
@@ -20,32 +20,32 @@ def test_jobs_behind_are_done_in_order_and_all_of_them() -> None:
     assert load_threads() == 0
 
 
-def test_the_caller_waits_while_too_much_is_undone() -> None:
-    undone = most = 0
+def test_submit_waits_while_the_queue_is_full() -> None:
+    queued = most = 0
     changing = threading.Lock()
 
     def job() -> None:
-        nonlocal undone
+        nonlocal queued
         time.sleep(0.001)
         with changing:
-            undone -= 10
+            queued -= 10
 
     with BackgroundWriter(50) as writer:
         for _ in range(50):
             writer.submit(job, 10)
             with changing:
-                undone += 10
-                most = max(most, undone)
+                queued += 10
+                most = max(most, queued)
     assert most <= 50
 
 
-def test_an_exception_behind_reaches_the_caller_and_nothing_is_begun_after_it() -> None:
+def test_a_failing_job_raises_in_the_caller_and_cancels_later_jobs() -> None:
     done: list[int] = []
 
     def fail() -> None:
         raise OSError("disk full")
 
-    def give() -> None:
+    def submit_all() -> None:
         with BackgroundWriter(1000) as writer:
             writer.submit(partial(done.append, 1))
             failing = writer.submit(fail)
@@ -56,11 +56,11 @@ def test_an_exception_behind_reaches_the_caller_and_nothing_is_begun_after_it() 
                 writer.submit(partial(done.append, 3))
 
     with pytest.raises(OSError, match="disk full"):
-        give()
+        submit_all()
     assert done == [1]
 
 
-def test_what_was_given_is_done_although_the_block_raises() -> None:
+def test_submitted_jobs_run_if_the_block_raises() -> None:
     done: list[int] = []
 
     def stop() -> None:
@@ -74,13 +74,13 @@ def test_what_was_given_is_done_although_the_block_raises() -> None:
     assert done == list(range(5))
 
 
-def test_a_clock_counts_every_moment_once() -> None:
-    clock, begin = StageTimer("rest"), time.perf_counter()
-    with clock.stage("outer"):
+def test_a_stage_timer_counts_nested_time_once() -> None:
+    timer, begin = StageTimer("rest"), time.perf_counter()
+    with timer.stage("outer"):
         time.sleep(0.01)
-        with clock.stage("inner"):
+        with timer.stage("inner"):
             time.sleep(0.02)
-    seconds = clock.seconds()
+    seconds = timer.seconds()
     assert seconds["inner"] >= 0.02
     assert 0.01 <= seconds["outer"] < 0.02 + seconds["rest"] + 0.01
     assert abs(sum(seconds.values()) - (time.perf_counter() - begin)) < 0.01

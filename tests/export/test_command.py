@@ -45,26 +45,26 @@ def run(monkeypatch: pytest.MonkeyPatch, qwen_vit: Any) -> Any:
     return command
 
 
-def test_the_command_exports_and_tells_what_was_skipped(export_dir: Path, run: Any) -> None:
+def test_the_command_reports_skipped_files(export_dir: Path, run: Any) -> None:
     code, out, err = run("p", "--out", "out")
     assert code == 1
     assert out.startswith("10 done, 0 to do, 1 failed: 40 rows, 0.0 MB, ")
     assert "failed: 1 truncated\n" in out
     assert "manifest: out/manifest.parquet" in out
     assert err.startswith("skipped: x.png: a truncated PNG")
-    assert len(err.splitlines()) == 1  # no bar where there is no terminal
+    assert len(err.splitlines()) == 1  # without a terminal, no progress bar
     Path("p/x.png").write_bytes(tiny_png(3))
     assert run("p", "--out", "fresh")[0] == 0
 
 
-def test_a_resumed_export_counts_what_came_earlier(export_dir: Path, run: Any) -> None:
+def test_a_resumed_export_counts_earlier_images(export_dir: Path, run: Any) -> None:
     """The report once read "nothing was left to do: exported 10 of 11 images (11 tried before)"."""
     run("p", "--out", "out", "--shard-size", "4")
     _, out, _ = run("p", "--out", "out", "--shard-size", "4")
     assert out.startswith("10 done, 0 to do, 1 failed earlier: 40 rows, 0.0 MB, ")
     assert "failed: 1 truncated; --retry-failed tries them again" in out
     assert "in this run" not in out
-    Path("out/shard-00000002.safetensors").unlink()  # of 8.png, 9.png and x.png
+    Path("out/shard-00000002.safetensors").unlink()
     _, out, _ = run("p", "--out", "out", "--shard-size", "4", "--dry-run")
     assert out.startswith("images       8 done, 3 to do\n")
     code, out, _ = run("p", "--out", "out", "--shard-size", "4")
@@ -72,7 +72,7 @@ def test_a_resumed_export_counts_what_came_earlier(export_dir: Path, run: Any) -
     assert "3 images in this run, 8 in earlier ones" in out
 
 
-def test_quiet_leaves_results_and_errors(export_dir: Path, run: Any) -> None:
+def test_quiet_prints_only_results_and_errors(export_dir: Path, run: Any) -> None:
     code, out, err = run("p", "--out", "out", "-q")
     assert (code, err) == (1, "")
     assert out.startswith("10 done, 0 to do, 1 failed")
@@ -102,7 +102,7 @@ def test_a_list_on_standard_input_is_exported_and_resumed(
     assert "in that folder" not in error
 
 
-def test_a_part_says_what_of_the_folder_is_there(export_dir: Path, run: Any) -> None:
+def test_a_part_reports_its_finished_shards(export_dir: Path, run: Any) -> None:
     """The report once suggested that all shards were complete."""
     words = ("p", "--out", "out", "--shard-size", "4")
     out = run(*words, "--part", "2/2")[1]
@@ -114,7 +114,7 @@ def test_a_part_says_what_of_the_folder_is_there(export_dir: Path, run: Any) -> 
 
 
 @pytest.mark.parametrize("is_any_whole", [False, True])
-def test_an_interrupt_says_what_is_kept(
+def test_an_interrupt_reports_the_saved_images(
     export_dir: Path, run: Any, monkeypatch: pytest.MonkeyPatch, is_any_whole: bool
 ) -> None:
     def count(self: Any, features: ImageFeatures | FailedImage) -> None:
@@ -128,7 +128,7 @@ def test_an_interrupt_says_what_is_kept(
     assert (kept in err, "the export saved no image" in err) == (is_any_whole, not is_any_whole)
 
 
-def test_its_json_is_one_document(export_dir: Path, run: Any) -> None:
+def test_json_output_is_one_document(export_dir: Path, run: Any) -> None:
     code, out, _ = run("p", "--out", "out", "--json", "--output", "mean", "--dtype", "bfloat16")
     report = json.loads(out)
     assert code == 1
@@ -145,7 +145,7 @@ def test_a_dry_run_writes_nothing(export_dir: Path, run: Any) -> None:
     assert sorted(os.listdir()) == ["p"]
 
 
-def test_a_dry_run_refuses_what_the_export_would(export_dir: Path, run: Any) -> None:
+def test_a_dry_run_refuses_the_same_inputs_as_an_export(export_dir: Path, run: Any) -> None:
     """A dry run once accepted images with one id, an empty list, and a folder that was not an
     export."""
     Path("file").touch()
@@ -174,11 +174,11 @@ def test_a_dry_run_refuses_what_the_export_would(export_dir: Path, run: Any) -> 
     ("suffix", "is_whole"),
     [("png", False), ("jpg", False), ("bmp", False), ("tif", False), ("webp", True)],
 )
-def test_of_a_large_image_in_a_tar_the_head_is_read(
+def test_a_dry_run_reads_only_the_start_of_a_large_image_in_a_tar(
     export_dir: Path, suffix: str, is_whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A dry run once read every tar completely. It must read more than the start only if the start
-    has no size."""
+    """A dry run once read every tar completely. It reads more than the start of an image only if
+    the start does not contain the size."""
     values = np.random.default_rng(0).integers(0, 256, (400, 420, 3), np.uint8)
     Image.fromarray(values).save(f"p/large.{suffix}", lossless=is_whole)
     length = Path(f"p/large.{suffix}").stat().st_size
@@ -211,7 +211,7 @@ def test_of_a_large_image_in_a_tar_the_head_is_read(
         (0, None, ("0.0 MB", "unknown")),
     ],
 )
-def test_an_estimate_is_told_in_units_of_its_size(
+def test_an_estimate_is_printed_in_suitable_units(
     n_bytes: int, seconds: float | None, words: tuple[str, str]
 ) -> None:
     text = estimate_text(Estimate(1, 0, 1, n_bytes, seconds), Path("no", "folder", "yet"))
@@ -220,7 +220,7 @@ def test_an_estimate_is_told_in_units_of_its_size(
     assert time == words[1]
 
 
-def test_a_large_export_is_not_begun_without_a_yes(
+def test_a_large_export_needs_a_confirmation(
     export_dir: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export_command, "ASK_ABOVE_BYTES", 1_000)
@@ -230,19 +230,19 @@ def test_a_large_export_is_not_begun_without_a_yes(
     assert "out: the export will take about" in err
     assert "Pass --yes" in err
     assert shards() == {}
-    assert run("p", "--out", "out")[0] == 2  # still not begun
+    assert run("p", "--out", "out")[0] == 2  # no file of the export
     assert run("p", "--out", "out", "--yes")[0] == 1
-    assert run("p", "--out", "out")[0] == 0  # what is in progress goes on
+    assert run("p", "--out", "out")[0] == 0  # an unfinished export needs no confirmation
 
 
-def test_who_answers_no_is_told_that_nothing_was_exported(
+def test_an_answer_of_no_cancels_the_export(
     export_dir: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command once reported an interrupt, with exit code 130."""
     monkeypatch.setattr(export_command, "ASK_ABOVE_BYTES", 1_000)
     for answer, code, words in (
         ("n\n", 2, "error: export cancelled. To make the export smaller, pass fewer images"),
-        ("", 130, "interrupted"),  # Ctrl-D
+        ("", 130, "interrupted"),  # Ctrl-D at the prompt
     ):
         stdin = io.StringIO(answer)
         stdin.isatty = lambda: True  # type: ignore[method-assign]
@@ -254,7 +254,7 @@ def test_who_answers_no_is_told_that_nothing_was_exported(
         assert shards() == {}
 
 
-def test_a_terminal_is_shown_the_speed_and_what_is_skipped(
+def test_a_terminal_shows_the_speed_and_the_failures(
     export_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -269,11 +269,11 @@ def test_a_terminal_is_shown_the_speed_and_what_is_skipped(
     assert "11/11" in capsys.readouterr().err
 
 
-def test_a_log_is_told_now_and_then_in_whole_lines(
+def test_a_log_gets_progress_in_complete_lines(
     export_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(out="short", show_progress=True)
-    assert capsys.readouterr().err.startswith("skipped: ")  # nothing else, in less than a minute
+    assert capsys.readouterr().err.startswith("skipped: ")  # no progress line within a minute
     monkeypatch.setattr(progress_module, "LINE_EVERY_S", 1e-9)
     export(show_progress=True)
     lines = capsys.readouterr().err.split("\n")
@@ -292,7 +292,7 @@ def test_a_full_log_does_not_stop_an_export(
     assert done.exported == 10
 
 
-def test_what_is_no_image_by_its_name_is_counted(export_dir: Path, run: Any) -> None:
+def test_files_without_an_image_suffix_are_counted(export_dir: Path, run: Any) -> None:
     for name in ("a.txt", "b.txt", "NOTES", "README.md", "LICENSE", *(f"c.{i}" for i in range(9))):
         Path("p", name).write_text("")
     _, _, err = run("p", "--out", "out")
@@ -302,7 +302,7 @@ def test_what_is_no_image_by_its_name_is_counted(export_dir: Path, run: Any) -> 
     )
 
 
-def test_twenty_failures_are_told_and_the_rest_counted(export_dir: Path, run: Any) -> None:
+def test_twenty_failures_are_printed_and_the_others_counted(export_dir: Path, run: Any) -> None:
     for number in range(30):
         Path(f"p/z{number}.png").write_bytes(b"")
     _, out, err = run("p", "--out", "out")
@@ -311,9 +311,7 @@ def test_twenty_failures_are_told_and_the_rest_counted(export_dir: Path, run: An
     assert err.splitlines()[-1] == "skipped: more than 20 images; the manifest lists all of them"
 
 
-def test_the_command_says_what_it_waited_for_and_how_to_try_again(
-    export_dir: Path, run: Any
-) -> None:
+def test_the_command_reports_its_waits_and_how_to_retry(export_dir: Path, run: Any) -> None:
     _, out, _ = run("p", "--out", "out", "--profile")
     assert re.search(r"waited for: read and decode \d+%, encode \d+%, copy back \d+%, write", out)
     assert "--retry-failed" not in out
@@ -336,7 +334,7 @@ BAD_USAGE = {
 
 
 @pytest.mark.parametrize("fault", BAD_USAGE)
-def test_bad_usage_ends_with_2_before_the_model_is_loaded(
+def test_bad_usage_exits_with_2_before_the_model_is_loaded(
     export_dir: Path, run: Any, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_model(*_: Any, **__: Any) -> None:

@@ -19,7 +19,7 @@ from tests.support.exports import SMALL, NeverAsked, export, files, parts, shard
 from tests.support.fake_encoder import FakeEncoder
 
 
-def test_an_export_holds_the_images_in_order_and_the_failed_ones_with_their_reason(
+def test_an_export_has_images_and_errors_in_order(
     export_dir: Path,
 ) -> None:
     done = export()
@@ -43,7 +43,7 @@ def test_an_export_holds_the_images_in_order_and_the_failed_ones_with_their_reas
 
 
 @pytest.mark.parametrize("output", ["merged", "patch", "mean"])
-def test_the_rows_are_those_of_encode(export_dir: Path, output: Any) -> None:
+def test_the_rows_equal_those_of_encode(export_dir: Path, output: Any) -> None:
     sizes = ((56, 84), (84, 56), (28, 28))
     for index, size in enumerate(sizes):
         values = np.random.default_rng(index).integers(0, 256, (*size, 3), np.uint8)
@@ -81,18 +81,18 @@ def test_a_shard_has_the_bytes_that_safetensors_writes(export_dir: Path) -> None
             metadata = file.metadata()
         save_file(load_file(f"out/{name}"), "again", metadata=metadata)
         (header, rows), (theirs, their_rows) = map(parts, (data, Path("again").read_bytes()))
-        assert header.rstrip() == theirs.rstrip()  # ours is longer, by spaces
+        assert header.rstrip() == theirs.rstrip()  # spaces fill the reserved space of our header
         assert rows == their_rows
         assert len(header) % 8 == 0
 
 
-def test_a_head_larger_than_its_room_has_the_rows_behind_it(
+def test_a_header_may_exceed_the_reserved_space(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(out="roomy")
     monkeypatch.setattr(shard_writer, "reserved_header_bytes", lambda items, settings: 8)
     export()
-    assert files().keys() == files("roomy").keys()  # nothing else is left
+    assert files().keys() == files("roomy").keys()  # no temporary file remains
     for index, features in enumerate(load_features("roomy")):
         again = load_features("out")[index]
         assert (again.id, again.grid_thw) == (features.id, features.grid_thw)
@@ -102,10 +102,10 @@ def test_a_head_larger_than_its_room_has_the_rows_behind_it(
 
 
 @pytest.mark.parametrize("shard_size", [1, 20])
-def test_the_room_for_a_head_serves_names_that_json_escapes(
+def test_the_reserved_space_fits_names_that_json_escapes(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch, shard_size: int
 ) -> None:
-    """The header is JSON within JSON, where a quote takes four bytes."""
+    """The header is JSON in JSON, so a quote takes four bytes."""
     rows, names = Path("p/0.png").read_bytes(), ('"', "\\", "\n", "é", "写")
     for name in names:
         Path("p", 60 * name + ".png").write_bytes(rows)
@@ -118,7 +118,7 @@ def test_the_room_for_a_head_serves_names_that_json_escapes(
     assert {60 * name + ".png" for name in names} < set(load_features("out").ids)
 
 
-def test_a_shard_of_failures_alone_is_whole(export_dir: Path) -> None:
+def test_a_shard_with_only_failures_is_complete(export_dir: Path) -> None:
     for number in range(4, 8):
         Path(f"p/{number}.png").write_bytes(b"")
     assert export().failed == {"empty-file": 4, "truncated": 1}

@@ -62,7 +62,7 @@ def notes() -> list[str]:
 
 
 @pytest.mark.usefixtures("export_dir")
-def test_an_export_goes_round_the_picture_that_killed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_skips_the_image_that_killed_it(monkeypatch: pytest.MonkeyPatch) -> None:
     run_until_killed("6.png")
     assert len(notes()) == 1
     asked = []
@@ -76,32 +76,32 @@ def test_an_export_goes_round_the_picture_that_killed_it(monkeypatch: pytest.Mon
     done = export()
     assert (done.exported, dict(done.failed)) == (9, {"memory": 1})
     assert "6.png" in asked
-    assert len(asked) <= 2  # no more than there were threads
+    assert len(asked) <= 2  # at most one image for each thread
     assert [error.id for error in load_features("out").errors] == ["6.png"]
     assert notes() == []
 
 
 @pytest.mark.usefixtures("export_dir")
-def test_a_picture_that_only_met_a_kill_is_exported() -> None:
+def test_an_image_that_did_not_cause_the_kill_is_exported() -> None:
     run_until_killed("6.png")
     done = export()
     assert (done.exported, dict(done.failed)) == (10, {})
 
 
-def test_the_notes_of_a_living_process_are_left_alone(tmp_path: Path) -> None:
+def test_the_records_of_a_running_process_remain(tmp_path: Path) -> None:
     with UnderWay(tmp_path) as first, first.mark(7):
         assert UnderWay(tmp_path).suspects == frozenset()
         assert first.path.exists()
 
 
-def test_a_torn_file_of_notes_does_no_harm(tmp_path: Path) -> None:
+def test_a_torn_record_file_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "under-way-0123456789abcdef").write_bytes(b"\x08" + bytes(7) + b"\1\2\3")
     with UnderWay(tmp_path) as under_way:
         assert under_way.suspects == {7}
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_on_a_full_disk_has_no_notes(
+def test_an_export_on_a_full_disk_has_no_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:

@@ -23,14 +23,14 @@ from tests.support.fake_encoder import WIDTH, FakeEncoder
 
 
 @pytest.mark.parametrize("output", ["merged", "patch", "mean"])
-def test_the_estimate_is_what_the_export_takes(export_dir: Path, output: Any) -> None:
+def test_the_estimate_equals_the_size_of_the_export(export_dir: Path, output: Any) -> None:
     Image.fromarray(np.zeros((60, 170, 3), np.uint8)).save("p/2.jpg")
     Path("p/y.png").write_bytes(b"no image")
     options = ExportOptions(output, shard_size=4)
     estimate = estimate_export(FakeEncoder(), ["p"], options)
     assert not Path("out").exists()
     done = export(options=options)
-    # the cut image has a header; that it is cut is found when it is decoded
+    # the truncated image has a header, so only decoding finds the damage
     assert (estimate.images, estimate.unreadable) == (13, 1)
     one = {"merged": 4, "patch": 16, "mean": 1}[output]
     assert estimate.rows == done.rows + one
@@ -42,7 +42,7 @@ def test_the_estimate_is_what_the_export_takes(export_dir: Path, output: Any) ->
     assert sum(parts) == estimate.rows
 
 
-def test_the_estimate_counts_what_limits_refuse(export_dir: Path) -> None:
+def test_the_estimate_counts_images_over_the_limits(export_dir: Path) -> None:
     options = replace(SMALL, limits=ImageLimits(max_pixels=100))
     Image.fromarray(np.zeros((5, 7, 3), np.uint8)).save("p/small.png")
     estimate = estimate_export(FakeEncoder(), ["p"], options, folder="out")
@@ -50,7 +50,7 @@ def test_the_estimate_counts_what_limits_refuse(export_dir: Path) -> None:
     assert export(options=options).failed == {"too-many-pixels": 11}
 
 
-def test_a_sample_stands_for_the_whole(export_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_estimate_scales_a_sample(export_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwen_vit.export.estimate.SAMPLE", 5)
     Path("p/x.png").unlink()
     with plan_of() as plan:
@@ -67,7 +67,7 @@ def test_the_estimate_of_a_plan_counts_missing_images(export_dir: Path) -> None:
     assert (estimate.missing, estimate.is_sample) == (1, False)
 
 
-def test_the_time_has_a_part_for_each_batch_and_one_for_each_patch(
+def test_the_time_depends_on_batches_and_patches(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The estimate was once 3 times too long for small images, because 8 timed images filled no
@@ -85,11 +85,11 @@ def test_the_time_has_a_part_for_each_batch_and_one_for_each_patch(
             return [ImageFeatures("a", torch.zeros(4, WIDTH), (1, 4, 4)) for _ in images]
 
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    for given in ("p", "t.tar"):  # 10 images in 3 shards, each a batch
+    for given in ("p", "t.tar"):  # 10 images in 3 shards of one batch each
         asked.clear()
         options = replace(SMALL, shard_size=4)
         assert estimate_export(Timed(), [given], options).seconds == pytest.approx(3 + 1.66)
-        assert asked == [1, 1, 8]  # the first one starts what the export starts as well
+        assert asked == [1, 1, 8]  # the first call also has the start-up time of an export
     budget["cpu"] = 32
     monkeypatch.setattr(estimate_module, "TOKEN_BUDGET", budget)
     assert estimate_export(Timed(), ["p"], options).seconds == pytest.approx(5 * 0.5 + 0.16)
@@ -109,7 +109,7 @@ def test_a_slow_image_is_timed_alone(export_dir: Path, monkeypatch: pytest.Monke
     assert clock[0] == 7.0
 
 
-def test_nothing_is_timed_where_every_image_fails(export_dir: Path) -> None:
+def test_no_time_is_estimated_if_every_image_fails(export_dir: Path) -> None:
     class Failing(FakeEncoder):
         def encode(self, images: Any, **options: Any) -> Any:
             error = ImageError("cut", code="truncated")

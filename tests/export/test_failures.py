@@ -27,7 +27,7 @@ from tests.support.fake_encoder import FakeEncoder
 # Failures
 
 
-def test_every_kind_of_harm_has_its_row_and_the_good_ones_are_exported(tmp_path: Path) -> None:
+def test_every_kind_of_damage_has_an_error_row(tmp_path: Path) -> None:
     figures = export_stress.hostile(tmp_path, bad=30, good=60)
     assert sum(figures["by_code"].values()) == 30
 
@@ -62,10 +62,10 @@ def test_nan_is_never_written(export_dir: Path, output: Any, dtype: Any) -> None
 
 
 @pytest.mark.parametrize("broken", [[], [0], [1, 2], [3], range(4), range(10)])
-def test_images_that_come_from_a_gpu_together_are_written_as_one_by_one(
+def test_a_group_from_a_gpu_has_the_bytes_of_single_images(
     export_dir: Path, broken: Sequence[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The writer writes the rows at once, without the rows of failed images."""
+    """The writer writes the rows of a group at once, without the rows of failed images."""
     for number in broken:
         corrupt_image(f"{number}.png", "nan")
     seen: list[tuple[str, float, str]] = []
@@ -90,7 +90,7 @@ def test_images_that_come_from_a_gpu_together_are_written_as_one_by_one(
     assert len(seen) == 11
 
 
-def test_an_image_that_does_not_fit_the_memory_is_a_row(
+def test_an_image_that_exceeds_the_memory_has_an_error_row(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corrupt_image("3.png", "memory")
@@ -111,7 +111,7 @@ def test_an_image_that_does_not_fit_the_memory_is_a_row(
     )
 
 
-def test_on_error_raise_stops_at_the_first_failure_and_keeps_what_is_whole(
+def test_on_error_raise_stops_at_the_first_failure_and_keeps_complete_shards(
     export_dir: Path,
 ) -> None:
     corrupt_image("6.png", "nan")
@@ -127,7 +127,7 @@ def test_on_error_raise_stops_at_the_first_failure_and_keeps_what_is_whole(
 
 
 @pytest.mark.parametrize("kind", ["gone", "nan", "memory"])
-def test_many_failures_in_a_row_stop_an_export(export_dir: Path, kind: str) -> None:
+def test_many_consecutive_failures_stop_an_export(export_dir: Path, kind: str) -> None:
     """A lost disk or a broken model must not fill a million rows with errors."""
     for number in range(3, 9):
         corrupt_image(f"{number}.png", kind)
@@ -136,40 +136,40 @@ def test_many_failures_in_a_row_stop_an_export(export_dir: Path, kind: str) -> N
         ExportError, match=r"stopped after 6 consecutive failures; last error: .*8.png"
     ):
         export(options=limited)
-    assert list(shards()) == []  # each had failures of the run
+    assert list(shards()) == []  # each shard has failures that stopped the run
     Path("p/9.png").write_bytes(tiny_png(9))
     assert export(options=replace(SMALL, max_failures=0)).exported == 4
     assert load_features("out").is_complete
 
 
-def test_a_disk_that_is_gone_is_not_asked_for_the_rest_of_the_shard(
+def test_an_export_stops_reading_after_the_allowed_failures(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
-    def gone(item: Any, limits: Any) -> bytes:
+    def fail(item: Any, limits: Any) -> bytes:
         asked.append(item.id)
         raise ImageError(f"{item.id} does not exist", code="missing")
 
     for number in range(100):
         Path(f"p/{number:03}.png").touch()
-    monkeypatch.setattr(shards_module, "read_item", gone)
+    monkeypatch.setattr(shards_module, "read_item", fail)
     with pytest.raises(ExportError, match=r"after 3 consecutive failures; last error: 001.png"):
         export(options=ExportOptions(max_failures=3), decode_threads=2)
-    assert len(asked) < 20  # what threads had begun ahead
+    assert len(asked) < 20  # loader threads had begun some images
     asked.clear()
     with pytest.raises(ExportError, match="stopped after 3 consecutive failures"):
         export(options=ExportOptions(max_failures=3), decode_threads=1)
     assert asked == ["0.png", "000.png", "001.png"]
 
 
-def test_failures_that_are_not_in_a_row_do_not_stop_an_export(export_dir: Path) -> None:
+def test_failures_that_are_not_consecutive_do_not_stop_an_export(export_dir: Path) -> None:
     for number in (0, 2, 4, 6, 8):
         corrupt_image(f"{number}.png", "empty" if number % 4 else "nan")
     assert export(options=replace(SMALL, max_failures=2)).exported == 5
 
 
-def test_a_breaker_counts_what_is_read_and_what_is_done() -> None:
+def test_the_circuit_breaker_counts_reads_and_results() -> None:
     breaker = CircuitBreaker(3)
     error = ImageError("does not exist", name="x", remedy="check the path")
     for each in (error, error, None, error, error):
@@ -188,7 +188,7 @@ def test_a_breaker_counts_what_is_read_and_what_is_done() -> None:
 # Resuming
 
 
-def test_a_listing_that_vanishes_meanwhile_is_told(export_dir: Path) -> None:
+def test_a_listing_that_disappears_is_an_error(export_dir: Path) -> None:
     with plan_of() as plan:
         (plan.folder / "listing.jsonl").unlink()
         with pytest.raises(ExportError, match=r"listing.jsonl: can no longer be read \(No such"):
@@ -198,14 +198,14 @@ def test_a_listing_that_vanishes_meanwhile_is_told(export_dir: Path) -> None:
 # The command
 
 
-def test_a_folder_in_a_shards_place_is_told(export_dir: Path) -> None:
+def test_a_folder_with_a_shards_name_is_an_error(export_dir: Path) -> None:
     with plan_of() as plan:
         plan.path(1).mkdir()
         with pytest.raises(ExportError, match=r"00001.safetensors: a folder\. Expected a feature"):
             make_shard(FakeEncoder(), plan, 1)
 
 
-def test_a_shard_that_is_gone_right_after_it_was_written_is_told(
+def test_a_shard_that_disappears_after_its_write_is_an_error(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FeatureWriter, "save", lambda *_: None)
@@ -216,13 +216,10 @@ def test_a_shard_that_is_gone_right_after_it_was_written_is_told(
         make_shard(FakeEncoder(), plan, 0)
 
 
-# A few of what tools.checks.soak does by the hundred, with the command in processes of its own
-
-
-def test_a_disk_that_fills_up_is_an_error_and_whole_shards_stay(
+def test_a_full_disk_is_an_error_and_complete_shards_remain(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The third write of a shard fails, without a separate disk."""
+    """The test simulates a full disk at the third write of a shard."""
     export(out="whole")
     written = 0
     real = FeatureWriter.add

@@ -64,9 +64,7 @@ def listings() -> list[str]:
 
 
 @pytest.mark.parametrize("growths", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_folder_that_grows_equals_a_fresh_export_each_time(
-    growing_dir: Path, growths: int
-) -> None:
+def test_a_growing_export_equals_a_new_export(growing_dir: Path, growths: int) -> None:
     """The folder gets new images, changed images, repaired images and images that remain broken."""
     chance = random.Random(0)
     number, broken = 10, {"3.png", "7.png"}
@@ -78,7 +76,7 @@ def test_a_folder_that_grows_equals_a_fresh_export_each_time(
             broken |= {f"{number}.png"} if is_broken else set()
             number += 1
         if step % 3 == 0:
-            write(f"p/{chance.randrange(3)}.png", tiny_png(1_000 + step))  # a good one changes
+            write(f"p/{chance.randrange(3)}.png", tiny_png(1_000 + step))  # a good image changes
         repaired = [name for name in sorted(broken) if chance.random() < 0.4]
         if step % 2:
             equals_a_fresh_export(export(EXTEND))
@@ -89,7 +87,7 @@ def test_a_folder_that_grows_equals_a_fresh_export_each_time(
         else:
             equals_a_fresh_export(export(replace(EXTEND, retry_failed=True)))
     before = {name: Path("out", name).read_bytes() for name in os.listdir("out")}
-    export()  # and then the plain command resumes
+    export()  # the command without --retry-failed then resumes
     assert {name: Path("out", name).read_bytes() for name in os.listdir("out")} == before
 
 
@@ -106,14 +104,14 @@ def test_old_shards_keep_their_bytes_and_only_new_images_are_encoded(growing_dir
     assert load_features("out")["a.png"].grid_thw == (1, 4, 4)
 
 
-def test_only_failed_images_are_tried_again(growing_dir: Path) -> None:
+def test_retry_failed_encodes_only_failed_images(growing_dir: Path) -> None:
     export()
     write("p/3.png", tiny_png(3))
     encoder = FakeEncoder()
     done = export(RETRY, encoder=encoder)
     assert encoder.encoded == 1
     assert (done.images, done.exported, done.failed) == (10, 9, {"truncated": 1})
-    assert done.failed_earlier == 0  # 7.png failed in this run again
+    assert done.failed_earlier == 0  # 7.png failed again
     [entry] = json.loads(Path("out/export.json").read_text())["more_listings"]
     assert (entry["kind"], entry["n_images"]) == ("retry", 2)
     with pytest.raises(KeyError, match=r"'7.png' has no features.*truncated"):
@@ -122,7 +120,7 @@ def test_only_failed_images_are_tried_again(growing_dir: Path) -> None:
     assert load_features("out")[8].id == "3.png"
 
 
-def test_nothing_new_leaves_the_export_as_it_is(growing_dir: Path) -> None:
+def test_extending_without_new_images_changes_nothing(growing_dir: Path) -> None:
     export(out="out")
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     export(EXTEND)
@@ -132,7 +130,7 @@ def test_nothing_new_leaves_the_export_as_it_is(growing_dir: Path) -> None:
 def test_changed_inputs_are_named(growing_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     export()
     write("p/0.png", tiny_png(100))
-    os.utime("p/1.png")  # newer, with the same content
+    os.utime("p/1.png")  # a newer file with the same content
     Path("p/2.png").unlink()
     write("p/x.png", tiny_png(5))
     with pytest.raises(
@@ -184,7 +182,7 @@ def killed_at(name: str) -> Callable[[Any, Any], None]:
     return count
 
 
-def test_a_growth_that_is_killed_resumes_with_the_plain_command(
+def test_a_killed_extension_resumes_with_the_plain_command(
     growing_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export()
@@ -232,7 +230,7 @@ def frozen() -> Any:
     return Listing.open(path, 4)
 
 
-def test_an_unfinished_retry_is_finished_before_another(
+def test_an_unfinished_retry_ends_before_the_next_retry(
     growing_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     export()
@@ -261,7 +259,7 @@ def test_parts_extend_together(growing_dir: Path) -> None:
     assert manifest() == manifest("fresh")
 
 
-def test_an_encoder_cache_has_what_was_added(growing_dir: Path) -> None:
+def test_an_encoder_cache_has_the_added_images(growing_dir: Path) -> None:
     export(ec_cache="cache")
     before = {path.name for path in Path("cache").rglob("*.safetensors")}
     write("p/x.png", tiny_png(40))
@@ -274,7 +272,7 @@ def test_an_encoder_cache_has_what_was_added(growing_dir: Path) -> None:
     assert after == fresh
 
 
-def test_a_dry_run_counts_what_would_be_added_and_writes_nothing(growing_dir: Path) -> None:
+def test_a_dry_run_counts_new_images_and_writes_nothing(growing_dir: Path) -> None:
     export()
     write("p/x.png", tiny_png(41))
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
@@ -283,7 +281,7 @@ def test_a_dry_run_counts_what_would_be_added_and_writes_nothing(growing_dir: Pa
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
-def test_a_dry_run_names_what_is_missing_and_what_failed(growing_dir: Path) -> None:
+def test_a_dry_run_names_missing_and_failed_images(growing_dir: Path) -> None:
     """Images with missing files once counted as "unreadable", although the export keeps their
     features."""
     export()
@@ -310,18 +308,18 @@ def test_a_dry_run_names_what_is_missing_and_what_failed(growing_dir: Path) -> N
     assert text.startswith("images       3 to do (1 missing, 1 unreadable or too large)\n")
 
 
-def test_a_change_is_found_without_a_new_image_and_after_a_resume(growing_dir: Path) -> None:
+def test_a_changed_image_is_found_without_new_images_and_after_a_resume(growing_dir: Path) -> None:
     """The listing once had the time of the last run, so the export never read earlier changes."""
     export()
     write("p/2.png", tiny_png(42))
-    export()  # nothing is left to do
+    export()  # all images are exported
     equals_a_fresh_export(export(EXTEND))
     write("p/1.png", tiny_png(43))
     Path("out/listing.jsonl").write_bytes(b"damaged")
     equals_a_fresh_export(export(EXTEND))
 
 
-def test_verify_and_info_count_the_collection_and_name_what_was_superseded(
+def test_verify_and_info_name_superseded_images(
     growing_dir: Path,
 ) -> None:
     """Images that the export encoded again once counted twice."""

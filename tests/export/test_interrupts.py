@@ -49,7 +49,7 @@ def test_a_stopped_export_encodes_no_image_twice(
         export(encoder=encoder, options=options, stop=Stop(after))
     assert not [name for name in files() if name.endswith((".tmp", "lock"))]
     kept = count_kept(Path("out"))
-    # a batch of 32 was being filled
+    # the encoder was collecting a batch of 32
     assert encoder.encoded == kept
     done = export(encoder=encoder, options=options)
     assert encoder.encoded == whole.exported
@@ -59,7 +59,7 @@ def test_a_stopped_export_encodes_no_image_twice(
 
 
 @pytest.mark.parametrize("after", [43, 55, 78])
-def test_an_interrupt_keeps_what_was_encoded_while_a_shard_was_saved(
+def test_an_interrupt_saves_images_encoded_during_a_save(
     hundred_images: Path, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = export("whole")
@@ -83,7 +83,7 @@ def test_an_interrupt_keeps_what_was_encoded_while_a_shard_was_saved(
     assert files() == files("whole")
 
 
-def test_a_report_tells_what_failed_in_this_run(hundred_images: Path) -> None:
+def test_a_report_counts_the_failures_of_this_run(hundred_images: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         export(stop=Stop(38))
     assert segments() == ["segment-00000000-00000000.safetensors"]
@@ -103,7 +103,7 @@ def pictures() -> None:
 
 
 @pytest.mark.parametrize("at", range(12))
-def test_on_a_cpu_whole_batches_are_kept_and_bits_repeat(
+def test_on_a_cpu_an_interrupt_keeps_complete_batches(
     hundred_images: Path, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU, bits depend on the batch, so an interrupt must not divide a batch."""
@@ -129,14 +129,14 @@ def test_on_a_cpu_whole_batches_are_kept_and_bits_repeat(
     encoder.batches = []
     export(encoder=encoder)
     assert files() == files("whole")
-    # the batches of the first run are repeated from the interrupted one on
+    # the second run repeats the interrupted batch, and encodes the following batches
     done = len(expected) - len(encoder.batches)
     assert encoder.batches == expected[done:]
     assert sum(expected[:done]) == kept
 
 
 @pytest.mark.parametrize("is_gpu", [False, True])
-def test_segments_are_saved_from_time_to_time_and_survive_a_kill(
+def test_segments_are_saved_regularly_and_survive_a_kill(
     hundred_images: Path, is_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU, a segment ends after any group. On a CPU, it ends between batches."""
@@ -156,7 +156,7 @@ def test_segments_are_saved_from_time_to_time_and_survive_a_kill(
     whole = export("whole")
 
     class Killed(BaseException):
-        """Simulate SIGKILL, which no handler of ours receives."""
+        """Simulate SIGKILL, which our handlers cannot catch."""
 
     def kill(self: Any, features: Any) -> None:
         if features.id == "033.png":
@@ -182,7 +182,7 @@ def interrupted_at(after: int) -> None:
 
 
 @pytest.mark.parametrize("times", [2, 5])
-def test_interrupts_of_one_shard_add_up(hundred_images: Path, times: int) -> None:
+def test_repeated_interrupts_of_a_shard_keep_all_segments(hundred_images: Path, times: int) -> None:
     encoder = FakeEncoder()
     for _ in range(times):
         with pytest.raises(KeyboardInterrupt):
@@ -192,9 +192,6 @@ def test_interrupts_of_one_shard_add_up(hundred_images: Path, times: int) -> Non
     assert encoder.encoded == 92
     export("one", options=ExportOptions(shard_size=200))
     assert files() == files("one")
-
-
-# What cannot be used
 
 
 def test_a_torn_segment_is_encoded_again(
@@ -213,9 +210,7 @@ def test_a_torn_segment_is_encoded_again(
     assert files() == files("whole")
 
 
-def test_segments_behind_a_gap_wait_for_it(
-    hundred_images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_segments_after_a_gap_remain(hundred_images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.support.fake_encoder.BATCH", 4)
     export("whole")
     with monkeypatch.context() as patch:
@@ -243,7 +238,7 @@ def raise_at(name: str, error: BaseException) -> Callable[[Any, Any], None]:
     return count
 
 
-def test_rows_that_rotted_in_a_segment_are_named(hundred_images: Path) -> None:
+def test_damaged_rows_of_a_segment_are_named(hundred_images: Path) -> None:
     interrupted_at(38)
     [name] = segments()
     path = Path("out", name)
@@ -260,7 +255,7 @@ def test_rows_that_rotted_in_a_segment_are_named(hundred_images: Path) -> None:
     assert files() == files("whole")
 
 
-def test_other_settings_are_an_error_while_a_segment_is_there(hundred_images: Path) -> None:
+def test_changed_settings_are_an_error_if_a_segment_exists(hundred_images: Path) -> None:
     interrupted_at(38)
     before = files()
     with pytest.raises(ExportError, match="output was merged, is mean now"):
@@ -268,17 +263,17 @@ def test_other_settings_are_an_error_while_a_segment_is_there(hundred_images: Pa
     assert files() == before
 
 
-def test_segments_of_whole_shards_are_removed(hundred_images: Path) -> None:
+def test_segments_of_complete_shards_are_removed(hundred_images: Path) -> None:
     interrupted_at(38)
     [name] = segments()
     data = Path("out", name).read_bytes()
     export()
-    Path("out", name).write_bytes(data)  # a kill between the shard and this
+    Path("out", name).write_bytes(data)  # as if a kill came before the removal of the segments
     export()
     assert segments() == []
 
 
-def test_a_folder_with_segments_is_read_as_one_in_progress(hundred_images: Path) -> None:
+def test_a_folder_with_segments_is_incomplete(hundred_images: Path) -> None:
     interrupted_at(78)
     read = load_features("out")
     assert not read.is_complete
@@ -302,7 +297,7 @@ def test_parts_keep_their_own_segments(
 
 
 @pytest.mark.parametrize("error", [OSError("lost"), ExportError("no space"), MemoryError()])
-def test_other_errors_keep_whole_shards_alone(
+def test_other_errors_keep_only_complete_shards(
     hundred_images: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Progress, "count", raise_at("050.png", error))
@@ -311,7 +306,7 @@ def test_other_errors_keep_whole_shards_alone(
     assert segments() == []
 
 
-def test_a_disk_that_is_full_does_not_hide_the_interrupt(
+def test_a_full_disk_does_not_hide_an_interrupt(
     hundred_images: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*_: Any) -> None:
@@ -324,12 +319,12 @@ def test_a_disk_that_is_full_does_not_hide_the_interrupt(
 
 
 @pytest.mark.parametrize("seconds", [0, -1, True, "5", float("nan")])
-def test_a_time_that_is_none_is_refused(seconds: Any) -> None:
+def test_an_invalid_time_is_refused(seconds: Any) -> None:
     with pytest.raises(ArgumentError, match=r"shard_seconds is .* Expected a number above 0"):
         ExportOptions(shard_seconds=seconds)
 
 
-def test_a_worker_of_a_cluster_goes_on_with_a_segment(hundred_images: Path) -> None:
+def test_a_worker_of_a_cluster_continues_a_segment(hundred_images: Path) -> None:
     export("whole")
     interrupted_at(38)
     encoder = FakeEncoder()

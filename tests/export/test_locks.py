@@ -27,7 +27,7 @@ from tests.support.fake_encoder import FakeEncoder
 # Parts and locks
 
 
-def test_parts_together_are_the_whole(export_dir: Path) -> None:
+def test_all_parts_together_equal_one_export(export_dir: Path) -> None:
     export(out="whole")
     first = export(options=replace(SMALL, part=(1, 2)))
     assert (first.images, first.exported, len(shards())) == (7, 6, 2)
@@ -47,13 +47,13 @@ def test_a_worker_makes_a_shard_from_the_plan_alone(export_dir: Path) -> None:
             (4, "4.png", 0, 4), (5, "5.png", 4, 8), (6, "6.png", 8, 12), (7, "7.png", 12, 16),
         ]  # fmt: skip
         assert make_shard(NeverAsked(), sent, 1) == rows
-        for shard in (2, 0):  # in any order
+        for shard in (2, 0):  # shards may have any order
             make_shard(FakeEncoder(), sent, shard)
         make_manifest(plan)
     assert files() == files("whole")
 
 
-def test_a_second_writer_is_refused_and_told_who_the_first_is(export_dir: Path) -> None:
+def test_the_error_of_a_second_writer_names_the_first(export_dir: Path) -> None:
     with plan_of(), pytest.raises(ExportError) as caught:
         export()
     owner = f"process {os.getpid()} on {socket.gethostname()} (since 20"
@@ -74,7 +74,7 @@ PARTS = [
 
 
 @pytest.mark.parametrize(("first", "second", "fits"), PARTS)
-def test_parts_of_one_count_may_run_together_and_nothing_else(
+def test_only_different_parts_of_one_count_run_together(
     tmp_path: Path, first: tuple[int, int], second: tuple[int, int], fits: bool
 ) -> None:
     with hold_folder(tmp_path, first):
@@ -98,8 +98,8 @@ def die_holding(folder: Path) -> None:
 
 
 def test_a_lock_whose_owner_was_killed_is_taken_over(tmp_path: Path) -> None:
-    """The kernel releases the lock with the process. A remaining name of this host has no
-    effect."""
+    """The kernel releases the lock when the process ends. The remaining name of a process of this
+    host has no effect."""
     fork = multiprocessing.get_context("fork")
     owner = fork.Process(target=die_holding, args=(tmp_path,))
     owner.start()
@@ -111,7 +111,7 @@ def test_a_lock_whose_owner_was_killed_is_taken_over(tmp_path: Path) -> None:
         assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
 
 
-def test_a_lock_that_another_host_left_is_respected_and_the_way_out_is_told(
+def test_a_lock_of_another_host_is_an_error_with_a_remedy(
     tmp_path: Path,
 ) -> None:
     owner = {"host": "node-17", "pid": 4, "since": "2026-01-01T00:00:00+00:00"}
@@ -131,7 +131,7 @@ def refuse_lock(*_: Any) -> None:
     raise OSError(38, "Function not implemented")
 
 
-def test_a_disk_without_locks_is_warned_of_once_and_names_alone_decide(
+def test_a_disk_without_locks_causes_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A name without a lock once blocked every other host forever."""
@@ -167,7 +167,7 @@ def test_without_locks_a_running_owner_on_this_host_keeps_others_out(
     finally:
         owner.kill()
         owner.join(60)
-    with hold_folder(tmp_path):  # its name stays, and no process is it
+    with hold_folder(tmp_path):  # the owner's name remains, but its process has ended
         pass
     for pid in (0, -1, 2**70, "7", None):
         (tmp_path / "lock").write_text(json.dumps({"host": socket.gethostname(), "pid": pid}))
@@ -181,7 +181,7 @@ def hold_until_killed(folder: Path, part: tuple[int, int], ready: Any) -> None:
         time.sleep(600)
 
 
-def test_without_locks_the_last_name_of_two_that_begin_at_once_decides(
+def test_without_locks_the_last_written_name_owns_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fcntl.flock", refuse_lock)
@@ -198,7 +198,7 @@ def test_without_locks_the_last_name_of_two_that_begin_at_once_decides(
         hold_folder(tmp_path).__enter__()
 
 
-def test_a_moment_of_another_host_is_waited_for(
+def test_a_short_lock_of_another_host_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Parts begin together on many hosts that do not see each other's locks."""
@@ -214,17 +214,17 @@ def test_a_moment_of_another_host_is_waited_for(
         assert next(pauses, None) is None
 
 
-def test_a_lock_file_that_its_owner_takes_away_in_between_is_no_lock(
+def test_a_lock_on_an_unlinked_file_is_not_a_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process opens the file, the owner unlinks the file, and the process locks it. The next
-    process would then lock another file."""
-    real, gone = fcntl.flock, [False]
+    """A process opens the lock file, the owner unlinks the file, and the process then locks the
+    unlinked file. Another process would create and lock a new file."""
+    real, is_unlinked = fcntl.flock, [False]
 
     def flock(descriptor: int, kind: int) -> None:
-        if not gone[0]:
+        if not is_unlinked[0]:
             (tmp_path / "lock").unlink()
-            gone[0] = True
+            is_unlinked[0] = True
         real(descriptor, kind)
 
     monkeypatch.setattr(fcntl, "flock", flock)
@@ -234,7 +234,7 @@ def test_a_lock_file_that_its_owner_takes_away_in_between_is_no_lock(
         assert (tmp_path / "lock").exists()
 
 
-def hold_often(folder: Path, count: int, wrong: Any) -> None:
+def hold_repeatedly(folder: Path, count: int, wrong: Any) -> None:
     inside = folder / "inside"
     for _ in range(count):
         with short_lock(folder):
@@ -245,10 +245,10 @@ def hold_often(folder: Path, count: int, wrong: Any) -> None:
             inside.unlink(missing_ok=True)
 
 
-def test_moments_never_overlap(tmp_path: Path) -> None:
-    spawn = multiprocessing.get_context("fork")
-    wrong = spawn.Value("i", 0)
-    workers = [spawn.Process(target=hold_often, args=(tmp_path, 40, wrong)) for _ in range(3)]
+def test_short_locks_never_overlap(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    wrong = fork.Value("i", 0)
+    workers = [fork.Process(target=hold_repeatedly, args=(tmp_path, 40, wrong)) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -260,7 +260,7 @@ def test_moments_never_overlap(tmp_path: Path) -> None:
 # The command
 
 
-def test_a_lock_that_is_just_given_back_is_waited_for(tmp_path: Path) -> None:
+def test_a_lock_that_is_about_to_be_released_is_waited_for(tmp_path: Path) -> None:
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:

@@ -30,7 +30,8 @@ from tests.support.fake_encoder import FakeEncoder
 def test_the_rows_of_many_small_shards_share_row_groups(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The writer keeps the description of every group: 90 MB for 2,410 shards of 83 images."""
+    """Arrow's writer keeps metadata of every row group: one group for each of 2,410 shards of 83
+    images took 90 MB."""
     monkeypatch.setattr(manifest_module, "ROWS_IN_A_GROUP", 5)
     with plan_of(options=SMALL) as plan:
         for shard in range(plan.listing.n_shards):
@@ -46,7 +47,7 @@ def test_the_rows_of_many_small_shards_share_row_groups(
 # Resuming
 
 
-def test_a_shard_that_the_manifest_cannot_have_is_told(
+def test_an_unreadable_shard_is_reported(
     export_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with plan_of(options=replace(SMALL, part=(1, 2))) as plan:
@@ -90,15 +91,15 @@ def test_the_manifest_has_a_row_for_every_image(export_dir: Path) -> None:
     assert bad["error_message"].startswith("x.png: a truncated")
 
 
-def test_parts_that_end_together_write_the_manifest_one_after_the_other(
+def test_parts_write_the_manifest_one_after_the_other(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise the slower part could overwrite a complete manifest with an older state."""
-    is_waiting, may_go_on = threading.Event(), threading.Event()
+    """Without the lock, a slower part could replace a complete manifest with an older manifest."""
+    is_waiting, may_continue = threading.Event(), threading.Event()
 
     def wait(seconds: float) -> None:
         is_waiting.set()
-        may_go_on.wait(60)
+        may_continue.wait(60)
 
     with plan_of(options=replace(SMALL, part=(1, 2))) as plan:
         make_shard(FakeEncoder(), plan, 0)
@@ -112,19 +113,19 @@ def test_parts_that_end_together_write_the_manifest_one_after_the_other(
             assert is_waiting.wait(60)
             assert "manifest.parquet" not in files()
             make_shard(FakeEncoder(), plan, 1)
-        may_go_on.set()
+        may_continue.set()
         ending.join(60)
     assert pq.read_table("out/manifest.parquet").num_rows == 11
 
 
-def test_patience_is_with_one_who_keeps_a_lock_and_not_with_a_queue(
+def test_the_lock_timeout_restarts_when_the_owner_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 32 parts that ended together, ten once gave up while the other parts held the lock."""
     polls = iter(range(1000))
 
     def owner(descriptor: int) -> str:
-        return f"part {min(next(polls) // 4, 15)}"  # another one every 4 polls; the last one stays
+        return f"part {min(next(polls) // 4, 15)}"  # a new owner every 4 polls, up to part 15
 
     with short_lock(tmp_path):
         monkeypatch.setattr(lock_module, "SHORT_LOCK_TIMEOUT_S", 0.3)
@@ -147,7 +148,7 @@ def test_rows_of_the_manifest_are_the_rows_of_the_shard(export_dir: Path) -> Non
             assert torch.equal(rows, features[row["id"]].embeds)
 
 
-def test_names_that_are_no_unicode_are_whole_in_the_manifest(export_dir: Path) -> None:
+def test_names_that_are_not_unicode_are_complete_in_the_manifest(export_dir: Path) -> None:
     name = b"caf\xe9\n.png"
     with open(b"p/" + name, "wb") as file:
         file.write(tiny_png(1))
@@ -167,4 +168,4 @@ def test_without_pyarrow_the_manifest_is_json_lines(
     assert export().manifest.name == "manifest.jsonl"
     lines = [json.loads(line) for line in Path("out/manifest.jsonl").read_text().splitlines()]
     assert [{**line, "id_bytes": None} for line in lines] == parquet
-    assert not Path("out/manifest.parquet").exists()  # it would go stale
+    assert not Path("out/manifest.parquet").exists()  # otherwise it would become outdated

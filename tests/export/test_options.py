@@ -35,7 +35,7 @@ from tests.support.fake_encoder import FakeEncoder
         ([], r"inputs is empty\. Expected files, folders"),
     ],
 )
-def test_inputs_that_are_no_list_of_paths_are_refused_before_a_folder_is_made(
+def test_inputs_that_are_not_a_list_of_paths_create_no_folder(
     export_dir: Path, inputs: Any, words: str
 ) -> None:
     with pytest.raises(ArgumentError, match=words):
@@ -51,12 +51,15 @@ def test_paths_may_be_path_objects(export_dir: Path) -> None:
 # Resuming
 
 
-def test_what_cannot_begin_leaves_nothing(export_dir: Path) -> None:
+def test_a_refused_export_leaves_no_file(export_dir: Path) -> None:
     Path("stray.jsonl").write_text('{"id": "x", "path": "p/0.png", "error": [["q"], "w"]}\n' * 2)
     for inputs, words in (
         (["p", "p"], "two images have this id"),
         (["empty"], "no image found in empty"),
-        (["stray.jsonl"], "two images have this id"),  # its "error" is nothing of ours
+        (
+            ["stray.jsonl"],
+            "two images have this id",
+        ),  # this "error" has another type than in our listings
     ):
         Path("empty").mkdir(exist_ok=True)
         with pytest.raises(ExportError, match=words):
@@ -65,7 +68,7 @@ def test_what_cannot_begin_leaves_nothing(export_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["list.json", "list.csv", "pictures.zip"])
-def test_a_list_of_another_kind_is_no_image(export_dir: Path, name: str) -> None:
+def test_a_list_of_an_unknown_kind_is_refused(export_dir: Path, name: str) -> None:
     Path(name).write_text("{}")
     with pytest.raises(
         ExportError,
@@ -73,7 +76,9 @@ def test_a_list_of_another_kind_is_no_image(export_dir: Path, name: str) -> None
     ):
         export(name)
     assert not Path("out").exists()
-    check_inputs(["p", name])  # as a shell's * gives, where it is an image that fails
+    check_inputs(
+        ["p", name]
+    )  # among other inputs, as from a shell's *, such a file is a failed image
     assert export("p", name).failed == {"truncated": 1, "not-an-image": 1}
 
 
@@ -82,24 +87,26 @@ def test_the_times_of_frames_count_in_a_header(
 ) -> None:
     """A shard of many videos was once accepted, and its header exceeded the limit at the end."""
     monkeypatch.setattr(plan_module, "MAX_HEADER_BYTES", 60_000)
-    for index in range(6):  # with up to 768 frames each
+    for index in range(6):  # up to 768 frames in each
         Path(f"{index}.mp4").write_bytes(b"unread")
     videos = [f"{index}.mp4" for index in range(6)]
     with pytest.raises(ExportError, match=r"6 images would need a header of up to 7\d{4} bytes"):
         export(*videos, encoder=NeverAsked(), options=replace(SMALL, shard_size=6))
 
 
-def test_a_header_that_safetensors_would_not_read_is_refused_before_any_image(
+def test_a_header_over_the_limit_of_safetensors_is_refused_before_any_image(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_module, "MAX_HEADER_BYTES", 3_000)
     with pytest.raises(ExportError, match=r"would need a header of up to .* Lower shard_size"):
         export(encoder=NeverAsked(), options=replace(SMALL, shard_size=11))
-    for folder in (None, "new", "out"):  # a dry run says so as well
+    for folder in (None, "new", "out"):  # a dry run raises the same error
         with pytest.raises(ExportError, match="Lower shard_size"):
             estimate_export(NeverAsked(), ["p"], replace(SMALL, shard_size=11), folder=folder)
-    assert export(options=replace(SMALL, shard_size=1)).exported == 10  # which then works
-    monkeypatch.setattr(plan_module, "MAX_HEADER_BYTES", 300)  # an estimate, and there are shards
+    assert export(options=replace(SMALL, shard_size=1)).exported == 10
+    monkeypatch.setattr(
+        plan_module, "MAX_HEADER_BYTES", 300
+    )  # the estimate is a dry run, and the export has shards
     Path("out/shard-00000003.safetensors").unlink()
     assert export(options=replace(SMALL, shard_size=1)).exported == 10
 
@@ -125,13 +132,13 @@ def test_nothing_to_export_is_an_error(export_dir: Path) -> None:
         {"accept_versions": 1},
     ],
 )  # fmt: skip
-def test_options_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
+def test_invalid_options_are_refused(wrong: dict[str, Any]) -> None:
     [name] = wrong
     with pytest.raises(ArgumentError, match=rf"{name} is .*\. Expected "):
         ExportOptions(**wrong)
 
 
-def test_what_is_no_encoder_and_no_options_is_refused(export_dir: Path) -> None:
+def test_wrong_types_of_encoder_and_options_are_refused(export_dir: Path) -> None:
     with pytest.raises(ArgumentError, match=r"encoder is 'tiny'\. Expected a VisionEncoder"):
         export_features("tiny", ["p"], "out")  # type: ignore[arg-type]
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
@@ -143,7 +150,7 @@ def test_what_is_no_encoder_and_no_options_is_refused(export_dir: Path) -> None:
 # The command
 
 
-def test_a_disk_that_fails_while_inputs_are_listed_is_not_the_outputs(
+def test_a_failure_to_list_inputs_does_not_blame_the_output(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def items(*_: Any, **__: Any) -> Any:
@@ -158,7 +165,7 @@ def test_a_disk_that_fails_while_inputs_are_listed_is_not_the_outputs(
     assert not Path("out").exists()
 
 
-def test_a_folder_that_may_not_be_written_is_told_before_any_work(
+def test_a_read_only_folder_is_an_error_before_any_work(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
@@ -166,7 +173,7 @@ def test_a_folder_that_may_not_be_written_is_told_before_any_work(
         export(encoder=NeverAsked())
 
 
-def test_a_folder_given_by_name_that_cannot_be_listed_begins_nothing(
+def test_an_unreadable_input_folder_is_an_error_before_any_work(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.scandir
@@ -184,7 +191,7 @@ def test_a_folder_given_by_name_that_cannot_be_listed_begins_nothing(
     assert not Path("out").exists()
 
 
-def test_a_broken_link_with_a_patterns_name_is_itself(export_dir: Path) -> None:
+def test_a_broken_link_with_a_patterns_name_is_not_a_pattern(export_dir: Path) -> None:
     Path("a[1].jpg").symlink_to("nothing")
     with pytest.raises(ExportError, match=r"a\[1\].jpg: does not exist"):
         export("a[1].jpg")
@@ -194,7 +201,7 @@ def test_a_broken_link_with_a_patterns_name_is_itself(export_dir: Path) -> None:
     ("device", "stored", "computed"),
     [("cpu", "bfloat16", "auto"), ("cuda", "bfloat16", "bfloat16"), ("cuda", None, "auto")],
 )
-def test_a_gpu_computes_in_the_type_that_is_stored(
+def test_a_gpu_computes_in_the_stored_dtype(
     monkeypatch: pytest.MonkeyPatch, device: str, stored: Any, computed: str
 ) -> None:
     asked: dict[str, Any] = {}

@@ -57,7 +57,7 @@ DIFFERENT: dict[str, tuple[Any, ExportOptions, str]] = {
 
 
 @pytest.mark.parametrize("what", DIFFERENT)
-def test_other_settings_are_refused_with_the_difference(export_dir: Path, what: str) -> None:
+def test_changed_settings_are_refused_with_the_difference(export_dir: Path, what: str) -> None:
     export()
     before = files()
     encoder, options, words = DIFFERENT[what]
@@ -75,7 +75,7 @@ def test_other_settings_are_refused_with_the_difference(export_dir: Path, what: 
     assert files() == before
 
 
-def test_other_images_are_refused_and_counted(export_dir: Path) -> None:
+def test_different_images_are_refused_and_counted(export_dir: Path) -> None:
     export()
     before = files()
     Path("p/0.png").unlink()
@@ -90,7 +90,7 @@ def test_other_images_are_refused_and_counted(export_dir: Path) -> None:
     with pytest.raises(ExportError, match=r"its images: 11 in another place, first 0.png") as error:
         export("q")
     assert f"(it was in {export_dir / 'p/0.png'})" in str(error.value)
-    assert "as input, pass" not in str(error.value)  # its images are gone from where it says
+    assert "as input, pass" not in str(error.value)  # the paths of the listing no longer exist
     names = sorted(os.listdir("q"), reverse=True)
     Path("l.jsonl").write_text("\n".join(json.dumps({"id": n, "path": f"p/{n}"}) for n in names))
     with pytest.raises(ExportError, match="its images: in another order"):
@@ -109,7 +109,7 @@ def test_another_name_for_the_same_weights_is_the_same_export(export_dir: Path) 
     assert files() == files("whole")
 
 
-def test_a_folder_of_other_things_is_refused_and_left_alone(export_dir: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_unchanged(export_dir: Path) -> None:
     Path("out").mkdir()
     Path("out/notes.txt").write_text("mine")
     Path("dangling").symlink_to("nowhere")
@@ -127,7 +127,7 @@ def test_a_folder_of_other_things_is_refused_and_left_alone(export_dir: Path) ->
 
 
 @pytest.mark.parametrize("line", ["[]", '{"id": ["x"]}', '{"id": "x", "error": 5}', "{", None])
-def test_a_listing_that_is_damaged_tells_nothing(export_dir: Path, line: str | None) -> None:
+def test_a_damaged_listing_is_reported(export_dir: Path, line: str | None) -> None:
     export()
     listing = Path("out/listing.jsonl")
     lines = listing.read_text().splitlines(keepends=True)
@@ -167,7 +167,7 @@ def list_as_before(folder: Path) -> None:
     (folder / "export.json").write_text(json.dumps(settings, sort_keys=True, indent=1) + "\n")
 
 
-def test_a_listing_that_differs_in_messages_alone_is_resumed(
+def test_a_listing_that_differs_only_in_messages_is_resumed(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Error messages differ between versions, and the listing's hash is part of every shard."""
@@ -177,7 +177,7 @@ def test_a_listing_that_differs_in_messages_alone_is_resumed(
         export()
     before = files()
     for name in ("shard-00000000.safetensors", "shard-00000002.safetensors"):
-        Path("out", name).unlink()  # of good images; and of the tar that is damaged
+        Path("out", name).unlink()  # rows of good images, and of the damaged tar
     assert estimate_export(FakeEncoder(), ["p"], SMALL, folder="out").images == 12
     for part in ((1, 2), (1, 1)):
         done = export(options=replace(SMALL, part=part))
@@ -191,7 +191,7 @@ def test_a_listing_that_differs_in_messages_alone_is_resumed(
 
 def test_an_edited_listing_is_kept_only_if_the_export_began_with_it(export_dir: Path) -> None:
     Path("p/torn.tar").write_bytes(b"x" * 600)
-    with plan_of(options=replace(SMALL, part=(1, 2))):  # which stops before any shard
+    with plan_of(options=replace(SMALL, part=(1, 2))):  # stop before any shard
         pass
     new = files()
     list_as_before(export_dir / "out")
@@ -199,7 +199,7 @@ def test_an_edited_listing_is_kept_only_if_the_export_began_with_it(export_dir: 
         assert plan.listing.shard(2)[-2].error == ("truncated", "torn.tar was worded differently")
         assert plan.settings["listing_sha256"] == plan.listing.all[0].sha256
     assert b"worded differently" in files()["listing.jsonl"]
-    Path("out/export.json").write_bytes(new["export.json"])  # of another listing than the edited
+    Path("out/export.json").write_bytes(new["export.json"])  # the hash of the original listing
     with plan_of(options=replace(SMALL, part=(1, 2))):
         assert files()["listing.jsonl"] == new["listing.jsonl"]
 
@@ -216,7 +216,7 @@ def test_a_listing_that_differs_in_more_than_messages_is_refused(
     inputs, difference = ["p"], "1 in another place, first torn.tar"
     if change == "more":
         Path("p/y.png").write_bytes(b"")
-        difference = "its images: 1 new, first y.png. To"  # and no word of the messages
+        difference = "its images: 1 new, first y.png. To"  # the error does not mention the messages
     elif change == "order":
         lines = Path("out/listing.jsonl").read_text().splitlines()
         Path("l.jsonl").write_text("\n".join(reversed(lines)).replace("worded", "said"))
@@ -233,8 +233,8 @@ def test_a_damaged_description_is_refused(export_dir: Path) -> None:
         export()
 
 
-def test_what_was_settled_before_the_first_shard_may_be_changed(export_dir: Path) -> None:
-    """After the warning about a large export, a user passes fewer images or another output."""
+def test_settings_may_change_before_the_first_shard(export_dir: Path) -> None:
+    """After the warning about a large export, a user may pass fewer images or another output."""
 
     def too_large(estimate: Any) -> None:
         raise ExportError("too large")
@@ -243,7 +243,7 @@ def test_what_was_settled_before_the_first_shard_may_be_changed(export_dir: Path
         with pytest.raises(ExportError, match="too large"):
             export(options=replace(SMALL, part=(1, count)), confirm=too_large)
         assert shards() == {}
-    # others may be at it
+    # other parts may be running
     with pytest.raises(
         ExportError, match=r"output was merged, is mean now.*delete out/export.json"
     ):
@@ -254,7 +254,7 @@ def test_what_was_settled_before_the_first_shard_may_be_changed(export_dir: Path
         export("p/0.png")
 
 
-def test_a_file_of_that_name_that_is_not_ours_is_left_alone(export_dir: Path) -> None:
+def test_a_foreign_file_with_a_name_of_ours_remains(export_dir: Path) -> None:
     Path("out").mkdir()
     Path("out/export.json").write_text('{"theme": "dark"}')
     with pytest.raises(ExportError, match=r"export.json: it lacks n_images.* Pass another folder"):
@@ -265,7 +265,7 @@ def test_a_file_of_that_name_that_is_not_ours_is_left_alone(export_dir: Path) ->
 # The command
 
 
-def test_only_what_the_user_changed_is_told(export_dir: Path) -> None:
+def test_only_the_users_changes_are_named(export_dir: Path) -> None:
     """The hash of the configs changes with the configs, and gives no information to a user."""
     export()
     encoder = FakeEncoder()

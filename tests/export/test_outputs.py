@@ -53,7 +53,7 @@ def write_pictures(*sizes: tuple[int, int]) -> list[str]:
 @pytest.mark.parametrize(
     ("output", "normalize"), [("merged", False), ("patch", False), ("mean", False), ("mean", True)]
 )
-def test_rows_and_layers_are_those_of_encode(
+def test_rows_and_layers_equal_those_of_encode(
     export_dir: Path, output: Any, normalize: bool, dtype: Any
 ) -> None:
     names = write_pictures((56, 84), (140, 112), (56, 56), (84, 56), (56, 112))
@@ -103,7 +103,7 @@ def test_images_that_fail_have_neither_rows_nor_layers(export_dir: Path) -> None
             assert image.layers[block].isfinite().all()
 
 
-def test_images_copied_together_are_stored_as_one_by_one(
+def test_a_group_of_images_has_the_bytes_of_single_images(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("1.png", "6.png"):
@@ -118,7 +118,7 @@ def test_images_copied_together_are_stored_as_one_by_one(
     assert files("together") == files("alone")
 
 
-def test_a_head_larger_than_its_room_has_all_rows_behind_it(
+def test_a_header_with_layers_may_exceed_the_reserved_space(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(out="roomy")
@@ -132,7 +132,7 @@ def test_a_head_larger_than_its_room_has_all_rows_behind_it(
 
 
 @pytest.mark.parametrize("layers", [(), (0,), (0, 1, 2, 3)])
-def test_the_room_for_a_head_serves_any_layers_and_odd_names(
+def test_the_reserved_space_fits_any_layers_and_unusual_names(
     export_dir: Path, layers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ('"', "\\", "é", "写", "\n"):
@@ -147,11 +147,11 @@ def test_the_room_for_a_head_serves_any_layers_and_odd_names(
     monkeypatch.setattr(writer_module, "_copy", watched)
     for size in (1, 20):
         export(out=f"of-{size}", options=ExportOptions(shard_size=size, layers=layers))
-        assert set(copies) <= {0}  # layers are joined, no head was too large
+        assert set(copies) <= {0}  # the writer joined the layers, and every header fitted
         copies.clear()
 
 
-def test_a_disk_that_fills_up_at_a_layer_leaves_whole_shards(
+def test_a_disk_that_fills_up_at_a_layer_leaves_complete_shards(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(out="whole")
@@ -191,7 +191,7 @@ def test_hidden_files_of_a_killed_export_are_removed(export_dir: Path) -> None:
         writer.discard()
 
 
-def test_a_layer_that_the_tower_has_not_is_refused_before_a_folder_is_made(
+def test_a_missing_layer_is_refused_before_a_folder_is_made(
     export_dir: Path,
 ) -> None:
     with pytest.raises(
@@ -214,7 +214,7 @@ def test_a_layer_that_the_tower_has_not_is_refused_before_a_folder_is_made(
         ({"normalize": 1, "output": "mean"}, "normalize is 1"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options: Any, words: str) -> None:
+def test_invalid_options_are_refused(options: Any, words: str) -> None:
     with pytest.raises(ArgumentError, match=words):
         ExportOptions(**options)
     assert ExportOptions(layers=[15, 7]).layers == (7, 15)  # type: ignore[arg-type]
@@ -244,7 +244,7 @@ def test_resuming_with_other_rows_is_an_error(
 def test_resuming_on_another_gpu_or_decoder_is_an_error(
     export_dir: Path, key: str, before: str
 ) -> None:
-    """Both values decide bits."""
+    """The GPU and the decoder change bits."""
 
     class OtherMachine(FakeEncoder):
         def metadata(self) -> dict[str, Any]:

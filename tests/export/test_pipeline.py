@@ -20,7 +20,7 @@ from qwen_vit.feature_files.writer import FeatureWriter
 from qwen_vit.images.load import load_image
 from tests.support import fake_encoder
 from tests.support.fake_encoder import FakeEncoder
-from tests.support.pipelines import encoder, load_threads, mixed, fake_export
+from tests.support.pipelines import encoder, fake_export, load_threads, mixed
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -76,10 +76,11 @@ def test_the_next_shards_images_are_loaded_while_one_is_encoded(
 @pytest.mark.parametrize(
     ("ahead_bytes", "expected"), [(0, [5, 9, 12]), (600, [7, 11, 12]), (2**20, [8, 12, 12])]
 )
-def test_the_next_shard_is_encoded_up_to_a_limit_while_a_shard_is_saved(
+def test_encoding_continues_up_to_a_limit_during_a_save(
     ahead_bytes: int, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kill must lose little more than the open shard. The GPU has work during a save."""
+    """With the limit, a kill loses little more than the open shard. Encoding during a save keeps
+    the GPU busy."""
     monkeypatch.setitem(shards_module.AHEAD_BYTES, "cpu", ahead_bytes)  # an image has 256 bytes
     monkeypatch.setattr(fake_encoder, "BATCH", 1)
     real, whole = FeatureWriter.save, FakeEncoder()
@@ -87,7 +88,7 @@ def test_the_next_shard_is_encoded_up_to_a_limit_while_a_shard_is_saved(
     encoded: list[int] = []
 
     def watched_load(*arguments: Any, **options: Any) -> Any:
-        if options["name"].endswith("5.png"):  # of the second shard
+        if options["name"].endswith("5.png"):  # images of the second shard
             loaded.set()
         return load_image(*arguments, **options)
 
@@ -96,7 +97,7 @@ def test_the_next_shard_is_encoded_up_to_a_limit_while_a_shard_is_saved(
         end = time.monotonic() + 30
         while whole.encoded < expected[len(encoded)] and time.monotonic() < end:
             time.sleep(0.01)
-        time.sleep(0.05)  # in which no more may follow
+        time.sleep(0.05)  # enough time for an encoder without the limit to continue
         encoded.append(whole.encoded)
         real(self, facts)
 
@@ -106,7 +107,7 @@ def test_the_next_shard_is_encoded_up_to_a_limit_while_a_shard_is_saved(
     assert encoded == expected
 
 
-def test_a_disk_that_fails_stops_the_encoder_soon(
+def test_a_failing_disk_stops_the_encoder_soon(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save(self: FeatureWriter, facts: Any) -> None:
@@ -120,7 +121,7 @@ def test_a_disk_that_fails_stops_the_encoder_soon(
     assert load_threads() == 0
 
 
-def test_an_export_says_what_it_waited_for(tmp_path: Path) -> None:
+def test_an_export_reports_its_waits(tmp_path: Path) -> None:
     class Slow(FakeEncoder):
         def encode_iter(self, images: Any, **options: Any) -> Any:
             for features in super().encode_iter(images, **options):
@@ -133,16 +134,16 @@ def test_an_export_says_what_it_waited_for(tmp_path: Path) -> None:
     assert list(done.waits) == ["read and decode", "encode", "copy back", "write", "rest"]
     assert max(done.waits, key=lambda stage: done.waits[stage]) == "encode"
     assert done.waits["encode"] >= 16 * 0.02
-    assert sum(done.waits.values()) <= elapsed + 5 * 0.0005  # each is rounded to milliseconds
+    assert sum(done.waits.values()) <= elapsed + 5 * 0.0005  # each time is rounded to milliseconds
 
 
-def test_no_more_of_a_wait_is_the_gpus_than_was_waited() -> None:
+def test_the_reported_wait_for_the_gpu_is_at_most_the_total_wait() -> None:
     """The writer thread waits for the GPU while no other thread waits for the writer."""
     clock, shard = StageTimer("rest"), Mock(waited_s=0.0)
     with clock.stage("write"):
         time.sleep(0.05)
     with shards_module._time_writer(shard, clock):
-        shard.waited_s += 80.0  # of which the end alone is seen here
+        shard.waited_s += 80.0  # the caller waits only for the end of it
     with shards_module._time_writer(shard, clock):
         time.sleep(0.02)
         shard.waited_s += 0.01

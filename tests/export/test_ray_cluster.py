@@ -38,7 +38,7 @@ def cluster() -> Iterator[str]:
     """Start one node with one CPU, for tests without kills."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))  # for its workers
+        patch.setenv("PYTHONPATH", str(ROOT))  # for Ray's workers
         context = ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield context.address_info["address"]
     ray.shutdown()
@@ -56,7 +56,7 @@ def images(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_node_and_workers_that_are_killed_lose_and_double_nothing(tmp_path: Path) -> None:
+def test_killed_nodes_and_workers_lose_and_repeat_no_image(tmp_path: Path) -> None:
     figures = cluster_stress.cluster_kills(tmp_path, kills=1, images=300)
     print(figures)
     assert figures["workers_started"] >= 4
@@ -90,7 +90,7 @@ def test_workers_give_the_bytes_of_one_process_and_resume(
 
 
 @pytest.mark.slow
-def test_a_scheduler_ends_it_as_ctrl_c_does(cluster: str, tmp_path: Path) -> None:
+def test_sigterm_ends_an_export_like_ctrl_c(cluster: str, tmp_path: Path) -> None:
     """Ray once handled the signal, so the exit code was 15, 1 or -6, and temporary files
     remained."""
     images, out = tmp_path / "many", tmp_path / "out"
@@ -106,17 +106,17 @@ def test_a_scheduler_ends_it_as_ctrl_c_does(cluster: str, tmp_path: Path) -> Non
     while not list(out.glob("shard-*")) and time.monotonic() < end:
         time.sleep(0.1)
     running.send_signal(signal.SIGTERM)
-    _, said = running.communicate(timeout=60)
-    assert "the export saved" in said
-    assert "; run the same command again to resume" in said
-    assert said.splitlines()[-1] == "interrupted"
+    _, stderr = running.communicate(timeout=60)
+    assert "the export saved" in stderr
+    assert "; run the same command again to resume" in stderr
+    assert stderr.splitlines()[-1] == "interrupted"
     assert running.returncode == 130
     assert 0 < len(list(out.glob("shard-*"))) < 100
     assert not list(out.glob(".*"))
 
 
 @pytest.mark.slow
-def test_a_workers_error_is_the_users_own_and_the_folder_is_given_back(
+def test_a_workers_error_reaches_the_caller_and_releases_the_folder(
     cluster: str, images: Path, tmp_path: Path
 ) -> None:
     options = ExportOptions(on_error="raise")
@@ -153,7 +153,7 @@ def test_every_field_of_an_error_crosses_processes(cluster: str) -> None:
 @pytest.mark.parametrize(
     ("wanted", "resources", "threads"),
     [
-        (None, {"CPU": 16.0, "GPU": 1.0}, 4),  # 8 for two shards in progress at a time
+        (None, {"CPU": 16.0, "GPU": 1.0}, 4),  # 8 CPUs, for two shards at the same time
         (None, {"CPU": 128.0, "GPU": 8.0}, 4),
         (None, {"CPU": 256.0, "GPU": 2.0}, 8),
         (None, {"CPU": 2.0, "GPU": 2.0}, 2),
@@ -169,7 +169,7 @@ def test_workers_share_the_cores(
     assert _threads_of_a_shard(wanted, resources) == threads
 
 
-def test_many_failures_in_a_row_stop_the_workers(cluster: str, tmp_path: Path) -> None:
+def test_many_consecutive_failures_stop_the_workers(cluster: str, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     folder.mkdir()
     for number in range(12):
@@ -181,7 +181,7 @@ def test_many_failures_in_a_row_stop_the_workers(cluster: str, tmp_path: Path) -
     assert not (tmp_path / "out" / "lock").exists()
 
 
-def test_an_estimate_is_asked_of_a_worker_and_may_stop_it_all(
+def test_a_worker_makes_the_estimate_which_may_stop_the_export(
     cluster: str, images: Path, tmp_path: Path
 ) -> None:
     asked = []
@@ -198,7 +198,7 @@ def test_an_estimate_is_asked_of_a_worker_and_may_stop_it_all(
     assert not (tmp_path / "out" / "lock").exists()
 
 
-def test_a_shard_on_a_disk_of_the_worker_alone_is_told(tmp_path: Path) -> None:
+def test_a_shard_on_a_workers_local_disk_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images/0.png").write_bytes(tiny_png(0))
     with (
@@ -211,19 +211,19 @@ def test_a_shard_on_a_disk_of_the_worker_alone_is_told(tmp_path: Path) -> None:
         _size(plan, 0)
 
 
-def test_a_worker_that_dies_too_often_is_told_with_what_to_do() -> None:
+def test_a_worker_that_dies_too_often_is_an_error_with_a_remedy() -> None:
     words = r"died 26 times on one shard, .* run the same command"
     with pytest.raises(ExportError, match=words), _plain_errors():
         raise ray.exceptions.RayActorError
 
 
-def test_without_ray_one_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_the_error_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ExportError, match=re.escape(f"Run {install_command('ray')}")):
         export_on_ray("tiny", ["x"], "out")
 
 
-def test_a_cluster_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_cluster_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def init(**_: object) -> None:
         raise ConnectionError("nobody there")
 
@@ -234,7 +234,7 @@ def test_a_cluster_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "127.0.0.1:{}9999"])
-def test_an_address_where_nobody_listens_is_told_at_once(
+def test_an_address_without_a_cluster_is_an_error_at_once(
     monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     """Ray itself retries for minutes, and then ends the process."""
@@ -246,11 +246,11 @@ def test_an_address_where_nobody_listens_is_told_at_once(
         export_on_ray("tiny", ["x"], "out", address=place)
 
 
-def test_a_number_of_threads_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_number_of_threads_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="decode_threads is 0"):
         export_on_ray("tiny", ["x"], tmp_path / "out", decode_threads=0)
 
 
-def test_a_device_of_one_machine_is_no_device_of_a_cluster(tmp_path: Path) -> None:
+def test_a_device_with_an_index_is_refused_for_a_cluster(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"device is 'cuda:1'\. Expected .* with Ray"):
         export_on_ray("tiny", ["x"], tmp_path / "out", device="cuda:1")

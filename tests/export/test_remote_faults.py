@@ -54,7 +54,7 @@ def test_a_kill_around_an_upload_loses_nothing(
     assert scratch() == []
 
 
-def test_a_part_uploads_the_listing_that_a_killed_one_did_not(
+def test_a_part_uploads_the_listing_after_another_part_was_killed(
     server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -69,7 +69,7 @@ def test_a_part_uploads_the_listing_that_a_killed_one_did_not(
 
 
 @pytest.mark.parametrize("same_host", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_an_interrupt_keeps_what_was_encoded(
+def test_an_interrupt_saves_encoded_images(
     server: S3Server, export_dir: Path, monkeypatch: pytest.MonkeyPatch, same_host: bool
 ) -> None:
     for number in range(10, 60):
@@ -89,7 +89,7 @@ def test_an_interrupt_keeps_what_was_encoded(
     second = FakeEncoder()
     export(encoder=second, shard_size=50)
     export("local", shard_size=50)
-    assert (first.encoded, second.encoded) == (32, 28)  # a batch was kept
+    assert (first.encoded, second.encoded) == (32, 28)  # the interrupt saved a batch
     assert server.objects("out") == local()
 
 
@@ -99,14 +99,14 @@ SLOW = [
 
 
 @pytest.mark.parametrize("fault", ["cut-put", "lost", *SLOW])
-def test_a_passing_fault_changes_nothing(
+def test_transient_faults_change_no_byte(
     server: S3Server, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0)
     met: list[str] = []
 
     def some(request: Request) -> str | None:
-        """Each write fails once, and every tenth other request."""
+        """Fail the first try of each write, and every tenth other request."""
         name = f"{request.method} {request.path}"
         if (request.method == "PUT" and name not in met) or len(server.requests) % 10 == 0:
             met.append(name)
@@ -127,7 +127,7 @@ def test_a_passing_fault_changes_nothing(
         pytest.param("AccessDenied", "access is denied", marks=pytest.mark.slow),
     ],
 )
-def test_credentials_that_expire_lose_nothing(server: S3Server, fault: str, fact: str) -> None:
+def test_expired_credentials_lose_no_image(server: S3Server, fault: str, fact: str) -> None:
     puts: list[str] = []
 
     def expired(request: Request) -> str | None:
@@ -141,13 +141,15 @@ def test_credentials_that_expire_lose_nothing(server: S3Server, fault: str, fact
     assert caught.value.name.startswith(OUT)
     server.fault, second = lambda _: None, FakeEncoder()
     export(encoder=second)
-    assert second.encoded == 10 - 9  # three shards were encoded, and the third waited here
+    assert (
+        second.encoded == 10 - 9
+    )  # the first run encoded three shards, and kept the third in the scratch folder
     assert server.objects("out") == local()
     assert scratch() == []
 
 
 @pytest.mark.slow
-def test_listings_that_omit_the_newest_objects(server: S3Server) -> None:
+def test_listings_without_the_newest_objects_change_no_byte(server: S3Server) -> None:
     server.hidden = lambda key: "shard-" in key or "export.json" in key
     encoder = FakeEncoder()
     export(encoder=encoder)
@@ -156,7 +158,7 @@ def test_listings_that_omit_the_newest_objects(server: S3Server) -> None:
     assert server.objects("out") == local()
 
 
-def test_rivals_on_two_machines_double_and_tear_nothing(
+def test_two_exports_at_the_same_time_repeat_and_tear_no_shard(
     server: S3Server, export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One export begins and finishes after the other export has seen an empty bucket."""
@@ -175,7 +177,7 @@ def test_rivals_on_two_machines_double_and_tear_nothing(
     assert server.objects("out") == local()
 
 
-def test_a_rival_between_a_look_and_a_put(
+def test_an_export_keeps_the_shard_of_another_export(
     server: S3Server, export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both exports encode the same shard, and the bucket keeps the first shard."""
@@ -196,7 +198,7 @@ def test_a_rival_between_a_look_and_a_put(
     assert conditions == {"*"}
 
 
-def test_manifests_of_parts_that_end_together(
+def test_parts_that_end_together_write_a_complete_manifest(
     server: S3Server, export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(part=(1, 2))
@@ -210,17 +212,17 @@ def test_manifests_of_parts_that_end_together(
         written(self, *arguments)
 
     monkeypatch.setattr(store_folder.StoreFolder, "publish_version", with_rival)
-    export(part=(1, 2))  # has seen the shards of the first part only
+    export(part=(1, 2))  # the other part has seen only the shards of the first part
     assert server.objects("out") == local()
 
 
-def test_a_second_writer_here_is_refused(server: S3Server) -> None:
+def test_a_second_writer_on_this_machine_is_refused(server: S3Server) -> None:
     folder = store_folder.as_folder(OUT)
     with folder.hold((1, 1)), pytest.raises(ExportError, match=f"{OUT}: process .* is writing"):
         export()
 
 
-def test_a_server_without_conditions_is_named(
+def test_a_server_that_ignores_conditions_is_an_error(
     server: S3Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.ignores_conditions = True
@@ -229,7 +231,7 @@ def test_a_server_without_conditions_is_named(
     assert server.objects("out") == local()
 
 
-def test_a_torn_shard_is_made_again(server: S3Server) -> None:
+def test_a_torn_shard_is_written_again(server: S3Server) -> None:
     export()
     whole = server.objects("out")["shard-00000001.safetensors"]
     server.put("out/shard-00000001.safetensors", whole[:-9])

@@ -16,10 +16,8 @@ from tests.support.fake_encoder import FakeEncoder
 from tests.support.remote_exports import OUT, export, local, on_host, scratch
 from tests.support.s3_server import BUCKET, S3Server
 
-# The same as on a disk
 
-
-def test_it_has_the_bytes_of_a_local_export(server: S3Server) -> None:
+def test_a_remote_export_has_the_bytes_of_a_local_export(server: S3Server) -> None:
     here, done = export("local"), export()
     assert server.objects("out") == local()
     assert (done.exported, done.failed, done.bytes) == (here.exported, here.failed, here.bytes)
@@ -37,7 +35,7 @@ def test_a_second_run_encodes_nothing(server: S3Server) -> None:
     assert scratch() == []
 
 
-def test_parts_on_machines_of_their_own(
+def test_parts_on_separate_machines_equal_one_export(
     server: S3Server, export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in (3, 1, 2):
@@ -68,14 +66,16 @@ def test_large_shards_are_uploaded_in_parts(
 
 
 @pytest.mark.slow
-def test_growing_and_retrying(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_remote_export_grows_and_retries(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for out in ("local", OUT):
         Path("p/x.png").write_bytes(tiny_png(1)[:50])
         Path("p/n.png").unlink(missing_ok=True)
         export(out)
         Path("p/n.png").write_bytes(tiny_png(40))
         Path("p/x.png").write_bytes(tiny_png(41))
-        os.utime("p/x.png", (1, 1))  # no change of time, so --extend leaves it
+        os.utime("p/x.png", (1, 1))  # the time is unchanged, so --extend keeps the image
         export(out, extend=True, inputs=None)
         export(out, retry_failed=True, inputs=None)
     assert {**server.objects("out"), "export.json": b""} == {**local(), "export.json": b""}
@@ -95,7 +95,7 @@ def test_an_image_that_changed_is_exported_again(server: S3Server) -> None:
 
 
 @pytest.mark.slow
-def test_commands(server: S3Server, qwen_vit: Callable[..., Any]) -> None:
+def test_commands_write_to_an_address(server: S3Server, qwen_vit: Callable[..., Any]) -> None:
     words = ("p", "--model", "tiny", "--device", "cpu", "--shard-size", "8", "--quiet")
     done = qwen_vit("export", *words, "--out", OUT, "--dry-run")
     assert done.code == 0, done.err
@@ -112,9 +112,9 @@ def test_commands(server: S3Server, qwen_vit: Callable[..., Any]) -> None:
 
 
 @pytest.mark.slow
-def test_an_image_that_works_now_replaces_its_shard(server: S3Server) -> None:
+def test_a_repaired_image_replaces_its_shard(server: S3Server) -> None:
     Path("p/3.png").rename("away")
-    Path("p/3.png").mkdir()  # unreadable
+    Path("p/3.png").mkdir()  # an unreadable image
     Path("list.txt").write_text("\n".join(f"p/{number}.png" for number in range(10)))
     Path("p/3.png").rmdir()
     export(inputs=("list.txt",))
@@ -122,9 +122,6 @@ def test_an_image_that_works_now_replaces_its_shard(server: S3Server) -> None:
     done = export(inputs=("list.txt",))
     assert (done.exported, done.failed) == (10, {})
     assert "p/3.png" in load_features(OUT)
-
-
-# What is refused
 
 
 @pytest.mark.parametrize(
@@ -140,9 +137,7 @@ def test_an_image_that_works_now_replaces_its_shard(server: S3Server) -> None:
         ("hf://datasets/a/b", "git commits", "hf upload"),
     ],
 )
-def test_a_folder_that_cannot_be_written_is_named(
-    server: S3Server, out: str, fact: str, remedy: str
-) -> None:
+def test_an_unwritable_address_is_named(server: S3Server, out: str, fact: str, remedy: str) -> None:
     server.put("strange/notes.txt", b"text")
     encoder = FakeEncoder()
     with pytest.raises(ExportError) as caught:

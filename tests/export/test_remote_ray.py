@@ -31,10 +31,12 @@ def test_workers_without_a_shared_disk_give_the_bytes_of_one_process(
     logging.getLogger("ray").setLevel(logging.ERROR)
     options = ExportOptions(shard_size=4, column="image")
     grown = ExportOptions(shard_size=4, column="image", extend=True)
-    elsewhere = tempfile.mkdtemp(dir="/tmp")  # a short path: Ray has sockets there
+    ray_folder = tempfile.mkdtemp(
+        dir="/tmp"
+    )  # a short path, because a socket's path has a length limit
     with s3_server() as server, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))  # for its workers
-        patch.setenv("TMPDIR", elsewhere)
+        patch.setenv("PYTHONPATH", str(ROOT))  # for Ray's workers
+        patch.setenv("TMPDIR", ray_folder)
         ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
         patch.setattr(tempfile, "tempdir", str(tmp_path))
         try:
@@ -49,4 +51,4 @@ def test_workers_without_a_shared_disk_give_the_bytes_of_one_process(
             assert (done.exported, done.shards, done.shards_missing) == (17, 5, 0)
         finally:
             ray.shutdown()
-            shutil.rmtree(elsewhere, ignore_errors=True)
+            shutil.rmtree(ray_folder, ignore_errors=True)

@@ -8,6 +8,6 @@ from tests.support import remote_stress
 
 
 @pytest.mark.slow
-def test_nodes_that_are_killed_leave_the_bytes_of_one_local_run(tmp_path: Path) -> None:
+def test_killed_nodes_leave_the_bytes_of_one_local_run(tmp_path: Path) -> None:
     figures = remote_stress.kills_of_nodes(tmp_path, images=600, kills=2, first=300, nodes=2)
     assert figures["images_encoded_again"] <= 2 * figures["images_per_shard"]

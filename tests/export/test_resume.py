@@ -37,7 +37,7 @@ HARMS: dict[str, Callable[[bytes], bytes | None]] = {
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_a_shard_that_is_not_whole_is_made_again_and_no_other(
+def test_only_incomplete_shards_are_written_again(
     export_dir: Path, harm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     export()
@@ -54,7 +54,7 @@ def test_a_shard_that_is_not_whole_is_made_again_and_no_other(
     assert ("The export writes it again." in caplog.text) == (data is not None)
 
 
-def test_an_exports_own_listing_takes_it_up_again(export_dir: Path) -> None:
+def test_an_exports_own_listing_resumes_it(export_dir: Path) -> None:
     """The input folder has changed, but the listing has the original images and the original
     failures."""
     Path("p/torn.tar").write_bytes(b"x" * 600)
@@ -72,7 +72,7 @@ def test_an_exports_own_listing_takes_it_up_again(export_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_export_that_is_stopped_leaves_whole_shards_and_no_lock(
+def test_a_stopped_export_leaves_complete_shards_and_no_lock(
     export_dir: Path, error: type[BaseException]
 ) -> None:
     class Stopping(FakeEncoder):
@@ -90,7 +90,7 @@ def test_an_export_that_is_stopped_leaves_whole_shards_and_no_lock(
     assert files() == files("whole")
 
 
-def test_what_killed_runs_left_is_cleared_away(export_dir: Path) -> None:
+def test_files_of_killed_runs_are_removed(export_dir: Path) -> None:
     export()
     before = files()
     for name in (
@@ -105,7 +105,7 @@ def test_what_killed_runs_left_is_cleared_away(export_dir: Path) -> None:
     assert files() == before
 
 
-def test_a_part_leaves_alone_what_another_part_is_writing(export_dir: Path) -> None:
+def test_a_part_keeps_files_that_another_part_is_writing(export_dir: Path) -> None:
     Path("out").mkdir()
     own, other = (f".shard-0000000{i}.safetensors.0123456789abcdef.tmp" for i in (1, 0))
     export(options=replace(SMALL, part=(2, 2)))
@@ -119,7 +119,7 @@ def test_a_part_leaves_alone_what_another_part_is_writing(export_dir: Path) -> N
 # The command
 
 
-def test_what_killed_runs_left_is_cleared_by_whom_it_belongs_to(export_dir: Path) -> None:
+def test_each_part_removes_the_files_of_its_killed_runs(export_dir: Path) -> None:
     left = {
         "own shard": ".shard-00000000.safetensors.1f.tmp",
         "other shard": ".shard-00000001.safetensors.1f.tmp",
@@ -144,7 +144,7 @@ def test_what_killed_runs_left_is_cleared_by_whom_it_belongs_to(export_dir: Path
         assert still_there() == set()
 
 
-def test_images_that_were_there_say_nothing_about_the_speed(
+def test_images_of_earlier_runs_do_not_count_for_the_speed(
     export_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export()

@@ -43,7 +43,7 @@ def test_resume_needs_no_options(run: Any) -> None:
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     Path("out/shard-00000001.safetensors").unlink()
     code, out, err = run("--resume", "out", "--json")
-    assert code == 1, err  # 7.png failed in this run
+    assert code == 1, err  # exit code 1: 7.png failed in this run
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
     assert json.loads(out)["resumed"] == 6
     assert run.loaded[-1]["model"] == "stand-in"
@@ -65,7 +65,7 @@ def test_resume_names_changed_inputs_and_extends_with_its_own(
     assert content() == content("fresh")
 
 
-def test_resume_from_elsewhere(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_works_from_another_folder(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run(*START)
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
@@ -94,7 +94,7 @@ def test_bad_usage_of_resume(run: Any, words: tuple[str, ...], error: str) -> No
     assert error in err
 
 
-def test_a_remedy_that_resume_does_not_accept_names_the_way_out(
+def test_an_error_of_resume_suggests_only_options_of_resume(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A user who resumes cannot "leave --quantization out", because --resume rejects the option."""
@@ -105,18 +105,18 @@ def test_a_remedy_that_resume_does_not_accept_names_the_way_out(
 
     loader = type("Loader", (), {"from_pretrained": staticmethod(load)})
     monkeypatch.setattr("qwen_vit.export.run.VisionEncoder", loader)
-    way_out = (
+    remedy = (
         "Leave --quantization out. --resume keeps the recorded --quantization: to change this "
         "option, start a new export with another --out."
     )
     for words in (("--resume", "out"), ("--resume", "out", "--dry-run")):
         code, _, err = run(*words)
-        assert (code, way_out in err) == (2, True), err
+        assert (code, remedy in err) == (2, True), err
     code, _, err = run(*START)
     assert (code, "Leave --quantization out.\n" in err, "recorded" in err) == (2, True, False), err
 
 
-def test_a_damaged_description_names_what_to_do(run: Any) -> None:
+def test_a_damaged_description_has_a_remedy(run: Any) -> None:
     run(*START)
     Path("out/export.json").write_text('{"n_images": 10, "shard_size": 4}')
     code, _, err = run("--resume", "out")

@@ -28,11 +28,11 @@ def default_handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def test_the_first_signal_is_a_question_and_the_second_an_interrupt() -> None:
+def test_the_first_signal_requests_a_stop_and_the_second_interrupts() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as stop:
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)  # while an encoder is loaded, say
+            os.kill(os.getpid(), signal.SIGTERM)  # for example during the load of an encoder
         with stop.accepted():
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.is_requested()
@@ -53,7 +53,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_command_with_what_it_encoded(
+def test_a_signal_ends_the_command_and_saves_encoded_images(
     run: Any, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -73,7 +73,7 @@ def test_a_signal_ends_the_command_with_what_it_encoded(
         "the export saved 32 images; run the same command again to resume",
         "interrupted",
     ]
-    assert count_kept(Path("out")) == 32  # a batch
+    assert count_kept(Path("out")) == 32  # one batch of images
     code, out, _ = run("--shard-size", "100", "--json", "--allow-failed", "8")
     done = json.loads(out)
     assert (code, done["exported"], segments()) == (0, 92, [])
@@ -93,13 +93,11 @@ def run(
 
 
 @pytest.mark.parametrize(("allowed", "code"), [((), 1), (("7",), 1), (("8",), 0), (("9",), 0)])
-def test_so_many_failures_of_a_run_are_allowed(
-    run: Any, allowed: tuple[str, ...], code: int
-) -> None:
+def test_the_allowed_failures_count_one_run(run: Any, allowed: tuple[str, ...], code: int) -> None:
     words = ("--allow-failed", *allowed) if allowed else ()
     found, out, _ = run("--json", *words)
     assert (found, sum(json.loads(out)["failed"].values())) == (code, 8)
-    # those of earlier runs do not count
+    # failures of earlier runs do not count
     assert run(*words)[0] == 0
     Path("p/new.png").write_bytes(b"")
     assert run("--allow-failed", "-1")[0] == 2

@@ -13,18 +13,18 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> export_stress.Exports:
 
 
 @pytest.mark.slow
-def test_kills_lose_and_double_nothing(exports: export_stress.Exports) -> None:
+def test_kills_lose_and_repeat_no_image(exports: export_stress.Exports) -> None:
     assert export_stress.kills(exports, kills=4)["kills"] == 4
 
 
 @pytest.mark.slow
-def test_interrupts_end_with_130_and_leave_what_is_whole(exports: export_stress.Exports) -> None:
+def test_interrupts_exit_with_130_and_leave_complete_shards(exports: export_stress.Exports) -> None:
     assert export_stress.interrupts(exports, times=2)["longest_wait_s"] < 5
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not disk_stress.may_mount(), reason="needs the right to mount")
-def test_a_full_disk_stops_with_2_and_the_rest_follows_when_there_is_room(
+def test_a_full_disk_exits_with_2_and_the_export_resumes_with_space(
     exports: export_stress.Exports,
 ) -> None:
     disk_stress.full_disks(exports, disks=1)
@@ -41,5 +41,5 @@ def test_an_outage_of_the_inputs_changes_no_byte(exports: export_stress.Exports)
 
 
 @pytest.mark.slow
-def test_too_little_memory_for_a_while_changes_no_byte(tmp_path: Path) -> None:
+def test_a_temporary_lack_of_memory_changes_no_byte(tmp_path: Path) -> None:
     assert shortage_stress.memory_edges(tmp_path, runs=2, images=20)["runs"] == 2

@@ -42,7 +42,7 @@ def test_other_versions_are_refused_until_they_are_accepted(growing_dir: Path) -
     assert len(list(features)) == 8
     assert verify_features("out").problems == ()
     Path("out/shard-00000002.safetensors").unlink()
-    export(encoder=Newer())  # both are accepted from now on
+    export(encoder=Newer())  # later runs accept both versions
     export()
 
 
@@ -54,7 +54,9 @@ def test_other_settings_are_not_accepted_as_versions(growing_dir: Path) -> None:
     assert Path("out/export.json").read_bytes() == before
 
 
-def test_a_shard_of_versions_that_were_not_accepted_is_of_another_export(growing_dir: Path) -> None:
+def test_a_shard_of_versions_that_were_not_accepted_belongs_to_another_export(
+    growing_dir: Path,
+) -> None:
     export()
     other = Path("out/shard-00000001.safetensors")
     other.unlink()

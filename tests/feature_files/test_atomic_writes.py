@@ -26,7 +26,7 @@ class FaultError(Exception):
     """Represent an unexpected error."""
 
 
-def half_then(error: BaseException) -> Callable[[torch.Tensor], Any]:
+def fail_after_header(error: BaseException) -> Callable[[torch.Tensor], Any]:
     """Write a header, and then raise an error instead of rows."""
 
     def bytes_of(tensor: torch.Tensor) -> Any:
@@ -54,7 +54,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(
         raise error
 
     if step == "save":
-        monkeypatch.setattr(write_module, "bytes_of", half_then(error))
+        monkeypatch.setattr(write_module, "bytes_of", fail_after_header(error))
     else:
         monkeypatch.setattr(os, step, fail)
     expected = ExportError if isinstance(error, OSError) else type(error)
@@ -80,7 +80,7 @@ def add(writer: FeatureWriter, rows: torch.Tensor, **n_rows: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 7), (2, 6), (6,), (1, 3, 6), ()])
-def test_rows_of_another_width_do_not_go_into_a_growing_file(
+def test_rows_of_another_width_are_refused_by_a_growing_file(
     path: Path, shape: tuple[int, ...]
 ) -> None:
     """A fault once wrote such rows, and the file's header declared other bytes."""
@@ -96,7 +96,7 @@ def test_rows_of_another_width_do_not_go_into_a_growing_file(
 
 
 @pytest.mark.parametrize("head_bytes", [8, 4096])
-def test_a_disk_that_fills_up_at_the_head_is_named(
+def test_a_disk_that_fills_up_at_the_header_is_named(
     path: Path, head_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows may still be in a buffer, which a seek writes."""
@@ -114,7 +114,7 @@ def test_a_disk_that_fills_up_at_the_head_is_named(
 
 
 @pytest.mark.parametrize("where", ["missing/f.safetensors", "file/f.safetensors", "n" * 256])
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, where: str) -> None:
+def test_an_unwritable_path_is_named(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ExportError, match="could not be written") as caught:
         write_features(tmp_path / where, features_of("a"), METADATA)
@@ -123,7 +123,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, where: str) -> 
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
-def test_two_threads_that_write_one_file_leave_one_whole_file(path: Path) -> None:
+def test_two_threads_that_write_one_file_leave_a_complete_file(path: Path) -> None:
     choices = [features_of(f"{i}", width=64) for i in range(4)]
     threads = [threading.Thread(target=write_features, args=(path, c, METADATA)) for c in choices]
     for thread in threads:
@@ -134,7 +134,7 @@ def test_two_threads_that_write_one_file_leave_one_whole_file(path: Path) -> Non
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_file_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
+def test_a_file_that_appears_during_the_write_is_kept(tmp_path: Path) -> None:
     """Two commands once checked for the file, and the second result replaced the first result."""
     path, features = tmp_path / "a.safetensors", [ImageFeatures("a", torch.ones(1, 4), (1, 2, 2))]
     path.write_text("of another")
@@ -144,21 +144,21 @@ def test_a_file_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_a_disk_without_links_takes_a_new_file(
+def test_a_disk_without_hard_links_gets_a_new_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EPERM, "no links")))
     path, features = tmp_path / "a.safetensors", [ImageFeatures("a", torch.ones(1, 4), (1, 2, 2))]
     write_features(path, features, METADATA, overwrite=False)
     assert load_features(path).ids == ["a"]
-    path.write_text("of another")  # a rename would replace it
+    path.write_text("of another")  # a rename would replace this file
     growing = AtomicFile(path, overwrite=False)
     with pytest.raises(ExportError, match=r"a.safetensors: exists\. Expected a new name"):
         growing.commit()
     assert path.read_text() == "of another"
 
 
-def test_a_link_keeps_its_place(tmp_path: Path) -> None:
+def test_a_symbolic_link_is_refused(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "target")
     with pytest.raises(ExportError, match=r"link: a symbolic link\. .*target"):

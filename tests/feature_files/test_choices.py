@@ -16,7 +16,7 @@ from tests.support.reading_stress import Folder
 # Choices
 
 
-def test_slices_and_lists_choose_images_in_their_order(path: Path) -> None:
+def test_slices_and_lists_select_images_in_order(path: Path) -> None:
     write_features(path, features_of(*"abcdef"), METADATA)
     features = load_features(path)
     for key, expected in (
@@ -46,7 +46,7 @@ def test_slices_and_lists_choose_images_in_their_order(path: Path) -> None:
     assert features[1:5].metadata is features.metadata
 
 
-def test_a_choice_refuses_what_is_not_there(path: Path) -> None:
+def test_selecting_a_missing_image_is_an_error(path: Path) -> None:
     write_features(path, features_of(*"abc"), METADATA)
     features = load_features(path)
     with pytest.raises(KeyError, match="'z' is not in"):
@@ -66,7 +66,7 @@ def test_a_choice_refuses_what_is_not_there(path: Path) -> None:
             features[odd]
 
 
-def test_what_is_opened_says_in_a_line_what_it_is(path: Path, folder: Folder) -> None:
+def test_the_repr_is_one_line(path: Path, folder: Folder) -> None:
     """The repr must be short, because notebooks show it."""
     write_features(path, features_of(*"abc"), METADATA)
     file, export = load_features(path), load_features(folder.path)
@@ -80,7 +80,7 @@ def test_what_is_opened_says_in_a_line_what_it_is(path: Path, folder: Folder) ->
 # Folders
 
 
-def test_files_folders_and_choices_travel_to_other_processes(folder: Folder) -> None:
+def test_files_folders_and_subsets_can_be_pickled(folder: Folder) -> None:
     """A data loader's workers need a pickle."""
     features = load_features(folder.path)
     for each in (features, features[1:], features[["g", "a"]], load_features(folder.shard(0))):

@@ -30,7 +30,7 @@ def test_an_image_is_found_by_position_or_by_id(path: Path, key: int | str) -> N
     assert len(found.embeds) == names.index(expected) + 1
 
 
-def test_one_that_is_not_there_is_named_with_the_file(path: Path) -> None:
+def test_the_error_of_a_missing_image_names_the_file(path: Path) -> None:
     write_features(path, features_of("a", "b", "c"), METADATA)
     read = load_features(path)
     with pytest.raises(KeyError, match=r"'z' is not in .*features.safetensors, which contains 3"):
@@ -43,7 +43,7 @@ def test_one_that_is_not_there_is_named_with_the_file(path: Path) -> None:
 # Damaged and foreign files
 
 
-def test_every_cut_of_a_file_is_refused_with_its_name(path: Path) -> None:
+def test_every_truncation_of_a_file_is_refused_with_its_name(path: Path) -> None:
     write_features(path, features_of("a", "b"), METADATA)
     whole = path.read_bytes()
     for length in [*range(0, len(whole), 37), len(whole) - 1]:
@@ -56,12 +56,12 @@ def test_every_cut_of_a_file_is_refused_with_its_name(path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"<html>", b"version https://git-lfs", b"PK\x03\x04", bytes(64)]
 )
-def test_what_is_no_safetensors_file_is_refused(path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_safetensors_is_refused(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     assert "Expected a feature file. Write it again with `qwen-vit encode`." in refused(path)
 
 
-def test_what_is_not_there_or_no_file_is_refused(tmp_path: Path) -> None:
+def test_a_missing_or_irregular_path_is_refused(tmp_path: Path) -> None:
     expected = "Expected a feature file of `qwen-vit encode`"
     assert f"does not exist. {expected}" in refused(tmp_path / "x")
     assert "a folder without export.json. Expected a folder" in refused(tmp_path)
@@ -70,7 +70,7 @@ def test_what_is_not_there_or_no_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("where", "call"), [(Path, "is_dir"), (os, "scandir"), (Path, "open")])
-def test_what_may_not_be_read_is_not_called_torn(
+def test_an_unreadable_file_is_not_called_torn(
     folder: Folder, path: Path, where: Any, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_features(path, features_of("a"), METADATA)
@@ -84,18 +84,20 @@ def test_what_may_not_be_read_is_not_called_torn(
     assert "cannot be read (Permission denied). Check its permissions" in message
 
 
-def test_a_file_that_was_never_a_feature_file_is_not_to_be_written_again(path: Path) -> None:
-    """For a checkpoint or a golden file, `encode` once was the remedy."""
+def test_the_remedy_for_a_foreign_file_does_not_overwrite_it(path: Path) -> None:
+    """The remedy once suggested to overwrite a checkpoint or a golden file with `encode`."""
     save_file({"visual.patch_embed.proj.weight": torch.ones(2)}, path)
     message = refused(path)
     assert "For a checkpoint, pass its folder as the model." in message
     assert "For a golden file, use `qwen-vit compare --golden`." in message
     assert "again" not in message
-    save_file({"image_embeds": torch.ones(2, 2)}, path)  # a part of a feature file
+    save_file(
+        {"image_embeds": torch.ones(2, 2)}, path
+    )  # only a part of the tensors of a feature file
     assert refused(path).endswith("Write it again with `qwen-vit encode`.")
 
 
-def test_other_safetensors_files_are_no_feature_files(path: Path) -> None:
+def test_other_safetensors_files_are_refused(path: Path) -> None:
     save_file({"x": torch.ones(2)}, path)
     assert "a safetensors file, but not a feature file. Expected image_embeds" in refused(path)
     save_file({"x": torch.ones(2)}, path, metadata={METADATA_KEY: "{}"})
@@ -153,13 +155,13 @@ EDITED = {
 
 
 @pytest.mark.parametrize("edit", EDITED)
-def test_a_file_that_was_edited_is_refused_with_its_name(path: Path, edit: str) -> None:
+def test_an_edited_file_is_refused_with_its_name(path: Path, edit: str) -> None:
     change, word = EDITED[edit]
     assert word in rewritten(path, change)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"ids": [], "ids": []}', '{"x": NaN}'])
-def test_metadata_that_is_no_json_object_is_refused(path: Path, text: str) -> None:
+def test_metadata_that_is_not_a_json_object_is_refused(path: Path, text: str) -> None:
     write_features(path, features_of("a"), METADATA)
     save_file(load_file(path), path, metadata={METADATA_KEY: text})
     message = refused(path)
@@ -167,14 +169,12 @@ def test_metadata_that_is_no_json_object_is_refused(path: Path, text: str) -> No
     assert "ownload" not in message
 
 
-def test_a_header_that_promises_more_than_the_file_is_refused(path: Path) -> None:
+def test_a_header_longer_than_the_file_is_refused(path: Path) -> None:
     path.write_bytes(struct.pack("<Q", 2**40) + b"{}")
     assert "truncated" in refused(path)
 
 
-def test_an_image_is_read_only_when_it_is_asked_for(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_requested_images_are_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_features(path, features_of("a", "b", "c"), METADATA)
     read: Any = load_features(path)
     slices = []
@@ -190,7 +190,7 @@ def test_an_image_is_read_only_when_it_is_asked_for(
     assert slices == ["image_embeds"]
 
 
-def test_what_is_written_to_the_rows_stays_in_memory(path: Path) -> None:
+def test_changes_of_rows_do_not_change_the_file(path: Path) -> None:
     write_features(path, features_of("a", "b"), METADATA)
     before = path.read_bytes()
     rows = load_features(path)["b"].embeds

@@ -21,7 +21,7 @@ from tests.support.features import ODD_IDS
 from tests.support.reading_stress import Folder, many_shards
 
 
-def test_a_folder_holds_the_good_images_in_the_listings_order(folder: Folder) -> None:
+def test_a_folder_has_the_good_images_in_the_order_of_the_listing(folder: Folder) -> None:
     features = load_features(folder.path)
     assert isinstance(features, FeatureFolder)
     assert features.is_complete
@@ -69,7 +69,7 @@ def test_failed_images_are_listed_with_their_reasons(folder: Folder) -> None:
             features[index]
 
 
-def test_a_folder_in_progress_is_read_as_far_as_it_goes(
+def test_the_finished_shards_of_an_unfinished_export_are_read(
     folder: Folder, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Parts of an export may finish in any order. In this test, the last shard came first."""
@@ -87,7 +87,7 @@ def test_a_folder_in_progress_is_read_as_far_as_it_goes(
     with pytest.raises(ExportError, match=missing):
         features["a"]
     (folder.path / "later").rename(folder.shard(0))
-    assert len(features) == 1  # as it was found; opened again, it has grown
+    assert len(features) == 1  # a folder keeps its state; a new load has the new shard
     assert len(load_features(folder.path)) == 3
 
 
@@ -98,7 +98,7 @@ def test_a_folder_without_shards_is_empty(folder: Folder) -> None:
     assert (len(features), list(features), features.is_complete) == (0, [], False)
 
 
-def test_a_shard_that_goes_missing_is_named(folder: Folder) -> None:
+def test_a_missing_shard_is_named(folder: Folder) -> None:
     features = load_features(folder.path)
     folder.shard(2).unlink()
     for use in (len, list, lambda f: f["g"], lambda f: f.errors, lambda f: f.ids):
@@ -107,11 +107,11 @@ def test_a_shard_that_goes_missing_is_named(folder: Folder) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 5, 100, -1])
-def test_a_torn_shard_is_named_with_how_to_resume(folder: Folder, length: int) -> None:
+def test_the_error_of_a_torn_shard_suggests_a_resume(folder: Folder, length: int) -> None:
     whole = folder.shard(2).read_bytes()
     folder.shard(2).write_bytes(whole[:length])
     features = load_features(folder.path)
-    assert features["a"].id == "a"  # the others are read
+    assert features["a"].id == "a"  # the other shards are readable
     for use in (len, list, lambda f: f["g"], lambda f: f.errors):
         words = r"shard-00000002.safetensors: truncated, .* \(\d+ bytes\)\."
         with pytest.raises(ExportError, match=rf"{words} .* Run the same `qwen-vit export`"):
@@ -155,7 +155,7 @@ def test_a_shard_of_another_export_is_refused(folder: Folder, change: str) -> No
     assert change == "another schema" or "`qwen-vit export`" in str(caught.value)
 
 
-def test_shards_that_changed_places_are_refused(folder: Folder) -> None:
+def test_exchanged_shards_are_refused(folder: Folder) -> None:
     folder.shard(0).replace(folder.shard(2))
     features = load_features(folder.path)
     words = (
@@ -204,13 +204,13 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_folder_is_refused_with_the_files_name(folder: Folder, damage: str) -> None:
+def test_the_error_of_a_damaged_folder_names_the_file(folder: Folder, damage: str) -> None:
     break_it, words = DAMAGED[damage]
     break_it(folder.path)
     assert words in refused(folder.path)
 
 
-def test_odd_names_come_back_as_they_were(tmp_path: Path) -> None:
+def test_unusual_names_are_read_unchanged(tmp_path: Path) -> None:
     names = tuple(name for name in ODD_IDS.values())
     folder = Folder(tmp_path / "export", names, failed=names[:1], size=2).write()
     features = load_features(folder.path)
@@ -219,12 +219,12 @@ def test_odd_names_come_back_as_they_were(tmp_path: Path) -> None:
     assert features.errors[0].id == names[0]
 
 
-def test_few_shards_are_mapped_at_a_time_and_no_file_stays_open(tmp_path: Path) -> None:
+def test_few_shards_are_mapped_at_a_time_and_no_file_remains_open(tmp_path: Path) -> None:
     figures = many_shards(tmp_path, shards=200)
     assert 1 <= figures["mapped_most"] <= SHARDS_OPEN + 1
 
 
-def test_an_image_is_found_by_its_id_in_one_shard_alone(
+def test_finding_an_image_by_its_id_opens_one_shard(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counting the images reads only the headers."""
@@ -243,7 +243,7 @@ def test_an_image_is_found_by_its_id_in_one_shard_alone(
     assert opened == [folder.shard(2).name]
 
 
-def test_a_growing_folder_is_the_same_in_other_processes(folder: Folder) -> None:
+def test_a_pickled_folder_does_not_grow(folder: Folder) -> None:
     """Positions would name other images after another shard exists."""
     missing, content = folder.shard(0), folder.shard(0).read_bytes()
     missing.unlink()

@@ -72,9 +72,7 @@ REFUSED: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_what_would_be_no_good_file_is_refused_and_nothing_is_touched(
-    path: Path, reason: str
-) -> None:
+def test_invalid_features_are_refused_before_a_write(path: Path, reason: str) -> None:
     write_features(path, features_of("old"), METADATA)
     before = path.read_bytes()
     features, metadata, words = REFUSED[reason]
@@ -88,7 +86,7 @@ def test_what_would_be_no_good_file_is_refused_and_nothing_is_touched(
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_header_that_no_reader_takes_is_refused(
+def test_a_header_above_the_limit_of_readers_is_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer_module, "MAX_HEADER_BYTES", 2_000)
@@ -146,7 +144,7 @@ def test_rows_that_do_not_fit_their_grid_are_refused(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_are_no_features_is_refused(
+def test_values_that_are_not_features_are_refused(
     tmp_path: Path, features: Any, metadata: Any, message: str
 ) -> None:
     with pytest.raises(ArgumentError, match=message):
@@ -157,7 +155,7 @@ def test_what_are_no_features_is_refused(
 @pytest.mark.parametrize(
     "embeds", [torch.zeros(1, 4).numpy(), torch.zeros(1, 4).to_sparse(), [[0.0] * 4]]
 )
-def test_embeddings_that_are_no_dense_tensor_are_refused(tmp_path: Path, embeds: Any) -> None:
+def test_embeddings_that_are_not_a_dense_tensor_are_refused(tmp_path: Path, embeds: Any) -> None:
     features = [ImageFeatures("a", embeds, (1, 2, 2))]
     with pytest.raises(
         ExportError, match=r"embeddings of 'a' are of the kind .*\. Expected a dense torch"
@@ -165,7 +163,7 @@ def test_embeddings_that_are_no_dense_tensor_are_refused(tmp_path: Path, embeds:
         write_features(tmp_path / "a.safetensors", features, {})
 
 
-def test_a_path_that_no_reader_opens_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_readers_refuse_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"not UTF-8\. Expected a path that safetensors can"):
         write_features(
             f"{tmp_path}/caf\udce9", [ImageFeatures("a", torch.ones(1, 4), (1, 2, 2))], {}

@@ -57,7 +57,7 @@ def check_same(found: Any, expected: Any) -> None:
         assert rows.equal(expected.layers[block])
 
 
-def test_a_remote_folder_has_what_the_local_one_has(server: S3Server, local: Path) -> None:
+def test_a_remote_folder_equals_the_local_folder(server: S3Server, local: Path) -> None:
     remote, here = load_features(OUT), load_features(local)
     assert isinstance(remote, FeatureFolder)
     assert remote.is_complete
@@ -71,7 +71,7 @@ def test_a_remote_folder_has_what_the_local_one_has(server: S3Server, local: Pat
     assert remote.metadata == here.metadata
 
 
-def test_a_remote_file_is_one_as_well(server: S3Server, local: Path) -> None:
+def test_a_remote_file_equals_the_local_file(server: S3Server, local: Path) -> None:
     name = "shard-00000002.safetensors"
     remote, here = load_features(f"{OUT}/{name}"), load_features(local / name)
     assert isinstance(remote, FeatureFile)
@@ -85,9 +85,9 @@ def test_opening_reads_the_listing_and_no_shard(server: S3Server, local: Path) -
     assert server.sent == sum(sizes)
 
 
-def test_rows_cost_exactly_their_bytes(server: S3Server, local: Path) -> None:
+def test_reading_rows_transfers_exactly_their_bytes(server: S3Server, local: Path) -> None:
     remote = load_features(OUT)
-    assert len(remote) == 23  # reads every shard's header
+    assert len(remote) == 23  # this reads every shard's header
     server.requests.clear()
     chosen = random.Random(0).sample(list(remote.ids), 9)
     read = [remote[name] for name in chosen]
@@ -106,7 +106,7 @@ def test_a_header_is_read_once(server: S3Server, local: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["SlowDown", "InternalError", "cut", "slow"])
-def test_a_passing_fault_costs_nothing(server: S3Server, local: Path, fault: str) -> None:
+def test_transient_faults_change_no_row(server: S3Server, local: Path, fault: str) -> None:
     server.fail(fault, 2)
     remote = load_features(OUT)
     server.fail(fault, 2)
@@ -120,7 +120,7 @@ def test_a_passing_fault_costs_nothing(server: S3Server, local: Path, fault: str
         ("AccessDenied", "access is denied"),
     ],
 )
-def test_a_lasting_fault_has_a_name(server: S3Server, fault: str, fact: str) -> None:
+def test_a_lasting_fault_is_named(server: S3Server, fault: str, fact: str) -> None:
     remote = load_features(OUT)
     server.fail(fault, 100)
     with pytest.raises(ExportError) as caught:
@@ -131,7 +131,7 @@ def test_a_lasting_fault_has_a_name(server: S3Server, fault: str, fact: str) -> 
     assert fact in str(caught.value)
 
 
-def test_a_shard_that_was_replaced_is_not_mixed(server: S3Server, local: Path) -> None:
+def test_a_replaced_shard_is_an_error(server: S3Server, local: Path) -> None:
     remote = load_features(OUT)
     assert remote["03.png"].id == "03.png"
     name = "shard-00000000.safetensors"
@@ -140,7 +140,7 @@ def test_a_shard_that_was_replaced_is_not_mixed(server: S3Server, local: Path) -
         _ = remote["04.png"]
 
 
-def test_a_folder_that_is_not_whole(server: S3Server, local: Path) -> None:
+def test_an_incomplete_remote_folder_is_read(server: S3Server, local: Path) -> None:
     for name in ("export.json", "listing.jsonl", "shard-00000001.safetensors"):
         server.put(f"part/{name}", (local / name).read_bytes())
     part = load_features(f"s3://{BUCKET}/part")
@@ -158,7 +158,7 @@ def test_a_folder_that_is_not_whole(server: S3Server, local: Path) -> None:
         (f"{OUT}/export.json", "not a safetensors file"),
     ],
 )
-def test_what_holds_no_features_is_named(server: S3Server, address: str, fact: str) -> None:
+def test_an_address_without_features_is_named(server: S3Server, address: str, fact: str) -> None:
     with pytest.raises(ExportError, match=fact):
         load_features(address)
     with pytest.raises(ArgumentError):
@@ -198,16 +198,16 @@ def test_commands_read_an_address(server: S3Server, qwen_vit: Callable[..., Any]
 
 
 def objects_sent(server: S3Server) -> int:
-    """Requests for objects' bytes since the last call."""
+    """Return the requests for objects' bytes since the last call."""
     count = sum(each.method == "GET" and not each.query for each in server.requests)
     server.requests.clear()
     return count
 
 
-def test_a_cache_answers_what_was_read_before(
+def test_a_cache_serves_repeated_reads(
     server: S3Server, tmp_path: Path, local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Named by the argument or by the environment, also in another process."""
+    """The argument or the environment names the cache, also in another process."""
     here, names = load_features(local), ("03.png", "20.png", "11.png")
     for name in names:
         check_same(load_features(OUT, cache_dir=tmp_path / "c")[name], here[name])
@@ -219,17 +219,17 @@ def test_a_cache_answers_what_was_read_before(
             check_same(remote[name], here[name])
     assert objects_sent(server) == 0
     check_same(load_features(OUT)["04.png"], here["04.png"])
-    assert objects_sent(server) == 3  # its rows, and those of two layers
+    assert objects_sent(server) == 3  # the rows of the output, and of two layers
 
 
-def test_without_a_cache_nothing_is_kept(server: S3Server, tmp_path: Path) -> None:
+def test_without_a_cache_no_file_is_written(server: S3Server, tmp_path: Path) -> None:
     for _ in range(2):
         _ = load_features(OUT)["03.png"]
         assert objects_sent(server) > 3
 
 
-def test_a_cache_never_gives_a_replaced_object(server: S3Server, tmp_path: Path) -> None:
-    """The ETag is a part of a range's name: a new object of the same size is read again."""
+def test_a_cache_never_returns_a_replaced_object(server: S3Server, tmp_path: Path) -> None:
+    """The name of a cached range has the ETag, so a new object of the same size is read again."""
     address, cache = f"s3://{BUCKET}/x.bin", tmp_path / "c"
     for data in (b"one", b"two", b"one"):
         server.put("x.bin", data)
@@ -237,13 +237,13 @@ def test_a_cache_never_gives_a_replaced_object(server: S3Server, tmp_path: Path)
     before = StorePath(address, cache=cache)
     assert before.read(0, 2) == b"on"
     server.put("x.bin", b"six")
-    assert before.read(0, 2) == b"on"  # the version that it opened
+    assert before.read(0, 2) == b"on"  # the version at the time of opening
     with pytest.raises(OSError, match="was replaced"):
         before.read(1, 3)
     assert StorePath(address, cache=cache).read(0, 2) == b"si"
 
 
-def test_a_cache_that_cannot_be_written_costs_a_warning(
+def test_an_unwritable_cache_is_one_warning(
     server: S3Server, tmp_path: Path, local: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "c").write_text("no folder")
@@ -255,7 +255,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(
 
 
 def test_damage_in_a_cache_is_found(server: S3Server, tmp_path: Path, local: Path) -> None:
-    """A torn file is read again; a wrong bit is found on demand. `verify` reads the store."""
+    """A torn file is read again. verify=True finds a wrong bit, and `verify` reads the store."""
     cache = tmp_path / "c"
     expected = load_features(OUT, cache_dir=cache)["03.png"]
     kept = [path for path in cache.rglob("*") if path.is_file()]

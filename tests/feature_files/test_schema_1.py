@@ -29,19 +29,19 @@ def test_a_file_of_schema_1_is_read() -> None:
     read = load_features(FOLDER / "features.safetensors")
     assert read.metadata["schema_version"] == 1
     assert read.ids == NAMES
-    for there, then in zip(read, features_of(*NAMES), strict=True):
-        assert torch.equal(there.embeds, then.embeds)
-        assert (there.grid_thw, there.size_px, there.notes) == (then.grid_thw, (0, 0), ())
-        assert (dict(there.layers), there.output, there.normalized) == ({}, "merged", False)
+    for found, expected in zip(read, features_of(*NAMES), strict=True):
+        assert torch.equal(found.embeds, expected.embeds)
+        assert (found.grid_thw, found.size_px, found.notes) == (expected.grid_thw, (0, 0), ())
+        assert (dict(found.layers), found.output, found.normalized) == ({}, "merged", False)
 
 
 def test_means_of_schema_1_are_means() -> None:
     read = load_features(FOLDER / "means.safetensors")
-    for there, then in zip(read, features_of(*NAMES), strict=True):
-        assert torch.equal(there.embeds, then.embeds.mean(0, keepdim=True).bfloat16())
-        assert there.output == "mean"
+    for found, expected in zip(read, features_of(*NAMES), strict=True):
+        assert torch.equal(found.embeds, expected.embeds.mean(0, keepdim=True).bfloat16())
+        assert found.output == "mean"
         with pytest.raises(ArgumentError, match="the mean of its rows"):
-            _ = there.map
+            _ = found.map
 
 
 def test_a_folder_of_schema_1_is_read() -> None:
@@ -51,12 +51,12 @@ def test_a_folder_of_schema_1_is_read() -> None:
     [failed] = read.errors
     assert (failed.id, failed.stage, failed.code) == ("x.png", "decode", "truncated")
     for number, image in enumerate(read):
-        # the stand-in encoder's rows are the picture's one value
+        # the fake encoder's rows have the one value of the image
         assert torch.equal(image.embeds, torch.full((4, 16), 10.0 + number))
         assert (image.size_px, image.output) == ((28, 28), "merged")
 
 
-def test_what_is_read_of_schema_1_is_written_as_schema_2(tmp_path: Path) -> None:
+def test_features_of_schema_1_are_written_as_schema_2(tmp_path: Path) -> None:
     for name, output in (("features", "merged"), ("means", "mean"), ("export", "merged")):
         place = "export" if name == "export" else f"{name}.safetensors"
         read = load_features(FOLDER / place)
@@ -70,7 +70,7 @@ def test_what_is_read_of_schema_1_is_written_as_schema_2(tmp_path: Path) -> None
             )  # fmt: skip
 
 
-def test_an_export_of_schema_1_is_not_continued_and_not_touched(
+def test_an_export_of_schema_1_is_refused_and_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The missing shards would have another schema than the existing shards."""

@@ -55,7 +55,7 @@ def sha256(rows: torch.Tensor) -> str:
 # Every key
 
 
-def test_a_file_of_encode_has_every_key_and_null_where_nothing_applies(path: Path) -> None:
+def test_a_file_of_encode_has_every_key(path: Path) -> None:
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=50_176)
     features = encoder.encode(IMAGES, layers=(1, 4))
     facts = load_features(write_features(path, features, encoder.metadata())).metadata
@@ -147,15 +147,15 @@ def test_digests_of_other_rows_differ_and_of_the_same_rows_repeat(path: Path) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_are_read_back_as_they_were(path: Path, dtype: torch.dtype) -> None:
+def test_layers_are_read_unchanged(path: Path, dtype: torch.dtype) -> None:
     written = with_layers("a", "b", "c", dtype=dtype)
     read = load_features(write_features(path, written, METADATA))
     assert read.metadata["layers"] == [3, 7, 15]
-    for there, then in zip(read, written, strict=True):
-        assert list(there.layers) == [3, 7, 15]
-        for block, rows in then.layers.items():
-            assert there.layers[block].dtype == dtype
-            assert torch.equal(there.layers[block], rows)
+    for found, expected in zip(read, written, strict=True):
+        assert list(found.layers) == [3, 7, 15]
+        for block, rows in expected.layers.items():
+            assert found.layers[block].dtype == dtype
+            assert torch.equal(found.layers[block], rows)
     assert torch.equal(read[::-1][0].layers[7], written[2].layers[7])
 
 
@@ -166,10 +166,10 @@ def test_means_keep_their_layers_and_their_own_type(path: Path) -> None:
     ]
     means = [replace(f, layers={k: v.bfloat16() for k, v in f.layers.items()}) for f in means]
     read = load_features(write_features(path, means, METADATA))
-    for there, then in zip(read, means, strict=True):
-        assert (there.output, there.normalized) == ("mean", True)
-        assert torch.equal(there.embeds, then.embeds)
-        assert torch.equal(there.layers[15], then.layers[15])
+    for found, expected in zip(read, means, strict=True):
+        assert (found.output, found.normalized) == ("mean", True)
+        assert torch.equal(found.embeds, expected.embeds)
+        assert torch.equal(found.layers[15], expected.layers[15])
     assert read.metadata["patches_per_row"] is None
 
 
@@ -219,7 +219,7 @@ REFUSED: dict[str, tuple[list[ImageFeatures], str]] = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_rows_that_do_not_belong_into_one_file_are_refused(path: Path, reason: str) -> None:
+def test_rows_that_do_not_fit_into_one_file_are_refused(path: Path, reason: str) -> None:
     features, words = REFUSED[reason]
     with pytest.raises(ExportError, match=words):
         write_features(path, features, METADATA)
@@ -266,7 +266,7 @@ EDITED: dict[str, tuple[Callable[..., Any], str]] = {
 
 
 @pytest.mark.parametrize("edit", EDITED)
-def test_a_file_that_was_edited_is_refused_with_its_name(path: Path, edit: str) -> None:
+def test_an_edited_file_is_refused_with_its_name(path: Path, edit: str) -> None:
     write_features(path, with_layers("a", "b"), METADATA)
     facts, tensors = load_features(path).metadata, load_file(path)
     change, words = EDITED[edit]

@@ -86,7 +86,7 @@ def check_table(rows: list[dict[str, Any]], stored: Features) -> None:
             assert np.array_equal(np.array(row[f"layer_{block}"]), values.float().numpy())
 
 
-def test_parquet_holds_every_image_under_its_id(stored: Features, tmp_path: Path) -> None:
+def test_parquet_has_every_image_with_its_id(stored: Features, tmp_path: Path) -> None:
     path = stored.to_parquet(tmp_path / "t.parquet")
     table = pq.read_table(path)
     check_table(table.to_pylist(), stored)
@@ -117,7 +117,7 @@ def test_batches_of_any_size_give_the_same_table(
         assert pq.ParquetFile(path).num_row_groups == len(stored)
 
 
-def test_a_table_appears_whole_or_not_at_all(
+def test_a_failed_write_leaves_no_table(
     stored: Features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "t"
@@ -174,7 +174,7 @@ def test_memory_stays_flat_while_a_table_is_written(tmp_path: Path) -> None:
         patch.setattr(tables, "_record_batch", watched)
         stored.to_parquet(tmp_path / "t")
     print(f"{peak - before:.0f} MB more")
-    assert peak - before < 200  # a batch, its lists, and Arrow's own pages
+    assert peak - before < 200  # a batch, its lists, and Arrow's pages
 
 
 # pandas and datasets
@@ -188,11 +188,11 @@ def test_a_data_frame_has_a_row_for_each_id(stored: Features) -> None:
     rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
     check_table(rows, stored)
     assert frame.loc[IDS[0], "height"] is pandas.NA
-    for place, name in enumerate(IDS):  # odd ids as well
+    for place, name in enumerate(IDS):  # also for unusual ids
         assert frame.loc[name, "grid_w"] == 2 * (place + 1)
 
 
-def test_whole_numbers_of_parquet_stay_whole_in_pandas(stored: Features, tmp_path: Path) -> None:
+def test_integers_of_parquet_are_integers_in_pandas(stored: Features, tmp_path: Path) -> None:
     """pandas converts a column with a missing value to floats, unless the file has a note."""
     pandas = pytest.importorskip("pandas", reason="pip install -e '.[pandas]'")
     frame = pandas.read_parquet(stored.to_parquet(tmp_path / "t"))
@@ -200,7 +200,7 @@ def test_whole_numbers_of_parquet_stay_whole_in_pandas(stored: Features, tmp_pat
     assert frame["height"].isna().tolist() == [place % 2 == 0 for place in range(len(IDS))]
 
 
-def test_a_manifest_keeps_its_whole_numbers_in_pandas(
+def test_integers_of_a_manifest_are_integers_in_pandas(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -258,7 +258,7 @@ def test_a_dataset_has_the_images_and_follows_the_file(stored: Features, tmp_pat
         ("to_datasets", "datasets", "datasets"),
     ],
 )
-def test_a_package_that_is_missing_is_named_with_its_extra(
+def test_a_missing_package_is_named_with_its_extra(
     stored: Features, tmp_path: Path, call: str, package: str, extra: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -277,7 +277,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(
     assert [each.name for each in tmp_path.iterdir()] == ["f"]
 
 
-def test_no_image_is_no_table(stored: Features, tmp_path: Path) -> None:
+def test_features_without_an_image_are_refused(stored: Features, tmp_path: Path) -> None:
     nothing = stored[:0]
     for call in (nothing.to_numpy, lambda: nothing.to_parquet(tmp_path / "t")):
         with pytest.raises(ExportError, match=r"contains no image\. Choose at least one"):
@@ -285,14 +285,14 @@ def test_no_image_is_no_table(stored: Features, tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["f"]
 
 
-def test_a_frame_of_no_image_has_the_columns(stored: Features) -> None:
+def test_a_data_frame_without_an_image_has_the_columns(stored: Features) -> None:
     pytest.importorskip("pandas", reason="pip install -e '.[pandas]'")
     frame = stored[:0].to_pandas()
     assert (len(frame), frame.index.name) == (0, "id")
     assert list(frame.columns) == [*NUMBERS, "notes", "embeds"]
 
 
-def test_a_folder_with_failed_images_gives_the_good_ones(
+def test_a_table_of_a_folder_has_only_the_good_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -34,7 +34,7 @@ def flip_last_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_whole_rows_are_read(export_dir: Path) -> None:
+def test_undamaged_rows_are_read(export_dir: Path) -> None:
     plain, verified = load_features(export_dir), load_features(export_dir, verify=True)
     for one, other in zip(plain, verified, strict=True):
         assert torch.equal(one.embeds, other.embeds)
@@ -42,9 +42,7 @@ def test_whole_rows_are_read(export_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("copied", [False, True])
-def test_a_wrong_bit_is_an_error_and_its_neighbours_are_read(
-    export_dir: Path, copied: bool
-) -> None:
+def test_a_wrong_bit_is_an_error_of_one_image(export_dir: Path, copied: bool) -> None:
     """A data loader's workers get the features as a pickle."""
     shard = export_dir / "shard-00000001.safetensors"
     flip_last_bit(shard)

@@ -17,7 +17,7 @@ from tests.support.features import METADATA, ODD_IDS, features_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_written_is_read_back(path: Path, dtype: torch.dtype) -> None:
+def test_written_features_are_read_unchanged(path: Path, dtype: torch.dtype) -> None:
     written = features_of("a.jpg", "b/c.png", "d", dtype=dtype)
     assert write_features(path, written, METADATA) == path
     read = load_features(path)
@@ -34,7 +34,7 @@ def test_what_is_written_is_read_back(path: Path, dtype: torch.dtype) -> None:
         assert torch.equal(there.embeds, then.embeds)
 
 
-def test_features_of_two_types_are_stored_in_the_wider_one(path: Path) -> None:
+def test_features_of_two_dtypes_are_stored_in_the_wider_dtype(path: Path) -> None:
     narrow, wide = features_of("a", dtype=torch.bfloat16), features_of("b")
     write_features(path, [*narrow, *wide], METADATA)
     for there, then in zip(load_features(path), [*narrow, *wide], strict=True):
@@ -53,7 +53,7 @@ def test_the_file_has_the_three_documented_tensors(path: Path) -> None:
     }
     assert tensors["image_token_offsets"].tolist() == [0, 1, 3, 6]
     assert tensors["image_grid_thw"].tolist() == [[1, 2, 2], [1, 2, 4], [1, 2, 6]]
-    assert load_features(path).ids == ["a", "b", "c"]  # the failed one is left out
+    assert load_features(path).ids == ["a", "b", "c"]  # without the failed image
 
 
 def test_the_same_features_give_the_same_bytes(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_the_same_features_give_the_same_bytes(tmp_path: Path) -> None:
     assert len(texts) == 1
 
 
-def test_odd_ids_come_back_as_they_were(path: Path) -> None:
+def test_unusual_ids_are_read_unchanged(path: Path) -> None:
     ids = list(ODD_IDS.values())
     write_features(path, features_of(*ids), METADATA)
     read = load_features(path)
@@ -84,7 +84,7 @@ def test_a_file_may_have_any_name_the_system_allows(tmp_path: Path, name: str) -
     assert load_features(path).ids == ["a"]
 
 
-def test_others_may_read_the_file_as_the_umask_says(path: Path) -> None:
+def test_the_permissions_of_a_file_follow_the_umask(path: Path) -> None:
     """safetensors makes files that only their owner can read, for every umask."""
     for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
         before = os.umask(umask)
@@ -98,8 +98,8 @@ def test_others_may_read_the_file_as_the_umask_says(path: Path) -> None:
 # Atomic
 
 
-def test_a_choice_of_a_shard_takes_along_nothing_of_the_others(tmp_path: Path) -> None:
-    """A fault once gave images the sizes of other images, or wrote an unreadable file."""
+def test_a_subset_of_a_shard_has_no_data_of_other_images(tmp_path: Path) -> None:
+    """A subset once had the sizes of other images, or was an unreadable file."""
     images = [{"size_px": [number, 1], "notes": []} for number in range(3)]
     metadata = {**METADATA, "images": images, "errors": [{"id": "z"}], "ids": ["a", "b", "c"]}
     chosen = [ImageFeatures(name, torch.ones(1, 4), (1, 2, 2)) for name in ("c", "a")]
@@ -118,7 +118,7 @@ def test_means_of_images_of_any_size_go_into_one_file(tmp_path: Path) -> None:
     assert again.metadata["patches_per_row"] is None
 
 
-def test_a_grid_may_be_a_list_as_json_gives_it(tmp_path: Path) -> None:
+def test_a_grid_may_be_a_list(tmp_path: Path) -> None:
     features = [ImageFeatures("a", torch.ones(1, 4), [1, 2, 2])]  # type: ignore[arg-type]
     again = load_features(write_features(tmp_path / "a.safetensors", features, METADATA))
     assert again["a"].grid_thw == (1, 2, 2)

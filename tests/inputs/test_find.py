@@ -32,14 +32,14 @@ def test_a_folder_is_listed_to_every_depth_in_the_order_of_its_names(here: Path)
     assert [item.source for item in find_items(["p"])] == [str(here / "p" / n) for n in expected]
 
 
-def test_what_has_no_images_suffix_is_left_out_and_counted(here: Path) -> None:
+def test_files_without_an_image_suffix_are_skipped_and_counted(here: Path) -> None:
     touch("p/a.jpg", "p/a.txt", "p/b.txt", "p/c.json", "p/Makefile", "p/README.md")
     left_out: Counter[str] = Counter()
     assert [item.id for item in find_items(["p"], left_out)] == ["a.jpg"]
     assert left_out == {".txt": 2, ".json": 1, "": 1}
 
 
-def test_images_that_cannot_be_decoded_here_are_listed_to_be_reported(here: Path) -> None:
+def test_images_without_a_decoder_are_listed(here: Path) -> None:
     touch("p/a.heic", "p/b.svg", "p/c.jxl")
     assert ids("p") == ["a.heic", "b.svg", "c.jxl"]
 
@@ -51,7 +51,7 @@ def test_optional_formats_are_found_in_a_folder(here: Path) -> None:
     assert ids("p") == names
 
 
-def test_a_files_id_is_its_path_as_it_was_given(here: Path) -> None:
+def test_the_id_of_a_file_is_its_given_path(here: Path) -> None:
     touch("p/a.jpg", "no-suffix")
     assert ids("./p//a.jpg", "no-suffix") == ["p/a.jpg", "no-suffix"]
     assert ids(str(here / "p/a.jpg")) == [str(here / "p/a.jpg")]
@@ -62,10 +62,10 @@ def test_patterns_match_as_in_a_shell_and_in_order(here: Path) -> None:
     assert ids("p/*.jpg") == ["p/[1].jpg", "p/a.jpg", "p/b.jpg"]
     assert ids("p/**/*.jpg") == ["p/[1].jpg", "p/a.jpg", "p/b.jpg", "p/q/c.jpg"]
     assert ids("p/**") == ["p/[1].jpg", "p/a.jpg", "p/b.jpg", "p/d.txt", "p/q/c.jpg"]
-    assert ids("p/[1].jpg") == ["p/[1].jpg"]  # there is a file of that very name
+    assert ids("p/[1].jpg") == ["p/[1].jpg"]  # a file with exactly this name exists
 
 
-def test_a_name_that_no_file_can_have_fails_by_itself(here: Path) -> None:
+def test_an_impossible_file_name_is_one_failure(here: Path) -> None:
     """Such a path once ended the whole export with a raw ValueError."""
     with pytest.raises(ExportError, match=r"cannot be read .embedded null byte.\. Check the"):
         ids("a\0.jpg")
@@ -118,11 +118,11 @@ def test_patterns_find_what_pythons_glob_finds(names: set[str], pattern: str) ->
         pattern = f"{folder}/{pattern}"
         found = set(find_module._matches(pattern, {}))
         theirs = glob.glob(pattern, recursive=True, include_hidden=True)
-    # a folder is a match of the `**` that ends a pattern as well, with a slash behind it
+    # a final `**` also matches the folder itself, with a slash at its end
     assert found == {name for name in theirs if not name.endswith("/")}
 
 
-def test_folders_that_a_pattern_names_are_exported_with_what_is_in_them(here: Path) -> None:
+def test_folders_that_match_a_pattern_are_exported_with_their_files(here: Path) -> None:
     """A pattern with `**` once skipped unreadable folders silently."""
     touch("p/x/train/1.jpg", "p/x/train/deep/2.jpg", "p/x/test/3.jpg")
     assert ids("p/**/train") == ["1.jpg", "deep/2.jpg"]
@@ -131,13 +131,13 @@ def test_folders_that_a_pattern_names_are_exported_with_what_is_in_them(here: Pa
                                                                  "train/deep/2.jpg")]  # fmt: skip
 
 
-def test_what_is_in_a_folder_that_matches_comes_once(here: Path) -> None:
+def test_a_file_in_a_matching_folder_is_listed_once(here: Path) -> None:
     """The folder itself also matched, so the export once had each image twice."""
     touch("q/cat/cat0.png", "q/cat.png", "q/dog/cat1.png", "q/cat/deep/cat2.png")
     assert ids("q/**/*cat*") == ["cat0.png", "deep/cat2.png", "q/cat.png", "q/dog/cat1.png"]
 
 
-def test_what_a_folder_that_matches_would_leave_out_comes_by_its_own_name(here: Path) -> None:
+def test_a_file_that_matches_by_its_own_name_is_not_skipped(here: Path) -> None:
     touch("cats/cat1", "cats/cat2.jpg", "cats/cat3.dat")
     assert ids("**/cat*") == ["cat2.jpg", "cats/cat1", "cats/cat3.dat"]
 
@@ -154,7 +154,7 @@ def refuse_to_list(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(os, "scandir", scandir)
 
 
-def test_patterns_that_meet_one_unreadable_folder_tell_it_once(
+def test_an_unreadable_folder_in_two_patterns_is_one_failure(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The id once occurred twice, so the export rejected all inputs."""
@@ -178,7 +178,7 @@ def test_patterns_that_meet_one_unreadable_folder_tell_it_once(
         ("*/no", []),
     ],
 )
-def test_a_folder_that_a_pattern_cannot_look_into_is_an_item(
+def test_an_unreadable_folder_of_a_pattern_is_a_failed_item(
     here: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, good: list[str]
 ) -> None:
     touch("p/a.jpg", "p/no/b.jpg", "p/yes/c.jpg")
@@ -201,7 +201,7 @@ def test_a_folder_that_a_pattern_cannot_look_into_is_an_item(
         ("hf://datasets/a.jpg", "is not a valid address"),
     ],
 )
-def test_an_input_that_is_not_there_is_refused(here: Path, given: str, words: str) -> None:
+def test_a_missing_input_is_refused(here: Path, given: str, words: str) -> None:
     touch("a.jpg")
     for call in (ids, lambda *inputs: check_inputs(inputs)):
         with pytest.raises(ExportError) as caught:
@@ -210,9 +210,7 @@ def test_an_input_that_is_not_there_is_refused(here: Path, given: str, words: st
         assert given in str(caught.value)
 
 
-def test_a_folder_that_may_not_be_read_is_an_item_of_its_own(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreadable_folder_is_a_failed_item(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch("p/a/1.jpg", "p/b/2.jpg")
     real = os.scandir
 
@@ -240,7 +238,7 @@ ODD_NAMES = [
 ]
 
 
-def test_odd_names_come_through_the_frozen_listing_without_loss(here: Path) -> None:
+def test_a_frozen_listing_keeps_unusual_names(here: Path) -> None:
     touch(*(b"p/" + name for name in ODD_NAMES))
     listing = Listing.freeze(here / "listing.jsonl", find_items(["p"]), 3)
     items = list(read_listing(listing.path))

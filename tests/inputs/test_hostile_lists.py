@@ -67,7 +67,7 @@ def test_long_names_of_a_path_s_length_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
-def test_a_list_of_one_endless_line_is_refused(tmp_path: Path, suffix: str) -> None:
+def test_a_list_with_a_very_long_line_is_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"list{suffix}"
     good = "a.png" if suffix == ".txt" else json.dumps({"path": "a.png"})
     with path.open("wb") as file:

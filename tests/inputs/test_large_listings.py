@@ -1,4 +1,4 @@
-"""A listing of any length: constant memory, an end, a word while it lasts, and Ctrl-C."""
+"""Test listings of any length: constant memory, an end, progress messages, and Ctrl-C."""
 
 import signal
 import time
@@ -20,13 +20,13 @@ from tests.support.store_stress import large_listing
 
 
 def test_a_large_prefix_is_listed_in_little_memory(tmp_path: Path) -> None:
-    """A share of `python -m tools.checks.soak listing`."""
+    """Run a part of `python -m tools.checks.soak listing`."""
     figures = large_listing(tmp_path, objects=50_000, real=1_200)
     assert figures["objects"] == 50_000
 
 
 @pytest.mark.parametrize("kept", [0, 2, 10])
-def test_an_id_that_comes_twice_is_found_however_late(
+def test_a_repeated_id_is_found_at_any_distance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
 ) -> None:
     monkeypatch.setattr(listing_module, "IDS_KEPT", kept)
@@ -53,7 +53,7 @@ def test_a_repeated_first_id_ends_a_list_without_an_end(tmp_path: Path) -> None:
         Listing.freeze(tmp_path / "l", endless(), 3)
 
 
-def test_a_long_listing_says_how_far_it_is(
+def test_a_long_listing_reports_its_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     items = [Item(str(number), f"/{number}") for number in range(2_001)]
@@ -68,7 +68,7 @@ def test_a_long_listing_says_how_far_it_is(
 def test_a_store_whose_listing_never_ends_is_named(
     monkeypatch: pytest.MonkeyPatch, token: str | None
 ) -> None:
-    """A server that gives the same page again and again."""
+    """The server of this test always answers with the same page."""
 
     class Files:
         protocol = "s3"
@@ -84,7 +84,7 @@ def test_a_store_whose_listing_never_ends_is_named(
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_listing(tmp_path: Path) -> None:
-    """100 pages of 0.3 s: an interrupt in the middle leaves nothing behind."""
+    """The listing has 100 pages of 0.3 s. An interrupt in the middle leaves no file."""
     out = tmp_path / "out"
     with s3_server() as server:
         for number in range(100):

@@ -13,7 +13,7 @@ from qwen_vit.inputs.read import read_item
 from tests.support.inputs import LIMITS, ids, touch, write_tar
 
 
-def test_a_text_list_names_paths_beside_it(here: Path) -> None:
+def test_paths_of_a_text_list_start_at_its_folder(here: Path) -> None:
     touch("sets/p/a.jpg", b"sets/caf\xe9.jpg")
     Path("sets/list.txt").write_bytes(b"p/a.jpg\r\n\n  \ncaf\xe9.jpg\nhttp://x/y.jpg\n/abs.jpg")
     items = list(find_items(["sets/list.txt"]))
@@ -27,7 +27,7 @@ def test_a_text_list_names_paths_beside_it(here: Path) -> None:
         assert caught.value.code == code
 
 
-def test_of_a_lists_image_that_is_missing_the_whole_path_is_told(here: Path) -> None:
+def test_the_error_of_a_missing_image_of_a_list_has_the_complete_path(here: Path) -> None:
     """Paths start at the list's folder, so the same path in a shell may name another file."""
     touch("p/a.jpg", "sets/x")
     Path("sets/list.txt").write_text("p/a.jpg\n")
@@ -38,7 +38,7 @@ def test_of_a_lists_image_that_is_missing_the_whole_path_is_told(here: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["l.txt", "l.jsonl"])
-def test_a_list_may_begin_with_a_byte_order_mark_and_is_utf8(here: Path, name: str) -> None:
+def test_a_list_is_utf8_and_may_have_a_byte_order_mark(here: Path, name: str) -> None:
     text = "a.jpg\r\nb.jpg\r\n" if name == "l.txt" else '{"path": "a.jpg"}\r\n{"path": "b.jpg"}'
     Path(name).write_bytes(text.encode("utf-8-sig"))
     assert ids(name) == ["a.jpg", "b.jpg"]
@@ -56,7 +56,7 @@ def test_a_json_list_has_ids_and_paths(here: Path) -> None:
     ]
 
 
-def test_a_frozen_listing_is_a_list_again(here: Path) -> None:
+def test_a_frozen_listing_is_an_input(here: Path) -> None:
     touch("p/a.jpg")
     write_tar("p/t.tar", {"x.png": b"pixels"})
     listing = Listing.freeze(here / "l.jsonl", find_items(["p"]), 10)

@@ -56,7 +56,7 @@ def export(out: str, options: ExportOptions = OPTIONS, *inputs: str) -> Any:
     return export_features(encoder, inputs or ("p",), out, options)
 
 
-def test_what_is_no_file_is_never_opened(pictures: Path) -> None:
+def test_listing_opens_only_regular_files(pictures: Path) -> None:
     os.mkfifo("p/f.tif")
     items = page_items(find_items(["p/f.tif"]), ImageLimits())
     assert [item.id for item in items] == ["p/f.tif"]
@@ -80,7 +80,7 @@ def test_every_page_has_its_own_id_and_features(pictures: Path) -> None:
 def test_too_many_pages_are_an_error_of_the_image(
     pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The listing took such a file for one image, and the export encoded only its first page."""
+    """The listing once counted such a file as one image, so the export had only its first page."""
     monkeypatch.setattr(pages_module, "MAX_PAGES", 2)
     done = export("out")
     assert done.failed == {"slow": 1, "truncated": 1}
@@ -95,7 +95,9 @@ def test_resuming_needs_the_same_pages(pictures: Path) -> None:
     Path("out/shard-00000001.safetensors").unlink()
     with pytest.raises(ExportError, match="its images"):
         export("out", ExportOptions(shard_size=2))
-    export("out", ExportOptions(shard_size=2), "out/listing.jsonl")  # names the pages itself
+    export(
+        "out", ExportOptions(shard_size=2), "out/listing.jsonl"
+    )  # the frozen listing contains the page numbers
     assert Path("out/shard-00000001.safetensors").read_bytes() == before
 
 
@@ -128,13 +130,13 @@ def test_formats_are_part_of_an_export(pictures: Path) -> None:
         export("some", ExportOptions(), "other.txt")
 
 
-def test_options_refuse_other_words() -> None:
+def test_options_refuse_unknown_values() -> None:
     with pytest.raises(ArgumentError, match="pages"):
         ExportOptions(pages="some")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("page", [0, -1, 1.5, "2"])
-def test_a_list_with_a_page_that_cannot_be_is_refused(pictures: Path, page: Any) -> None:
+def test_a_list_with_an_invalid_page_is_refused(pictures: Path, page: Any) -> None:
     Path("own.jsonl").write_text(json.dumps({"id": "a", "path": "p/b.tif", "page": page}))
     with pytest.raises(ExportError, match="counted from 1"):
         list(find_items(["own.jsonl"]))

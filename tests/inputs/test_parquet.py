@@ -42,7 +42,7 @@ def refused(*inputs: str, columns: ParquetColumns | None = IMAGE) -> ExportError
 # Listing
 
 
-def test_a_row_is_an_image_under_its_file_and_number(parquet_dir: Path) -> None:
+def test_the_id_of_a_row_is_its_file_and_number(parquet_dir: Path) -> None:
     (parquet_dir / "data").mkdir()
     write_rows("data/b.parquet", structs(range(3)), group=2)
     write_rows("data/a.parquet", structs([3]))
@@ -87,7 +87,7 @@ def test_listing_reads_no_image(parquet_dir: Path, monkeypatch: pytest.MonkeyPat
     assert [i.id for i in items("x.parquet", columns=ParquetColumns("image", "key"))] == [*"abc"]
 
 
-def test_a_frozen_listing_names_rows_and_is_an_input_again(parquet_dir: Path) -> None:
+def test_a_frozen_listing_of_rows_is_an_input(parquet_dir: Path) -> None:
     write_rows("x.parquet", structs(range(3)))
     found = items("x.parquet")
     listing = Listing.freeze(parquet_dir / "listing.jsonl", found, 2)
@@ -102,9 +102,7 @@ def test_a_frozen_listing_names_rows_and_is_an_input_again(parquet_dir: Path) ->
 @pytest.mark.parametrize(
     "wrong", [{"row": -1}, {"row": 1.5}, {"row": 0, "column": None}, {"row": 0, "offset": 3}]
 )
-def test_a_list_with_a_row_that_cannot_be_is_refused(
-    parquet_dir: Path, wrong: dict[str, Any]
-) -> None:
+def test_a_list_with_an_invalid_row_is_refused(parquet_dir: Path, wrong: dict[str, Any]) -> None:
     line = {"id": "a", "path": "x.parquet", "column": "image", "size": 5, **wrong}
     Path("own.jsonl").write_text(json.dumps(line))
     assert "Parquet" in refused("own.jsonl").expected
@@ -113,7 +111,7 @@ def test_a_list_with_a_row_that_cannot_be_is_refused(
 # Columns
 
 
-def test_without_a_column_its_columns_of_images_are_named(parquet_dir: Path) -> None:
+def test_without_a_column_the_error_names_the_image_columns(parquet_dir: Path) -> None:
     (parquet_dir / "data").mkdir()
     write_rows("data/x.parquet", structs([1]), label=[3], mask=pa.array([b"m"]))
     for given in ("data/x.parquet", "data/*.parquet"):
@@ -123,14 +121,14 @@ def test_without_a_column_its_columns_of_images_are_named(parquet_dir: Path) -> 
         with pytest.raises(ExportError, match="Pass column"):
             check_inputs([given])
     Path("a.png").write_bytes(tiny_png(1))
-    image, other = items("a.png", "data/x.parquet", columns=None)  # as a shell's * gives
+    image, other = items("a.png", "data/x.parquet", columns=None)  # as from a shell's *
     assert image.error is None
     assert other.error is not None
     assert other.error[0] == "format"
     assert "column" in other.error[1]
 
 
-def test_columns_must_make_sense() -> None:
+def test_invalid_columns_are_refused() -> None:
     assert ParquetColumns.of(None, None) is None
     for image, key in ((None, "id"), ("", None), ("image", ""), (3, None)):
         with pytest.raises(ArgumentError):
@@ -155,7 +153,7 @@ def test_columns_must_make_sense() -> None:
         (pa.array([{"image": {"bytes": b"x"}}]), "contains struct<", "{bytes, path}"),
     ],
 )
-def test_a_column_that_holds_no_images_is_refused(
+def test_a_column_without_images_is_refused(
     parquet_dir: Path, values: Any, fact: str, remedy: str
 ) -> None:
     pq.write_table(pa.table({"image": values}), "x.parquet")
@@ -171,7 +169,7 @@ def test_ids_of_another_type_are_refused(parquet_dir: Path, values: Any) -> None
     assert "id_column" in refused("x.parquet", columns=ParquetColumns("image", "key")).remedy
 
 
-def test_a_missing_column_names_those_that_exist(parquet_dir: Path) -> None:
+def test_the_error_of_a_missing_column_names_the_existing_columns(parquet_dir: Path) -> None:
     write_rows("x.parquet", structs([0]), label=[1])
     error = refused("x.parquet", columns=ParquetColumns("picture"))
     assert (error.fact, error.expected) == ("no column picture", "one of its columns: image, label")
@@ -186,11 +184,13 @@ def test_files_of_different_schemas_are_one_error(parquet_dir: Path) -> None:
     error = refused("data")
     assert error.name == "b.parquet"
     assert "only files that contain it" in error.remedy
-    write_rows("data/b.parquet", [tiny_png(1)], pa.binary(), other=[1])  # bytes beside structs
+    write_rows(
+        "data/b.parquet", [tiny_png(1)], pa.binary(), other=[1]
+    )  # one file has bytes, and the other has structs
     assert [read_item(item, LIMITS) for item in items("data")] == [tiny_png(0), tiny_png(1)]
 
 
-def test_ids_that_are_null_or_twice(parquet_dir: Path) -> None:
+def test_null_and_repeated_ids_are_errors(parquet_dir: Path) -> None:
     write_rows("x.parquet", structs(range(4)), key=["a", None, "", "d"])
     found = items("x.parquet", columns=ParquetColumns("image", "key"))
     assert [item.id for item in found] == ["a", "x.parquet:1", "x.parquet:2", "d"]
@@ -207,7 +207,7 @@ def test_ids_that_are_null_or_twice(parquet_dir: Path) -> None:
 # Rows
 
 
-def test_null_rows_and_paths_fail_alone(parquet_dir: Path) -> None:
+def test_null_rows_and_paths_are_single_failures(parquet_dir: Path) -> None:
     images = [structs([0])[0], None, {"bytes": None, "path": "cat.png"}, structs([3])[0]]
     write_rows("x.parquet", images)
     first, null, path, last = items("x.parquet")
@@ -219,7 +219,7 @@ def test_null_rows_and_paths_fail_alone(parquet_dir: Path) -> None:
     assert read_item(last, LIMITS) == tiny_png(3)
 
 
-def test_a_file_that_is_no_parquet_becomes_one_failure(parquet_dir: Path) -> None:
+def test_a_file_that_is_not_parquet_is_one_failure(parquet_dir: Path) -> None:
     write_rows("whole.parquet", structs(range(5)))
     whole = Path("whole.parquet").read_bytes()
     for content in (b"", b"PAR1", whole[: len(whole) // 2], whole[:-20] + bytes(20), b"<html>"):
@@ -243,7 +243,7 @@ def test_encryption_is_named(parquet_dir: Path, plain_footer: bool) -> None:
         assert "encrypted" in str(error)
 
 
-def test_a_torn_row_group_costs_no_other(parquet_dir: Path) -> None:
+def test_a_torn_row_group_affects_no_other_group(parquet_dir: Path) -> None:
     write_rows("x.parquet", structs(range(30)), group=10)
     tear_rows(parquet_dir / "x.parquet", tiny_png(14))
     found = items("x.parquet")
@@ -260,13 +260,13 @@ def test_a_torn_row_group_is_read_once(parquet_dir: Path, monkeypatch: pytest.Mo
     """Each row of such a group once read the whole group again."""
     write_rows("x.parquet", structs(range(200)), group=200)
     tear_rows(parquet_dir / "x.parquet", tiny_png(150))
-    begun = watch_row_groups(monkeypatch)
+    read_groups = watch_row_groups(monkeypatch)
     for item in items("x.parquet"):
         failure(item)
-    assert begun == [0]
+    assert read_groups == [0]
 
 
-def test_a_torn_page_costs_no_row_before_it(
+def test_a_torn_page_affects_no_earlier_row(
     parquet_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reader meets the page while it reads ahead, or before a row of the next group."""
@@ -289,7 +289,8 @@ def test_a_torn_page_costs_no_row_before_it(
 
 
 def test_a_row_that_is_read_again_counts_once(parquet_dir: Path) -> None:
-    """A count that grows would end with no row to drop, and then with StopIteration."""
+    """If the second read counted again, the reader would look for a row to drop, and raise
+    StopIteration."""
     write_rows("x.parquet", structs(range(8)))
     reader = parquet_module._Reader("x.parquet", "image", None)
     reader.value(4)
@@ -313,7 +314,7 @@ def test_all_fields_of_a_row_count_and_unused_fields_are_dropped(
     reader.close()
 
 
-def test_a_file_that_changed_after_the_listing(parquet_dir: Path) -> None:
+def test_a_file_that_changed_after_the_listing_is_an_error(parquet_dir: Path) -> None:
     write_rows("x.parquet", structs(range(3)))
     *_, last = items("x.parquet")
     write_rows("x.parquet", structs(range(2)))
@@ -327,9 +328,7 @@ def test_a_file_that_changed_after_the_listing(parquet_dir: Path) -> None:
     assert failure(last).code == "missing"
 
 
-def test_a_transient_error_is_tried_again(
-    parquet_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_transient_error_is_retried(parquet_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rows("x.parquet", structs(range(3)))
     [first, *_] = items("x.parquet")
     opened = open_parquet_file
@@ -358,7 +357,7 @@ def test_a_transient_error_is_tried_again(
     assert calls == ["opened", "failed", "opened"]
 
 
-def test_a_large_row_is_refused_by_the_limit(parquet_dir: Path) -> None:
+def test_a_row_above_the_limit_is_refused(parquet_dir: Path) -> None:
     write_rows("x.parquet", [bytes(1_000)], pa.binary())
     [item] = items("x.parquet")
     with pytest.raises(ImageError) as caught:

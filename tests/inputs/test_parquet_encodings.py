@@ -1,4 +1,4 @@
-"""Test that the memory of a Parquet file does not follow what its encoded values claim."""
+"""Test that encoded values of a Parquet file cannot claim more memory than they need."""
 
 import random
 from itertools import count
@@ -27,11 +27,11 @@ from tests.support.process_memory import peak_mb
 LENGTHS, PREFIXES, NUMBERS = "DELTA_LENGTH_BYTE_ARRAY", "DELTA_BYTE_ARRAY", "DELTA_BINARY_PACKED"
 SPLIT = "BYTE_STREAM_SPLIT"
 WITH_KEYS = ParquetColumns("image", "key")
-CLAIMED = 2**25  # lengths, for which pyarrow takes 128 MB
+CLAIMED = 2**25  # lengths, for which pyarrow allocates 128 MB
 
 
 def some_bytes(rows: int) -> list[bytes | None]:
-    """Values of many lengths that share beginnings, with nulls and empty ones."""
+    """Return values of many lengths with common prefixes, nulls and empty values."""
     chance = random.Random(0)
     start = chance.randbytes(5_000)
     values: list[bytes | None] = [None, b"", start, b""]
@@ -43,7 +43,7 @@ def some_bytes(rows: int) -> list[bytes | None]:
 @pytest.mark.parametrize("compression", ["none", "snappy", "gzip", "brotli", "lz4", "zstd"])
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize("encoding", [LENGTHS, PREFIXES])
-def test_whole_files_keep_their_bytes(
+def test_undamaged_files_keep_their_bytes(
     parquet_dir: Path, encoding: str, version: str, compression: str
 ) -> None:
     values = some_bytes(300)
@@ -115,7 +115,7 @@ def test_pages_larger_than_a_read_and_pages_of_nulls_are_read(
 def test_claimed_lengths_are_refused(
     parquet_dir: Path, encoding: str, values: bytes, reason: str, column: int
 ) -> None:
-    """pyarrow would take 4 bytes for each length."""
+    """pyarrow would allocate 4 bytes for each length."""
     rows = [f"{row:5000}" for row in range(4)]
     pq.write_table(
         pa.table({"image": [row.encode() for row in rows], "key": rows}), "x.parquet",
@@ -142,13 +142,15 @@ def test_claimed_blocks_of_numbers_are_refused(parquet_dir: Path) -> None:
 
 @pytest.mark.parametrize("claimed", [2**20, 2**31 - 1])
 def test_a_dictionary_that_claims_values_is_refused(parquet_dir: Path, claimed: int) -> None:
-    """pyarrow would take 16 bytes for each: 34 GB, which under `ulimit -v` is a MemoryError."""
+    """pyarrow would allocate 16 bytes for each value: 34 GB, or a MemoryError under `ulimit -v`."""
     pq.write_table(pa.table({"image": [bytes(3_000)] * 4}), "x.parquet", compression="none")
     magic, header, rest = b"PAR1", b"\x4c\x15", Path("x.parquet").read_bytes()[4:]
     sizes, one_value, rest = rest.partition(header + varint(1))
     assert one_value
     longer = len(varint(claimed)) - len(varint(1))
-    fewer = sizes.replace(varint(3_004), varint(3_004 - longer))  # so that the next page stays
+    fewer = sizes.replace(
+        varint(3_004), varint(3_004 - longer)
+    )  # so that the next page keeps its offset
     assert fewer != sizes
     image = rest.index(bytes(3_000))
     rest = rest[:image] + rest[image + longer :]
@@ -157,7 +159,7 @@ def test_a_dictionary_that_claims_values_is_refused(parquet_dir: Path, claimed: 
     assert f"claims {claimed:,} values" in str(failure(first))
 
 
-def test_the_values_of_a_dictionary_need_memory(
+def test_a_dictionary_above_the_memory_is_refused(
     parquet_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(listing_module, "MAX_ID_PAGE_BYTES", 100_000)
@@ -193,7 +195,7 @@ def test_ids_that_share_long_beginnings_have_a_limit(
     assert "its first 50 ids in column key have 50,200 bytes" in str(failure(last))
 
 
-def test_lz4_of_hadoop_is_refused_and_raw_lz4_is_not() -> None:
+def test_lz4_of_hadoop_is_refused_and_raw_lz4_is_read() -> None:
     content = b"delta" * 1_000
     raw = pa.Codec("lz4_raw").compress(content, asbytes=True)
     assert bytes(decompressed(memoryview(raw), len(content), "LZ4")) == content

@@ -67,7 +67,9 @@ def test_parts_and_resuming_give_the_same_bytes(data: Path) -> None:
     assert export("parts").exported == 39
     assert shards("parts") == shards("whole")
     Path("parts/shard-00000002.safetensors").unlink()
-    export("parts", ExportOptions(shard_size=8), "parts/listing.jsonl")  # names the column itself
+    export(
+        "parts", ExportOptions(shard_size=8), "parts/listing.jsonl"
+    )  # the frozen listing contains the column
     assert shards("parts") == shards("whole")
 
 

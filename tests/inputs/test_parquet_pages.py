@@ -1,4 +1,4 @@
-"""Test that the memory of a Parquet file does not follow what its page headers claim."""
+"""Test that page headers of a Parquet file cannot claim more memory than the file needs."""
 
 import os
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def little_memory() -> Iterator[None]:
 
 @pytest.mark.parametrize("options", WRITTEN, ids=str)
 @pytest.mark.parametrize("values", [structs(range(30)), [None, *structs([1])] * 300])
-def test_whole_files_of_every_kind_are_read(
+def test_undamaged_files_of_every_kind_are_read(
     parquet_dir: Path, options: dict[str, Any], values: list[Any]
 ) -> None:
     keys = [f"key {row}" for row in range(len(values))]
@@ -61,7 +61,7 @@ def test_whole_files_of_every_kind_are_read(
 
 
 def test_images_beyond_one_read_of_their_column_are_read(parquet_dir: Path) -> None:
-    """pyarrow reads the columns of bytes and paths by turns, as soon as one read ends."""
+    """pyarrow reads the columns of bytes and paths alternately, in reads of limited size."""
     values = [{"bytes": os.urandom(700_000), "path": f"{n}.png"} for n in range(4)]
     pq.write_table(
         pa.table({"image": pa.array(values, STRUCT)}), "x.parquet", data_page_size=1,
@@ -74,7 +74,7 @@ def test_images_beyond_one_read_of_their_column_are_read(parquet_dir: Path) -> N
 
 @pytest.mark.parametrize("column", [0, 1])
 def test_a_page_larger_than_its_column_is_refused(parquet_dir: Path, column: int) -> None:
-    """pyarrow allocates 67 MB, and fills them with zeros."""
+    """pyarrow would allocate 67 MB and fill them with zeros."""
     pq.write_table(
         pa.table({"image": ZEROS, "key": [f"{n:300000}" for n in range(4)]}), "x.parquet",
         compression="none", use_dictionary=False,
@@ -94,7 +94,7 @@ def test_a_page_that_cannot_decompress_to_its_size_is_refused(parquet_dir: Path)
     assert "claims 67,108,863 after decompression" in str(failure(first))
 
 
-def test_a_page_beyond_the_memory_is_refused(parquet_dir: Path, little_memory: None) -> None:
+def test_a_page_above_the_memory_is_refused(parquet_dir: Path, little_memory: None) -> None:
     for compression in ("none", "zstd"):
         pq.write_table(
             pa.table({"image": ZEROS}), "x.parquet", compression=compression, use_dictionary=False
@@ -104,7 +104,7 @@ def test_a_page_beyond_the_memory_is_refused(parquet_dir: Path, little_memory: N
             assert "page needs 1,200" in str(failure(item))
 
 
-def test_a_page_of_ids_has_a_limit_of_its_own(
+def test_a_page_of_ids_has_a_separate_limit(
     parquet_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(listing_module, "MAX_ID_PAGE_BYTES", 10)
@@ -116,7 +116,7 @@ def test_a_page_of_ids_has_a_limit_of_its_own(
 
 
 def test_rows_that_repeat_one_image_need_the_memory_of_one(parquet_dir: Path) -> None:
-    """A dictionary of 1 MB, in 50 rows: pyarrow copies it for each row of a batch."""
+    """50 rows have one dictionary value of 1 MB, and pyarrow copies it for each row of a batch."""
     rows = 50
     image, key = bytes(1_000_000), "k" * 1_000_000
     table = pa.table({"image": pa.array([image] * rows), "key": pa.array([key] * rows)})
@@ -135,7 +135,7 @@ def test_rows_that_repeat_one_image_need_the_memory_of_one(parquet_dir: Path) ->
     assert most < 16 * 2**20
 
 
-def test_headers_end_where_their_data_ends() -> None:
+def test_only_complete_page_headers_are_parsed() -> None:
     whole = bytes([0x15, 0, 0x15, *varint(70_000), 0x15, *varint(500), 0x15, 8])  # and a checksum
     whole += bytes([0x1C, 0x15, 6, 0x11, 0x12, 0x18, 3, *b"abc", 0x17, *bytes(8), 0, 0])
     found = page_header(whole + b"next")
@@ -160,7 +160,7 @@ def test_other_structures_are_refused(header: bytes) -> None:
 
 
 def test_the_last_size_counts() -> None:
-    """Thrift takes a second field of one number in place of the first one."""
+    """If a field occurs twice, Thrift uses the second value."""
     first, second = b"\x15" + varint(5), b"\x05\x06" + varint(2**30)
     header = b"\x15\x00" + first + first + second + b"\0"
     found = page_header(header)

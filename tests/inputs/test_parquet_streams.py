@@ -94,7 +94,7 @@ def test_only_pages_of_the_column_are_held(
     assert kept == [0]
 
 
-def test_readers_and_their_files_are_few(parquet_dir: Path) -> None:
+def test_the_number_of_readers_and_open_files_is_limited(parquet_dir: Path) -> None:
     found = []
     for number in range(10):
         write_rows(f"{number}.parquet", structs([number, number + 1]))

@@ -26,9 +26,9 @@ def test_two_images_of_one_id_are_refused_by_name(here: Path) -> None:
     assert not Path("l").exists()
 
 
-def test_a_name_that_a_tar_holds_twice_has_a_remedy_that_can_be_followed(here: Path) -> None:
-    """The tar has this state after `tar --append`. An export of the folder with both files is no
-    remedy for members."""
+def test_a_repeated_name_in_a_tar_has_a_possible_remedy(here: Path) -> None:
+    """`tar --append` makes such a tar. The remedy for files, to export their folder, does not work
+    for members of a tar."""
     write_tar("a.tar", {"1.jpg": b"one"})
     with tarfile.open("a.tar", "a") as tar:
         tar.addfile(tarfile.TarInfo("1.jpg"))
@@ -36,7 +36,7 @@ def test_a_name_that_a_tar_holds_twice_has_a_remedy_that_can_be_followed(here: P
         Listing.freeze(here / "l", find_items(["a.tar"]), 5)
 
 
-def test_a_shards_images_are_found_by_its_number(here: Path) -> None:
+def test_the_images_of_a_shard_are_read_by_its_number(here: Path) -> None:
     items = [Item(f"{i}é", f"/{i}") for i in range(10)]
     listing = Listing.freeze(here / "l", items, 4)
     assert [listing.shard(i) for i in range(3)] == [items[:4], items[4:8], items[8:]]
@@ -73,7 +73,7 @@ def test_transient_io_errors_are_retried(here: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("number", "attempts"), [(errno.EIO, 3), (errno.EACCES, 1)])
-def test_what_stays_unreadable_is_given_up(
+def test_a_lasting_io_error_is_a_failure(
     here: Path, monkeypatch: pytest.MonkeyPatch, number: int, attempts: int
 ) -> None:
     touch("a.jpg")

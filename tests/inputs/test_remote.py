@@ -73,10 +73,7 @@ def refused(*inputs: str) -> ExportError:
     return caught.value
 
 
-# What an address stands for
-
-
-def test_a_prefix_is_listed_as_a_folder_is(data: Path, server: S3Server) -> None:
+def test_a_prefix_is_listed_like_a_folder(data: Path, server: S3Server) -> None:
     server.page_keys = 2
     left_out: Counter[str] = Counter()
     local = items(str(data), column="image")
@@ -92,7 +89,7 @@ def test_a_prefix_is_listed_as_a_folder_is(data: Path, server: S3Server) -> None
     assert "p/0.png" in {item.id for item in items(ROOT)}
 
 
-def test_an_object_a_pattern_and_lists(data: Path, server: S3Server) -> None:
+def test_objects_patterns_and_lists_are_inputs(data: Path, server: S3Server) -> None:
     assert [item.id for item in items(f"{ROOT}/p/0.png")] == [f"{ROOT}/p/0.png"]
     assert [item.id for item in items(f"{ROOT}/p/*.png")] == [
         f"{ROOT}/p/0.png", f"{ROOT}/p/broken.png", f"{ROOT}/p/z é+%.png",
@@ -117,7 +114,7 @@ def test_an_image_costs_one_request(data: Path, server: S3Server) -> None:
     assert server.sent == sum(item.size or 0 for item in found)
 
 
-def test_a_tar_and_a_parquet_file_are_not_read_to_be_listed(
+def test_a_tar_and_a_parquet_file_are_listed_from_their_headers(
     tmp_path: Path, server: S3Server
 ) -> None:
     path = tmp_path / "big.tar"
@@ -143,7 +140,7 @@ def test_a_listing_is_read_page_by_page(server: S3Server) -> None:
     assert len(server.requests) == 4
 
 
-def test_a_cache_keeps_images_that_were_read(
+def test_a_cache_keeps_images(
     data: Path, server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Objects and members of tars. A new listing has the new version of a replaced object."""
@@ -154,7 +151,7 @@ def test_a_cache_keeps_images_that_were_read(
     assert [read_item(item, LIMITS) for item in found] == first
     assert server.requests == []
     server.put("p/0.png", tiny_png(50))
-    assert read_item(found[0], LIMITS) == tiny_png(0)  # the version that was listed
+    assert read_item(found[0], LIMITS) == tiny_png(0)  # the listed version
     assert read_item(items(f"{ROOT}/p/0.png")[0], LIMITS) == tiny_png(50)
     monkeypatch.delenv(CACHE_VARIABLE)
     assert failure(found[0]).code == "changed"
@@ -195,19 +192,17 @@ def test_parts_and_resuming_give_the_same_bytes(data: Path, tmp_path: Path) -> N
     assert shards(tmp_path / "parts") == shards(tmp_path / "whole")
 
 
-def test_resuming_after_an_object_was_replaced_names_it(
-    data: Path, server: S3Server, tmp_path: Path
-) -> None:
+def test_resuming_names_a_replaced_object(data: Path, server: S3Server, tmp_path: Path) -> None:
     export([f"{ROOT}/p"], tmp_path / "out")
     server.put("p/a/1.png", tiny_png(77))
     with pytest.raises(ExportError, match=r"1 changed, first a/1\.png"):
         export([f"{ROOT}/p"], tmp_path / "out")
 
 
-def test_an_object_of_another_size_is_no_other_place(
+def test_a_replaced_object_of_another_size_is_not_a_moved_object(
     data: Path, server: S3Server, tmp_path: Path
 ) -> None:
-    """`--extend` encodes it again. Because of its size, it was refused as in another place."""
+    """`--extend` once took the new size for a moved object, and refused it."""
     export([f"{ROOT}/p"], tmp_path / "out")
     image = tiny_png(2) + bytes(100)
     server.put("p/a/1.png", image)
@@ -240,11 +235,11 @@ PASSING = ["SlowDown", "InternalError", "ServiceUnavailable", "cut", "slow"]
 
 
 @pytest.mark.parametrize("fault", PASSING)
-def test_a_passing_fault_costs_nothing(data: Path, server: S3Server, fault: str) -> None:
+def test_transient_faults_lose_no_image(data: Path, server: S3Server, fault: str) -> None:
     found = items(f"{ROOT}/p", column="image")
     server.fail(fault, 2, is_object)
     assert len({read_item(item, LIMITS) for item in found}) == len(found)
-    server.fail(fault, 1)  # a listing as well
+    server.fail(fault, 1)  # the fault hits the listing
     assert items(f"{ROOT}/p", column="image") == found
 
 
@@ -275,7 +270,7 @@ def test_a_lasting_fault_has_a_name_and_a_remedy(
             assert remedy in refusal.remedy
 
 
-def test_a_server_that_stays_down_is_one_failure(data: Path, server: S3Server) -> None:
+def test_an_unavailable_server_is_one_failure(data: Path, server: S3Server) -> None:
     [item] = items(f"{ROOT}/p/0.png")
     server.fail("cut", 1_000)
     error = failure(item)
@@ -296,7 +291,7 @@ def test_an_object_replaced_after_the_listing_is_not_read(data: Path, server: S3
         assert "replaced after the listing" in error.fact
 
 
-def test_what_is_not_there_is_refused_before_any_work(data: Path, server: S3Server) -> None:
+def test_missing_addresses_are_refused_before_any_work(data: Path, server: S3Server) -> None:
     for address in (f"{ROOT}/none.png", f"{ROOT}/none/", "s3://no-such-bucket/x"):
         error = refused(address)
         assert "does not exist" in error.fact
@@ -306,7 +301,7 @@ def test_what_is_not_there_is_refused_before_any_work(data: Path, server: S3Serv
     assert "its bucket" in refused("s3://no-such-bucket/p/*.png").fact
 
 
-def test_a_store_whose_package_is_missing_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_store_names_its_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     storage._filesystem.cache_clear()
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)

@@ -22,7 +22,7 @@ def check_same(found: Any, expected: list[ImageFeatures]) -> None:
         assert one.embeds.equal(other.embeds)
 
 
-def test_structs_rows_and_columns_are_their_images(encoder: VisionEncoder) -> None:
+def test_structs_rows_and_columns_encode_like_their_images(encoder: VisionEncoder) -> None:
     expected = encoder.encode([tiny_png(n) for n in range(3)])
     alone = [encoder.encode(tiny_png(1))] * 2
     lazy = datasets.Dataset.from_dict({"image": structs(range(3)), "label": [4, 5, 6]})
@@ -30,12 +30,12 @@ def test_structs_rows_and_columns_are_their_images(encoder: VisionEncoder) -> No
     for dataset in (lazy, decoded):
         check_same(encoder.encode(dataset["image"]), expected)
         check_same(encoder.encode(dataset), expected)
-        # by itself: on a CPU the bits depend on the batch
+        # each image alone, because the bits depend on the batch on a CPU
         check_same([encoder.encode(dataset[1]), encoder.encode(dataset[1]["image"])], alone)
     assert [each.id for each in encoder.encode(lazy)] == ["image 0", "image 1", "image 2"]
 
 
-def test_a_path_counts_where_there_are_no_bytes(encoder: VisionEncoder, tmp_path: Path) -> None:
+def test_a_path_is_read_if_a_struct_has_no_bytes(encoder: VisionEncoder, tmp_path: Path) -> None:
     path = str(tmp_path / "a.png")
     Path(path).write_bytes(tiny_png(1))
     found = encoder.encode({"bytes": None, "path": path})

@@ -17,7 +17,7 @@ from qwen_vit.inputs.read import read_item
 from tests.support.inputs import LIMITS, ids, touch, write_tar
 
 
-def test_the_images_of_a_tar_are_found_and_read_again(here: Path) -> None:
+def test_images_of_a_tar_are_listed_and_read(here: Path) -> None:
     members = {"x/1.jpg": b"one", "x/1.json": b"{}", "two.PNG": b"second", "caf\udcff.jpg": b"3"}
     write_tar("t.tar", members, format=tarfile.PAX_FORMAT)
     left_out: Counter[str] = Counter()
@@ -28,7 +28,7 @@ def test_the_images_of_a_tar_are_found_and_read_again(here: Path) -> None:
     assert left_out == {".json": 1}
 
 
-def test_listing_a_large_tar_takes_no_memory(here: Path) -> None:
+def test_listing_a_large_tar_takes_little_memory(here: Path) -> None:
     """tarfile keeps every member that it reads, with 1 kB for each member."""
     write_tar("t.tar", {f"{number}.jpg": b"" for number in range(600)})
     tracemalloc.start()
@@ -48,7 +48,7 @@ def test_the_tars_of_a_folder_are_named_by_their_path_in_it(here: Path) -> None:
     assert ids("p/q/t.tar") == ["t.tar/1.jpg"]
 
 
-def test_what_is_wrong_with_a_tar_is_an_item_and_the_images_before_it_count(here: Path) -> None:
+def test_a_damaged_tar_is_a_failed_item_after_its_earlier_images(here: Path) -> None:
     write_tar("t.tar", {"1.jpg": b"one", "2.jpg": b"t" * 2000})
     whole = Path("t.tar").read_bytes()
     for length in (1600, 2048, 3000):
@@ -67,7 +67,7 @@ def test_what_is_wrong_with_a_tar_is_an_item_and_the_images_before_it_count(here
     assert [item.error is None for item in find_items(["t.tar"])] == [True, False]
 
 
-def test_a_tar_that_goes_on_after_its_end_is_reported(here: Path) -> None:
+def test_data_after_the_end_of_a_tar_is_reported(here: Path) -> None:
     """After `cat` of two tars, the export once skipped the images of the second tar silently."""
     write_tar("t.tar", {"1.jpg": b"one"})
     write_tar("u.tar", {"2.jpg": b"two"})
@@ -87,11 +87,13 @@ def test_a_tar_that_goes_on_after_its_end_is_reported(here: Path) -> None:
         ("a.tar", b"<html>" * 200, "truncated"),
         ("a.tar.gz", b"\x1f\x8b", "format"),
         ("a.tgz", b"\x1f\x8b", "format"),
-        ("a.tar", b"\x1f\x8b\x08" + bytes(600), "format"),  # compressed all the same
+        ("a.tar", b"\x1f\x8b\x08" + bytes(600), "format"),  # a compressed tar with another suffix
         ("a.tar", b"BZh9" + bytes(600), "format"),
     ],
 )
-def test_what_is_no_plain_tar_is_an_item(here: Path, name: str, content: bytes, code: str) -> None:
+def test_a_file_that_is_not_a_plain_tar_is_a_failed_item(
+    here: Path, name: str, content: bytes, code: str
+) -> None:
     Path("p").mkdir()
     Path("p", name).write_bytes(content)
     [item] = find_items(["p"])
@@ -109,7 +111,7 @@ def test_links_in_a_tar_are_reported(here: Path) -> None:
     assert [item.error and item.error[0] for item in find_items(["t.tar"])] == ["not-a-file"] * 2
 
 
-def test_a_tar_that_changed_since_it_was_listed_is_an_error_that_names_both(here: Path) -> None:
+def test_the_error_of_a_changed_tar_names_the_tar_and_the_member(here: Path) -> None:
     write_tar("t.tar", {"1.jpg": b"one"})
     [item] = find_items(["t.tar"])
     os.truncate("t.tar", 513)
@@ -130,7 +132,7 @@ def test_a_tar_that_changed_since_it_was_listed_is_an_error_that_names_both(here
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_no_damage_to_a_tar_ends_in_anything_but_items(
+def test_a_damaged_tar_raises_only_image_errors(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("tar") / "t.tar"

@@ -108,7 +108,7 @@ def test_an_export_fetches_allowed_addresses_of_a_list(site: Site, tmp_path: Pat
     assert done.resumed == 3
 
 
-def test_no_address_is_fetched_unasked(site: Site) -> None:
+def test_no_address_is_fetched_by_default(site: Site) -> None:
     error = site.failure("/a.png", ImageLimits())
     assert (error.code, error.fact) == ("url", "an address, not a file")
 
@@ -135,7 +135,7 @@ def test_redirects_within_the_allowed_hosts_are_followed(site: Site) -> None:
         ("http://[", "redirects to an invalid address"),
     ],
 )
-def test_redirects_elsewhere_are_refused(site: Site, target: str, fact: str) -> None:
+def test_redirects_to_other_hosts_are_refused(site: Site, target: str, fact: str) -> None:
     site.answers["/loop"] = redirect(target)
     error = site.failure("/loop")
     assert fact in error.fact
@@ -163,7 +163,7 @@ def test_addresses_that_are_not_public_are_never_connected_to(
     assert (error.code, connected) == ("url", [])
 
 
-def test_the_address_that_was_checked_is_connected_to(
+def test_the_connection_uses_the_checked_address(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connection resolves a name once, because a second resolution may give another address."""
@@ -174,7 +174,9 @@ def test_the_address_that_was_checked_is_connected_to(
     assert answers == [["10.0.0.1"]]
 
 
-def test_a_certificate_of_another_is_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certificate_of_another_host_is_refused(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(urls, "_context", ssl.create_default_context)
     assert "no valid certificate" in site.failure("/a.png").fact
 
@@ -190,7 +192,9 @@ def test_a_certificate_of_another_is_refused(site: Site, monkeypatch: pytest.Mon
         (body(b"x", Content_Length="5"), "unreadable", "ended after 1 of 5 bytes"),
     ],
 )
-def test_answers_that_hold_no_image(site: Site, answer: Answer, code: str, fact: str) -> None:
+def test_answers_without_an_image_are_failures(
+    site: Site, answer: Answer, code: str, fact: str
+) -> None:
     site.answers["/x"] = answer
     error = site.failure("/x", site.limits(max_file_bytes=1_000))
     assert error.code == code
@@ -205,9 +209,9 @@ def endless(request: BaseHTTPRequestHandler) -> None:
             request.wfile.write(b"x" * 500)
 
 
-def dripping(where: str) -> Answer:
+def dripping(part: str) -> Answer:
     def answer(request: BaseHTTPRequestHandler) -> None:
-        if where == "body":
+        if part == "body":
             request.send_response(200)
             request.end_headers()
         with contextlib.suppress(OSError):
@@ -218,17 +222,15 @@ def dripping(where: str) -> Answer:
     return answer
 
 
-def test_a_body_without_an_end_is_cut_at_the_limit(site: Site) -> None:
+def test_an_endless_body_is_cut_at_the_limit(site: Site) -> None:
     site.answers["/x"] = endless
     assert site.failure("/x", site.limits(max_file_bytes=10_000)).code == "file-too-large"
 
 
-@pytest.mark.parametrize("where", ["head", "body"])
-def test_a_server_that_drips_is_cut_in_time(
-    site: Site, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_a_slow_server_times_out(site: Site, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     monkeypatch.setattr(urls, "MAX_SECONDS", 0.3)
-    answer, asked = dripping(where), 0
+    answer, asked = dripping(part), 0
 
     def drip(request: BaseHTTPRequestHandler) -> None:
         nonlocal asked
@@ -242,7 +244,7 @@ def test_a_server_that_drips_is_cut_in_time(
     assert asked == 1
 
 
-def test_a_passing_fault_is_tried_again(site: Site) -> None:
+def test_a_transient_fault_is_retried(site: Site) -> None:
     left = [body(b"", 503), body(b"", 429), body(tiny_png(3))]
     site.answers["/x"] = lambda request: left.pop(0)(request)
     url = site.url("/x")
@@ -281,7 +283,7 @@ def silent(request: BaseHTTPRequestHandler) -> None:
 
 
 @pytest.mark.parametrize("fault", [closed, reset, cut_chunk, silent])
-def test_a_broken_connection_is_tried_again(
+def test_a_broken_connection_is_retried(
     fault: Answer, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(urls, "TIMEOUT_S", 0.2)
@@ -292,7 +294,7 @@ def test_a_broken_connection_is_tried_again(
     assert not left
 
 
-def test_a_refused_connection_and_a_busy_name_server_are_tried_again(
+def test_a_refused_connection_and_a_busy_name_server_are_retried(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -316,7 +318,7 @@ def test_a_refused_connection_and_a_busy_name_server_are_tried_again(
 @pytest.mark.parametrize(
     "hosts", ["https://example.org", "example", ["a b.org"], 3, "*", "*.*.org"]
 )
-def test_hosts_that_are_none_are_refused(hosts: Any) -> None:
+def test_invalid_hosts_are_refused(hosts: Any) -> None:
     with pytest.raises(ArgumentError, match="names of hosts"):
         ImageLimits(allow_urls=hosts)
 
@@ -334,7 +336,7 @@ def test_the_command_takes_hosts(
 
 
 def test_encode_fetches_allowed_addresses(site: Site, tmp_path: Path) -> None:
-    """The same checks as in an export: the host, the resolved address, and the limits."""
+    """`encode` has the same checks as an export: the host, the resolved address, and the limits."""
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
     url, other = site.url("/a.png?size=1"), site.url("/a.png", OTHER)
     site.answers["/a.png?size=1"] = body(tiny_png(1))
@@ -363,7 +365,7 @@ def test_encode_never_connects_to_a_private_address(
 def test_the_encode_command_takes_hosts(
     site: Site, tmp_path: Path, qwen_vit: Callable[..., Any]
 ) -> None:
-    """In a list and as an argument; a query is no pattern."""
+    """An address may be in a list or an argument, and the "?" of its query is not a pattern."""
     site.answers["/b.png?size=[1]"] = body(tiny_png(2))
     (tmp_path / "list.txt").write_text(site.url("/a.png"))
     given, out = [tmp_path / "list.txt", site.url("/b.png?size=[1]")], tmp_path / "x.safetensors"
@@ -378,7 +380,7 @@ def test_the_encode_command_takes_hosts(
     assert (done.code, "names of hosts" in done.err) == (2, True)
 
 
-def test_an_export_names_the_way_for_an_address(tmp_path: Path) -> None:
+def test_an_export_names_the_option_that_allows_an_address(tmp_path: Path) -> None:
     encoder: Any = FakeEncoder()
     with pytest.raises(ExportError) as caught:
         export_features(encoder, ["https://x.example.org/a.jpg?b"], tmp_path / "out")

@@ -33,11 +33,11 @@ from tests.support.towers import CPU, assert_no_worse_than
 from tests.support.triton_interpreter import RUNS_HERE as TRITON_INTERPRETS
 from tests.support.triton_interpreter import interpreted_by_triton
 
-# a tile that owns no key must make no NaN, not even one that is thrown away
+# a tile without keys must not compute NaN, even in unused rows
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 HEAD_DIMS = (8, 40, 64, 72, 80, 96, 128)
-# Sums of float32 products in another order than PyTorch's. On tiny segments PyTorch's error is a
-# single rounding, 6e-8: the floor leaves room for a few.
+# The kernel adds float32 products in another order than PyTorch. On tiny segments, PyTorch's error
+# is a single rounding of 6e-8, so the floor allows a few roundings.
 FP32_FACTOR, FP32_FLOOR = 3.0, 3e-7
 
 
@@ -55,7 +55,9 @@ def compiled_attention_interpreted(
     and K rotated beforehand or one key tile. Unwritten rows are NaN."""
     N, _, H, D = qkv.shape
     run = interpreted_by_triton if by_triton else interpreted
-    lanes = {} if by_triton else {"lanes": H}  # the heads of one tile take the same branches
+    lanes = (
+        {} if by_triton else {"lanes": H}
+    )  # the interpreter needs equal branches for the heads of one tile
     segments = segments_of(lengths, SegmentTiling(rows))
     d_main = 1 << (D.bit_length() - 1)
     d_tail = 0 if d_main == D else max(16, triton.next_power_of_2(D - d_main))
@@ -80,7 +82,7 @@ def compiled_attention_interpreted(
 
 
 @pytest.mark.parametrize("name", ["windows", "one-long"])
-def test_angles_of_each_token_are_those_behind_the_index(name: str) -> None:
+def test_indexed_angles_equal_angles_of_each_token(name: str) -> None:
     tables, cos, sin = axial_tables(sum(LENGTHS[name]), 80, 3)
     expanded = tables.per_token()
     assert expanded.index is None
@@ -110,7 +112,7 @@ def test_every_head_count_works(n_heads: int) -> None:
 
 @pytest.mark.parametrize("name", ["windows", "one-long", "tiny-segments"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_adjacent_pairs_give_what_halves_give(head_dim: int, name: str) -> None:
+def test_adjacent_pairs_give_the_results_of_halves(head_dim: int, name: str) -> None:
     qkv, cos, sin, cu_seqlens = random_case(LENGTHS[name], head_dim, 1)
     ours = tower_attention(qkv, cos, sin, LENGTHS[name])
     oracle = attention_oracle(qkv, cos, sin, cu_seqlens)
@@ -120,7 +122,7 @@ def test_adjacent_pairs_give_what_halves_give(head_dim: int, name: str) -> None:
 
 @pytest.mark.parametrize("adjacent_pairs", [True, False])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_axial_tables_mean_the_row_then_the_column(head_dim: int, adjacent_pairs: bool) -> None:
+def test_axial_tables_have_the_row_before_the_column(head_dim: int, adjacent_pairs: bool) -> None:
     lengths = [70, 3, 40]
     qkv, _, _, cu_seqlens = random_case(lengths, head_dim, 2)
     tables, cos, sin = axial_tables(len(qkv), head_dim)
@@ -138,7 +140,7 @@ def test_axial_tables_mean_the_row_then_the_column(head_dim: int, adjacent_pairs
 @pytest.mark.parametrize("adjacent_pairs", [True, False])
 @pytest.mark.parametrize("kind", ["window", "full"])
 @pytest.mark.parametrize("head_dim", [40, 64, 72, 80, 128])
-def test_the_configuration_that_gpus_run_is_right(
+def test_the_gpu_configuration_equals_the_oracle(
     head_dim: int, kind: str, adjacent_pairs: bool
 ) -> None:
     """Only this configuration has the key loop, its peeled last tile and the rotated K."""
@@ -164,7 +166,7 @@ def test_the_size_of_a_tile_changes_no_result(rows: int) -> None:
 
 
 @pytest.mark.parametrize("lengths", [[5, 64, 1100, 3], [1, 1, 1], [1024], [70]])
-def test_every_row_of_a_segment_is_written_and_no_other(
+def test_only_rows_of_segments_are_written(
     lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     qkv, cos, sin, cu_seqlens = random_case([*lengths, 37], 40, 2)
@@ -172,7 +174,7 @@ def test_every_row_of_a_segment_is_written_and_no_other(
         patch.setattr(torch, "empty", nan_filled)
         out = fused_rope_varlen_attention(qkv, cos, sin, cu_seqlens[:-1])
     assert out[: sum(lengths)].isfinite().all()
-    assert out[sum(lengths) :].isnan().all()  # documented: rows beyond the last offset
+    assert out[sum(lengths) :].isnan().all()  # the kernel does not write rows after the last offset
 
 
 @pytest.mark.parametrize("perturbed", [0, 2, 5])
@@ -201,7 +203,7 @@ NAN, INF = float("nan"), float("inf")
         ([9, 1100], 1, "v", INF),
     ],
 )
-def test_a_bad_value_in_one_segment_reaches_no_other(
+def test_nan_in_one_segment_changes_no_other_segment(
     lengths: list[int], poisoned: int, part: str, poison: float
 ) -> None:
     """Segments of one length run together as lanes, and no lane may read another lane's values."""
@@ -210,15 +212,15 @@ def test_a_bad_value_in_one_segment_reaches_no_other(
     start, end = cu_seqlens[poisoned : poisoned + 2].tolist()
     qkv[(start + end) // 2, "qkv".index(part), 0, 70] = poison
     after = fused_rope_varlen_attention(qkv, cos, sin, cu_seqlens)
-    assert not after[start:end, 0].isfinite().all()  # it is seen where it belongs
-    assert torch.equal(after[:, 1], before[:, 1])  # the other head
+    assert not after[start:end, 0].isfinite().all()  # NaN is in its own segment and head
+    assert torch.equal(after[:, 1], before[:, 1])  # not in the other head
     assert torch.equal(after[:start], before[:start])
     assert torch.equal(after[end:], before[end:])
 
 
 def test_equal_keys_give_the_mean_of_the_values() -> None:
     qkv, cos, sin, cu_seqlens = random_case([63, 1100], 80, 2)
-    qkv[:, 1] = 0.0  # rotation leaves zero keys equal
+    qkv[:, 1] = 0.0  # a rotation keeps zero keys equal
     out = fused_rope_varlen_attention(qkv, cos, sin, cu_seqlens)
     means = torch.cat([v.mean(0, keepdim=True).expand_as(v) for v in qkv[:, 2].split([63, 1100])])
     assert relative_error(out, means) < 1e-5  # a mean of 1,100 values of 1.5 is near 0

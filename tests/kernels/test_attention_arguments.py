@@ -20,12 +20,12 @@ from tests.support.attention_cases import (
 )
 from tests.support.towers import CPU
 
-# a tile that owns no key must make no NaN, not even one that is thrown away
+# a tile without keys must not compute NaN, even in unused rows
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_empty_segments_and_both_offset_types_are_taken(dtype: torch.dtype) -> None:
+def test_empty_segments_and_both_offset_dtypes_are_accepted(dtype: torch.dtype) -> None:
     qkv, cos, sin, _ = random_case([10, 60], 40, 1)
     plain = fused_rope_varlen_attention(qkv, cos, sin, offsets([10, 60]))
     with_empty = torch.tensor([0, 0, 10, 10, 10, 70, 70], dtype=dtype)
@@ -39,14 +39,14 @@ def test_no_rows_give_no_rows() -> None:
     assert out.shape == (0, 2, 80)
 
 
-def test_rows_without_any_segment_are_taken() -> None:
+def test_rows_without_a_segment_are_accepted() -> None:
     """The maximum of no tiles once raised RuntimeError instead of leaving rows unwritten."""
     qkv, cos, sin, _ = random_case([10], 40, 1)
     out = fused_rope_varlen_attention(qkv, cos, sin, torch.tensor([0, 0], dtype=torch.int32))
     assert out.shape == (10, 1, 40)
 
 
-def test_inputs_that_are_views_are_read_right() -> None:
+def test_views_give_the_results_of_contiguous_inputs() -> None:
     qkv, cos, sin, cu_seqlens = random_case([33, 20], 40, 2)
     strided = torch.stack([qkv, qkv * 0], dim=-1)[..., 0]
     assert not strided.is_contiguous()
@@ -88,7 +88,7 @@ ARGUMENTS = ("qkv", "cos", "sin", "cu_seqlens")
         ("cos", torch.zeros(10, 40, device="meta"), r"cos is a meta tensor\. .*\. Convert or move"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(name: str, value: object, message: str) -> None:
+def test_invalid_arguments_are_refused(name: str, value: object, message: str) -> None:
     good: dict[str, Any] = dict(zip(ARGUMENTS, random_case([10], 80, 2), strict=True))
     with pytest.raises(ArgumentError, match=message):
         fused_rope_varlen_attention(**(good | {name: value}))
@@ -96,16 +96,16 @@ def test_arguments_that_do_not_fit_are_refused(name: str, value: object, message
 
 @pytest.mark.parametrize("rows", [32, 64, 128])
 @pytest.mark.parametrize("name", LENGTHS)
-def test_the_tile_table_made_on_the_device_equals_the_hosts(name: str, rows: int) -> None:
+def test_the_tile_table_of_the_device_equals_the_hosts(name: str, rows: int) -> None:
     assert_device_table_equals_hosts(LENGTHS[name], rows, CPU)
 
 
 @pytest.mark.parametrize("lengths", [[0, 0, 64, 0, 129, 0], [0], [128, 128]])
-def test_the_tile_table_made_on_the_device_knows_empty_segments(lengths: list[int]) -> None:
+def test_the_tile_table_of_the_device_skips_empty_segments(lengths: list[int]) -> None:
     assert_device_table_equals_hosts(lengths, 64, CPU)
 
 
-def test_edges_beyond_the_rows_lead_nowhere_on_a_gpu() -> None:
+def test_the_tile_table_of_the_device_ends_at_the_last_row() -> None:
     """The host never reads the lengths, and a tile after the last row would write outside the
     result."""
     for wrong in ([0, 200], [0, 1 << 30, 7], [-5, 100], [50, 0, 100], [0, 90, 300, 100]):

@@ -27,10 +27,9 @@ from tests.support.attention_cases import (
 from tests.support.oracle import relative_error
 from tests.support.towers import gpu
 
-# a tile that owns no key must make no NaN, not even one that is thrown away
+# a tile without keys must not compute NaN, even in unused rows
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
-# On a GPU ---------------------------------------------------------------------------------------
 
 CUDA = torch.device("cuda")
 GPU_LENGTHS = {
@@ -45,29 +44,27 @@ GPU_CASES = [("full", name) for name in GPU_LENGTHS] + [("window", name) for nam
 
 @gpu
 @pytest.mark.parametrize("kind", ["window", "full"])
-def test_the_towers_call_reaches_hoppers_own_kernel(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tower_calls_hoppers_kernel(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests once passed angles in another format, and therefore tested only the Triton
     kernel."""
     if torch.cuda.get_device_capability() != (9, 0) or not IS_KNOWN_GLUON:
         pytest.skip("not a Hopper, or a Triton whose Gluon is not known")
     from qwen_vit.kernels import attention_hopper
 
-    met, name = [], f"{kind}_attention"
+    called, name = [], f"{kind}_attention"
     own = getattr(attention_hopper, name)
 
     def watched(*given: Any) -> None:
-        met.append(1)
+        called.append(1)
         own(*given)
 
     monkeypatch.setattr(attention_hopper, name, watched)
     case = random_case([64, 12], 80, 16, device=CUDA, dtype=torch.bfloat16)
     with plain_kernels():
         tower_attention(*case[:3], [64, 12], kind)
-    assert not met
+    assert not called
     tower_attention(*case[:3], [64, 12], kind)
-    assert met
+    assert called
 
 
 @gpu
@@ -100,7 +97,7 @@ def test_bf16_on_a_gpu_is_as_exact_as_pytorch(head_dim: int, kind: str) -> None:
 @gpu
 @pytest.mark.parametrize(("kind", "name"), GPU_CASES)
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
-def test_fp32_on_a_gpu_is_ieee(head_dim: int, kind: str, name: str) -> None:
+def test_fp32_on_a_gpu_does_not_use_tf32(head_dim: int, kind: str, name: str) -> None:
     """TF32 would have an error of 1e-3."""
     lengths = GPU_LENGTHS[name]
     case = random_case(lengths, head_dim, 2, device=CUDA)
@@ -136,7 +133,7 @@ def test_a_hundred_runs_on_a_gpu_give_the_same_bits(kind: str) -> None:
 
 @gpu
 @pytest.mark.parametrize("name", GPU_LENGTHS)
-def test_the_tile_table_made_on_a_gpu_equals_the_hosts(name: str) -> None:
+def test_the_tile_table_of_a_gpu_equals_the_hosts(name: str) -> None:
     for rows in (32, 64, 128):
         assert_device_table_equals_hosts(GPU_LENGTHS[name], rows, CUDA)
 
@@ -149,7 +146,7 @@ def on_gpu(tables: RotaryTable, rows: slice = slice(None)) -> RotaryTable:
 @gpu
 @pytest.mark.parametrize(("kind", "lengths"), [("window", [12, 64, 36]), ("full", [60, 700, 9])])
 @pytest.mark.parametrize("poisoned", [0, 1, 2])
-def test_a_neighbour_of_nan_reaches_no_other_segment_of_the_tower(
+def test_nan_in_one_segment_changes_no_other_segment_of_the_tower(
     kind: str, lengths: list[int], poisoned: int
 ) -> None:
     """Tiles extend beyond their segment, and 0 * NaN is NaN. The test uses axial tables, as in the
@@ -175,7 +172,7 @@ def test_a_neighbour_of_nan_reaches_no_other_segment_of_the_tower(
 
 
 @gpu
-def test_both_kernels_of_the_window_regime_give_the_same_bits() -> None:
+def test_both_window_kernels_give_the_same_bits() -> None:
     lengths = GPU_LENGTHS["many-windows"]
     qkv = torch.randn(sum(lengths), 3, 16, 80, device=CUDA, dtype=torch.bfloat16)
     rotary = on_gpu(axial_tables(len(qkv), 80)[0])
@@ -189,7 +186,7 @@ def test_both_kernels_of_the_window_regime_give_the_same_bits() -> None:
 
 @gpu
 @pytest.mark.parametrize("kind", ["window", "full"])
-def test_rows_beyond_the_reach_of_int32_offsets_are_right(kind: str) -> None:
+def test_rows_above_the_range_of_int32_offsets_are_correct(kind: str) -> None:
     """At the published sizes an int32 element offset overflows at row 559,240."""
     n_windows = 8_800
     lengths = [64] * n_windows if kind == "window" else [6_400] * (n_windows // 100)

@@ -17,8 +17,8 @@ from tests.support.hopper_compile import (
     tma_block,
 )
 
-# Bytes that a program may spill. 128 query rows on 4 warps fill every register of the frame kind
-# and spill parts of Q, outside the key loop: 8 to 15 % faster all the same (docs/decisions).
+# The bytes that a program may spill. 128 query rows on 4 warps use every register of the full kind,
+# and spill parts of Q outside the key loop, but are 8 to 15 % faster (docs/decisions).
 ATTENTION_SPILLS = {"window": 0, "full": 128}
 
 
@@ -33,21 +33,24 @@ def test_attention_compiles_to_sound_code(head_dim: int, bits: int, use: str) ->
         row = USES[use]["kind"], bits
         warps = attention.TILES[row].num_warps
         assert compiled.programs_that_fit(warps) * warps >= ATTENTION_WARPS[row]
-    if bits == 16 and head_dim <= 80:  # the tiles were chosen for 80, which published towers have
+    if (
+        bits == 16 and head_dim <= 80
+    ):  # the tiles were chosen for head dim 80 of the published towers
         assert not compiled.serialised_wgmma
         assert compiled.spill_bytes <= ATTENTION_SPILLS[USES[use]["kind"]]
 
 
 @pytest.mark.parametrize("use", USES)
-def test_attention_in_bf16_spends_no_multiplication_on_padding(use: str) -> None:
-    """Head dim 80 is cut into 64 + 16, so P V has products 64 and 16 wide, and none 128 wide."""
+def test_attention_in_bf16_multiplies_no_padding(use: str) -> None:
+    """The kernel divides head dim 80 into 64 + 16, so P V has matrix instructions of widths 64 and
+    16, but not 128."""
     tiles = attention.TILES[USES[use]["kind"], 16]
     expected = {f"m64n{n}k16" for n in (tiles.k_rows, 64, 16)}
     assert compile_attention(80, 16, use).wgmma_shapes == expected
 
 
 @pytest.mark.parametrize("use", USES)
-def test_attention_in_fp32_never_touches_tf32(use: str) -> None:
+def test_attention_in_fp32_does_not_use_tf32(use: str) -> None:
     assert compile_attention(80, 32, use).wgmma_shapes == set()
 
 
@@ -62,13 +65,13 @@ def test_the_rotation_of_keys_hardly_spills(bits: int, adjacent: bool) -> None:
     assert compiled.spill_bytes <= (0 if bits == 16 else 40)
 
 
-def test_both_kernels_of_a_regime_take_the_same_plan() -> None:
-    """The layout cuts query tiles before the host chooses one of the two kernels."""
+def test_both_kernels_of_a_kind_use_the_same_tiles() -> None:
+    """The layout has the query tiles before the host chooses one of the two kernels."""
     assert attention.TILES["full", 16].q_rows == attention_hopper.Q_ROWS
     assert attention.TILES["window", 16].q_rows == attention_hopper.W_ROWS
 
 
-def test_the_attention_in_windows_on_hopper_compiles_to_sound_code() -> None:
+def test_hoppers_window_attention_compiles_to_correct_code() -> None:
     kernel = attention_hopper
     rows0, rows1 = (tma_block([kernel.W_ROWS, width]) for width in (kernel.MAIN, kernel.TAIL))
     signature = {
@@ -89,7 +92,7 @@ def test_the_attention_in_windows_on_hopper_compiles_to_sound_code() -> None:
     assert compiled.programs_that_fit(4) >= 5
 
 
-def test_the_specialised_attention_compiles_to_sound_code() -> None:
+def test_hoppers_full_attention_compiles_to_correct_code() -> None:
     kernel = attention_hopper
     main, tail = (tma_block([kernel.K_ROWS, width]) for width in (kernel.MAIN, kernel.TAIL))
     signature = {
@@ -110,7 +113,7 @@ def test_the_specialised_attention_compiles_to_sound_code() -> None:
     assert (compiled.corrupt_descriptors, compiled.spill_bytes) == (0, 0)
     assert (compiled.unfenced_reads, compiled.barriers_left, compiled.barrier_arrays) == (0, 0, 5)
     assert not compiled.serialised_wgmma
-    # Q K^T, then P V in its two parts: no multiplication is spent on padding
+    # Q K^T, and P V in two parts, without multiplications of padding
     assert compiled.wgmma_shapes == {"m64n128k16", "m64n64k16", "m64n16k16"}
     assert compiled.shared_bytes <= SHARED_MEMORY
     assert compiled.registers * 128 * 3 <= REGISTERS

@@ -10,16 +10,18 @@ from tests.support.hopper_compile import (
 )
 
 
-def test_programs_that_fit_are_bound_by_the_scarcest() -> None:
+def test_the_scarcest_resource_limits_the_programs() -> None:
     """The H100 tuning guide gives 64 K registers, 228 KB of shared memory and 64 warps."""
     compiled = Compiled(64, 0, False, frozenset(), 1000, 0, 0, 0, 0)
     assert compiled.programs_that_fit(4) == 8  # 8 x 128 threads x 64 registers
     assert replace(compiled, registers=16).programs_that_fit(4) == 16
     assert replace(compiled, shared_bytes=100_000).programs_that_fit(4) == 2
-    assert replace(compiled, registers=129).programs_that_fit(8) == 1  # allotted in eights: 136
+    assert (
+        replace(compiled, registers=129).programs_that_fit(8) == 1
+    )  # the GPU allocates registers in steps of 8: 136
 
 
-# Two 64-bit additions as nvdisasm prints them: the low words, then the high words with the carry.
+# nvdisasm prints two 64-bit additions: the low words, and then the high words with the carry.
 SOUND = """
         /*0460*/                   UIADD3 UR24, UP0, UR4, 0x80, URZ ;
         /*0470*/                   UIADD3.X UR25, UR5, 0x40000040, URZ, UP0, !UPT ;
@@ -46,7 +48,7 @@ STORED_THEN_READ = """
 FENCE, BARRIER = "FENCE.VIEW.ASYNC.S", "BAR.SYNC.DEFER_BLOCKING 0x0"
 
 
-def test_a_matrix_instruction_after_a_store_wants_a_fence_and_then_a_barrier() -> None:
+def test_a_matrix_instruction_after_a_store_needs_a_fence_and_then_a_barrier() -> None:
     """The window kernel once had the fence and the barrier in the wrong order."""
     assert count_unfenced_reads(STORED_THEN_READ.format(FENCE, BARRIER)) == 0
     assert count_unfenced_reads(STORED_THEN_READ.format(BARRIER, FENCE)) == 1
@@ -64,19 +66,19 @@ TWO_ARRAYS_OF_BARRIERS = """
 END = "	mbarrier.inval.shared::cta.b64 [{}];\n"
 
 
-def test_a_barrier_that_nothing_holds_to_the_end_is_found() -> None:
-    """A bias once used the memory of two barriers, and became NaN when processes shared the GPU."""
+def test_a_barrier_that_is_not_kept_to_the_end_is_found() -> None:
+    """A bias once used the memory of two barriers. It became NaN when processes shared the GPU."""
     assert count_barriers(TWO_ARRAYS_OF_BARRIERS) == (0, 3)
     assert count_barriers(TWO_ARRAYS_OF_BARRIERS + END.format("%r1")) == (1, 1)
     assert count_barriers(TWO_ARRAYS_OF_BARRIERS + END.format("%r2")) == (1, 2)
     held = TWO_ARRAYS_OF_BARRIERS + END.format("%r1") + END.format("%r3")
     assert count_barriers(held) == (2, 0)
-    used_again = TWO_ARRAYS_OF_BARRIERS + "	add.s32 	%r3, %r7, 8;\n"  # for something else
-    assert count_barriers(used_again + END.format("%r1")) == (1, 1)
+    reused = TWO_ARRAYS_OF_BARRIERS + "	add.s32 	%r3, %r7, 8;\n"  # another use of the memory
+    assert count_barriers(reused + END.format("%r1")) == (1, 1)
 
 
-def test_a_corrupt_descriptor_is_found_and_sound_ones_are_not() -> None:
-    """A GEMM of the last 16 dims once read shared memory with a stride from its address."""
+def test_only_corrupt_descriptors_are_found() -> None:
+    """A GEMM of the last 16 dims once read shared memory with a stride changed by the address."""
     assert count_corrupt_descriptors(CORRUPT) == 1
     assert count_corrupt_descriptors(SOUND + CORRUPT + SOUND + CORRUPT) == 2
     for sound in (SOUND, OVERWRITTEN, ANOTHER_CARRY):

@@ -1,4 +1,4 @@
-"""The e4m3 GEMMs compile to sound code, without a GPU: for Hopper, and plain for other GPUs."""
+"""Test that the e4m3 GEMMs compile to correct code for Hopper and for other GPUs, without a GPU."""
 
 from typing import Any
 
@@ -10,21 +10,21 @@ from tests.support.compile_cases import SHARED_MEMORY
 from tests.support.compile_kernels import compile_fp8_gemm, compile_gemm
 from tests.support.hopper_compile import REGISTERS, compile_for_hopper, tma_block
 
-# (K, chunks of sums of squares) of the published products
+# (K, chunks of sums of squares) of the published GEMMs
 PRODUCTS = {"swiglu": (1280, 10), "residual": (3456, 0)}
 CASES = sorted(
     {(epilogue, tile) for epilogue, rows in linear_fp8_hopper.TILES.items() for _, tile in rows},
     key=str,
 )
-# Bytes that a kernel may spill outside its loops, once per tile: addresses and the bias. Triton 3.6
-# spills 272 of them.
+# The bytes of addresses and the bias that a kernel may spill outside its loops, once for each tile.
+# Triton 3.6 spills 272 bytes.
 SPILLS = 320
-# Bytes that the plain kernels spill elsewhere, by compute capability.
+# compute capability -> bytes that the plain kernels spill outside loops
 SPILLED = {(89, "swiglu"): 8}
 
 
 @pytest.mark.parametrize(("epilogue", "tile"), CASES)
-def test_a_specialised_e4m3_product_compiles_to_sound_code(
+def test_hoppers_e4m3_gemm_compiles_to_correct_code(
     epilogue: str, tile: linear_hopper.HopperGemmTile
 ) -> None:
     K, chunks = PRODUCTS[epilogue]
@@ -68,7 +68,7 @@ def test_a_specialised_e4m3_product_compiles_to_sound_code(
 @pytest.mark.parametrize(
     "tile", sorted({tile for _, tile in linear_hopper.TILES["residual", False]}, key=str)
 )
-def test_proj_with_its_e4m3_rows_compiles_to_sound_code(
+def test_proj_with_e4m3_rows_compiles_to_correct_code(
     tile: linear_hopper.HopperGemmTile,
 ) -> None:
     assert tile.columns == 128  # a scale's columns
@@ -106,15 +106,13 @@ def test_proj_with_its_e4m3_rows_compiles_to_sound_code(
     assert compiled.registers * 128 * (tile.num_groups + 1) <= REGISTERS
 
 
-# compute capability: bytes of shared memory of one program
+# compute capability -> bytes of shared memory for one program
 OTHERS = {89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
 @pytest.mark.parametrize("epilogue", [*PRODUCTS, "proj"])
 @pytest.mark.parametrize("capability", OTHERS)
-def test_the_plain_kernels_compile_for_every_gpu_that_has_e4m3(
-    capability: int, epilogue: str
-) -> None:
+def test_the_plain_kernels_compile_for_every_gpu_with_e4m3(capability: int, epilogue: str) -> None:
     is_proj = epilogue == "proj"
     tile = linear.QUANTIZING if is_proj else linear_fp8.TILES[epilogue]
     found = (

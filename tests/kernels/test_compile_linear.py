@@ -19,18 +19,18 @@ from tests.support.hopper_compile import (
     tma_block,
 )
 
-# Bytes that a bf16 product may spill, once per tile, outside the loop: the erf of the GELU, and the
-# residual beside a whole tile. fp32 is for exactness: there ptxas may spill.
+# The bytes that a bf16 GEMM may spill outside its loop, once for each tile: for the GELU's erf, and
+# for the residual of a complete tile. fp32 may spill, because it is for exact results.
 SPILLS = {"gelu": 128, "residual": 32}
-# Programs that share a multiprocessor, which a tile was chosen for; one where it is not named.
+# tile -> the number of programs on one multiprocessor for which the tile was chosen (default: one)
 GEMM_PROGRAMS = {linear.SMALL: 3, linear.SQUARE: 2, linear.FALLBACK_TILES[16]: 3}
-# What the plain kernel meets: on Hopper the patch embedding (narrow), where Gluon is not known the
-# others as well, and in its fallback tiles everything.
+# The cases of the plain kernel: the patch embedding on Hopper (narrow), all GEMMs without Gluon,
+# and every epilogue in the fallback tiles.
 MET = {True: ("plain", "gelu", "normed", "swiglu"), False: ("plain", "residual")}
 
 
 def gemm_cases() -> list[Any]:
-    """(bits, epilogue, tile): Hopper's own tiles with all they meet, the fallback's with all."""
+    """Return (bits, epilogue, tile) for each use of Hopper's tiles and of the fallback tiles."""
     cases = {
         (16, epilogue, tile)
         for is_wide, rows in linear.HOPPER_TILES.items()
@@ -50,7 +50,7 @@ def gemm_cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("bits", "epilogue", "tile"), gemm_cases())
-def test_a_product_compiles_to_sound_code(bits: int, epilogue: str, tile: linear.GemmTile) -> None:
+def test_a_gemm_compiles_to_correct_code(bits: int, epilogue: str, tile: linear.GemmTile) -> None:
     compiled = compile_gemm(bits, epilogue, tile)
     print(compiled)
     assert compiled.corrupt_descriptors == 0
@@ -64,7 +64,7 @@ def test_a_product_compiles_to_sound_code(bits: int, epilogue: str, tile: linear
         assert compiled.wgmma_shapes == {f"m64n{tile.columns}k16"}
 
 
-# (epilogue, K, chunks of sums of squares) of the published products on Hopper
+# (epilogue, K, chunks of sums of squares) of the published GEMMs on Hopper
 HOPPER_PRODUCTS = {
     ("plain", False): (1280, 10),
     ("gelu", True): (5120, 0),
@@ -120,7 +120,7 @@ def test_a_specialised_product_compiles_to_sound_code(
     assert not compiled.serialised_wgmma
     assert compiled.wgmma_shapes == {f"m64n{tile.columns}k16"}
     assert compiled.shared_bytes <= SHARED_MEMORY
-    # the warpgroups that multiply, and one for the producer: one program for each multiprocessor
+    # one program for each multiprocessor, with the multiplying warpgroups and one producer
     assert compiled.registers * 128 * (tile.num_groups + 1) <= REGISTERS
 
 
@@ -129,10 +129,10 @@ PIXEL_TILES = sorted(
 )
 
 
-# uint8 pixels of one frame, padded; and both frames as float rows, whose weight has no bias
+# padded uint8 pixels of one frame, and float rows of both frames without a bias
 @pytest.mark.parametrize(("n_in", "has_bias"), [(640, True), (1176, False)])
 @pytest.mark.parametrize("tile", PIXEL_TILES)
-def test_the_product_of_pixels_and_fp16_weights_compiles_to_sound_code(
+def test_the_gemm_of_pixels_and_fp16_weights_compiles_to_correct_code(
     tile: linear.GemmTile, n_in: int, has_bias: bool
 ) -> None:
     compiled = compile_gemm(16, "plain", tile, operand="fp16", n_in=n_in, has_bias=has_bias)
@@ -143,7 +143,7 @@ def test_the_product_of_pixels_and_fp16_weights_compiles_to_sound_code(
 
 
 def test_every_row_of_every_table_is_compiled() -> None:
-    """Each new row of a table automatically gets its checks."""
+    """The cases come from the tables, so each new row is compiled."""
     checked = {case.values[2] for case in gemm_cases()} | set(PIXEL_TILES)
     tables = [*linear.HOPPER_TILES.values(), linear.FALLBACK_TILES.items()]
     assert {tile for rows in tables for _, tile in rows} == checked

@@ -1,4 +1,4 @@
-"""The resize kernels compile for every chip, spill nothing, and fuse no float64 operations."""
+"""Test that the resize kernels compile for every GPU, without spills or fused float64."""
 
 import re
 import subprocess

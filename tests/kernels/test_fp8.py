@@ -1,4 +1,4 @@
-"""8-bit floats: quantised rows, their orders, and the MLP on a CPU against float64."""
+"""Compare quantised e4m3 rows, their orders, and the MLP on a CPU with float64."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from tests.support.fp8_cases import Fp8Case
 from tests.support.linear_cases import EPS
 from tests.support.oracle import relative_error
 
-ROUNDING = 2.0**-4 / 3**0.5  # in the mean, if every value is just above a power of two
+ROUNDING = 2.0**-4 / 3**0.5  # the mean error if every value is just above a power of two
 
 
 def rows_of_every_size() -> torch.Tensor:
@@ -27,7 +27,8 @@ def rows_of_every_size() -> torch.Tensor:
 
 
 def test_a_quantised_value_is_rounded_once_to_three_bits() -> None:
-    """Normal e4m3 numbers are within 2^-4 of a value; smaller ones within half a step of 2^-9."""
+    """The relative error of normal e4m3 numbers is at most 2^-4. The error of smaller numbers is at
+    most half a step of 2^-9."""
     rows = rows_of_every_size()
     quantized = quantize(rows)
     scales = quantized.scales.T.repeat_interleave(128, dim=1)
@@ -38,7 +39,7 @@ def test_a_quantised_value_is_rounded_once_to_three_bits() -> None:
     assert bool(((largest >= 224) & (largest <= 448)).all())
 
 
-def test_scales_are_powers_of_two_and_depend_on_their_own_row_alone() -> None:
+def test_scales_are_powers_of_two_and_depend_on_one_row() -> None:
     rows = rows_of_every_size()
     quantized = quantize(rows)
     mantissas, _ = torch.frexp(quantized.scales)
@@ -63,32 +64,32 @@ def test_zero_rows_stay_zero() -> None:
     assert not quantize(torch.zeros(3, 128)).dequantized().any()
 
 
-def test_nan_and_infinity_stay_in_their_own_row() -> None:
+def test_nan_and_infinity_change_no_other_row() -> None:
     rows = torch.ones(4, 256)
     rows[1, 5], rows[2, 200] = float("nan"), float("inf")
     found = quantize(rows).dequantized()
     assert int(found[1].isnan().sum()) == 1  # the value itself
-    assert bool(found[2, 128:].isnan().all())  # what shares its scale
+    assert bool(found[2, 128:].isnan().all())  # the values with the same scale
     assert bool((found[[0, 3]] == 1).all())
 
 
-def test_values_beyond_the_scales_range_are_zero_not_wrong() -> None:
+def test_values_below_the_range_of_scales_become_zero() -> None:
     rows = torch.full((1, 128), 2.0**-140)
     assert not quantize(rows).dequantized().any()
 
 
-def test_the_orders_are_permutations_that_their_inverses_undo() -> None:
+def test_the_orders_are_permutations_with_correct_inverses() -> None:
     order = fp8_column_order(256)
     assert torch.equal(order.sort().values, torch.arange(256))
-    assert order[:128].max() < 128  # columns stay within their scale
+    assert order[:128].max() < 128  # each column keeps its scale
     gate, up = torch.arange(128.0)[:, None], 1000 + torch.arange(128.0)[:, None]
-    woven = interleave_fp8(gate, up).T
-    again = split_gate_and_up(woven)
+    interleaved = interleave_fp8(gate, up).T
+    again = split_gate_and_up(interleaved)
     assert torch.equal(again[0], gate.T)
     assert torch.equal(again[1], up.T)
     for column in range(128):  # a gate and its up are 8 columns apart
-        where = int((woven[0] == column).nonzero())
-        assert woven[0, where + 8] == 1000 + column
+        where = int((interleaved[0] == column).nonzero())
+        assert interleaved[0, where + 8] == 1000 + column
 
 
 @pytest.mark.parametrize("M", [1, 9])

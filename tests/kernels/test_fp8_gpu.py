@@ -1,4 +1,4 @@
-"""The e4m3 MLP on a GPU: against float64, the same bits in any batch and tile, NaN kept apart."""
+"""Compare the e4m3 MLP on a GPU with float64, and test equal bits in any batch and tile."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ has_fp8 = pytest.mark.skipif(
 
 
 def run(case: Fp8Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two results, as the tower's GPU computes them."""
+    """Return the two results of the GPU kernel, with the tower's arguments."""
     launch = linear_fp8._gemm_for(case.rows)
     return launch(case.rows, case.weight, case.bias, epilogue=case.epilogue, **case.operands)
 
@@ -44,21 +44,21 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 @has_fp8
 @pytest.mark.parametrize("M", ROW_COUNTS)
 @pytest.mark.parametrize("epilogue", SHAPES)
-def test_an_e4m3_product_equals_float64(epilogue: str, M: int) -> None:
+def test_an_e4m3_gemm_equals_float64(epilogue: str, M: int) -> None:
     case = Fp8Case.random(epilogue, M, device=CUDA)
-    out, beside = run(case)
-    found = QuantizedRows(out, beside).dequantized() if epilogue == "swiglu" else out
+    out, extra = run(case)
+    found = QuantizedRows(out, extra).dequantized() if epilogue == "swiglu" else out
     assert relative_error(found, case.oracle()) < ROUNDING[epilogue] + SUM_ERROR
     if epilogue == "residual":
         sums = out.double().square().sum(1)
-        assert relative_error(beside.double().sum(0), sums) < 1e-6
+        assert relative_error(extra.double().sum(0), sums) < 1e-6
 
 
 @gpu
 @has_fp8
 @pytest.mark.parametrize("M", [1000, 6400])
 @pytest.mark.parametrize("epilogue", SHAPES)
-def test_all_tiles_of_an_e4m3_product_agree_bit_for_bit(epilogue: str, M: int) -> None:
+def test_all_tiles_of_an_e4m3_gemm_give_the_same_bits(epilogue: str, M: int) -> None:
     case = Fp8Case.random(epilogue, M, device=CUDA)
     runs: list[tuple[Any, Any]] = [(linear_fp8.launch_gemm, linear_fp8.TILES[epilogue])]
     if IS_KNOWN_GLUON and linear_fp8_hopper.supports(case.rows):
@@ -100,14 +100,14 @@ def test_proj_writes_the_rows_of_quantize_and_the_bits_of_the_plain_stream(M: in
 @has_fp8
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("epilogue", SHAPES)
-def test_nan_and_infinity_stay_in_their_own_row(epilogue: str, bad: float) -> None:
+def test_nan_and_infinity_change_no_other_row(epilogue: str, bad: float) -> None:
     case = Fp8Case.random(epilogue, 300, device=CUDA)
     clean = run(case)[0]
     rows = case.rows.dequantized()
     rows[100, 7] = bad
     poisoned = Fp8Case(epilogue, quantize(rows), case.weight, case.bias, case.squares, case.before)
-    out, beside = run(poisoned)
-    found = QuantizedRows(out, beside).dequantized() if epilogue == "swiglu" else out.float()
+    out, extra = run(poisoned)
+    found = QuantizedRows(out, extra).dequantized() if epilogue == "swiglu" else out.float()
     assert bool(found[100].isnan().all())
     others = [row for row in range(300) if row != 100]
     assert same_bits(out[others], clean[others])
@@ -116,19 +116,19 @@ def test_nan_and_infinity_stay_in_their_own_row(epilogue: str, bad: float) -> No
 @gpu
 @has_fp8
 @pytest.mark.parametrize("epilogue", SHAPES)
-def test_zero_rows_give_what_the_bias_gives(epilogue: str) -> None:
+def test_zero_rows_give_the_result_of_the_bias(epilogue: str) -> None:
     case = Fp8Case.random(epilogue, 70, device=CUDA)
     rows = case.rows.dequantized()
     rows[5] = 0
     zeroed = Fp8Case(epilogue, quantize(rows), case.weight, case.bias, case.squares, case.before)
-    out, beside = run(zeroed)
-    found = QuantizedRows(out, beside).dequantized() if epilogue == "swiglu" else out
+    out, extra = run(zeroed)
+    found = QuantizedRows(out, extra).dequantized() if epilogue == "swiglu" else out
     assert relative_error(found[5:6], zeroed.oracle()[5:6]) < ROUNDING[epilogue] + SUM_ERROR
 
 
 @gpu
 @has_fp8
-def test_an_encoder_in_fp8_gives_an_image_the_same_bits_alone_by_graph_and_in_a_batch() -> None:
+def test_an_fp8_encoder_gives_the_same_bits_alone_by_graph_and_in_a_batch() -> None:
     weights = random_weights(CONFIG, 0, torch.device("cpu"))
     encoder = VisionEncoder.from_tensors(weights, CONFIG, device="cuda", quantization="fp8")
     eager = VisionEncoder.from_tensors(

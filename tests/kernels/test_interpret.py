@@ -21,7 +21,7 @@ def _shifted(b_x, SHIFT: tl.constexpr):
 def _sum_of_steps(
     x, index, ends, out, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """Program i adds tiles of BM rows of `x`, chosen by `index`, up to its own end."""
+    """Add the tiles of BM rows of `x` that `index` selects, up to the end of program i."""
     end = tl.load(ends + tl.program_id(0)).to(tl.int64)
     if end < 1:
         return
@@ -57,7 +57,7 @@ def run(interpreter: object, ends: list[int], **options: int) -> Tensor:
 
 @pytest.mark.skipif(not RUNS_HERE, reason="this Triton's interpreter does not know this NumPy")
 @pytest.mark.parametrize(("ends", "lanes"), [([9, 10], 2), ([9, 10], 1), ([3, 8, 0], 1), ([4], 5)])
-def test_a_kernel_gives_what_triton_interprets(ends: list[int], lanes: int) -> None:
+def test_a_kernel_equals_tritons_interpreter(ends: list[int], lanes: int) -> None:
     expected = run(interpreted_by_triton, ends)
     ours = run(interpreted, ends, lanes=lanes)
     assert expected.isfinite().any()
@@ -65,13 +65,13 @@ def test_a_kernel_gives_what_triton_interprets(ends: list[int], lanes: int) -> N
 
 
 @pytest.mark.parametrize("ends", [[3, 8], [0, 8]])
-def test_programs_that_part_ways_are_refused_and_not_computed_wrongly(ends: list[int]) -> None:
+def test_programs_that_diverge_are_refused(ends: list[int]) -> None:
     with pytest.raises(NotImplementedError, match="different branches"):
         run(interpreted, ends, lanes=2)
 
 
 def test_a_loaded_block_is_a_copy() -> None:
-    """A block is registers: a later store to the memory that it came from leaves it alone."""
+    """A block is in registers, so a later store to the loaded memory does not change it."""
 
     @triton.jit
     def swap(x, BN: tl.constexpr):

@@ -1,4 +1,4 @@
-"""Every launch states the options whose defaults differ between versions of Triton."""
+"""Test that every launch sets the options whose defaults differ between versions of Triton."""
 
 import ast
 
@@ -34,7 +34,7 @@ def test_every_launch_states_fp_fusion() -> None:
     files = sorted((ROOT / "qwen_vit" / "kernels").glob("*.py"))
     found = {path.name: launches_without_options(path.read_text()) for path in files}
     assert not {name: lines for name, lines in found.items() if lines}
-    assert sum("**LAUNCH" in path.read_text() for path in files) >= 6  # the search sees launches
+    assert sum("**LAUNCH" in path.read_text() for path in files) >= 6  # the search finds launches
 
 
 @pytest.mark.parametrize("default", ["0", "1"])
@@ -46,7 +46,7 @@ def test_the_environment_does_not_set_fp_fusion(
     assert options.enable_fp_fusion
 
 
-def test_the_plain_kernels_run_inside_the_block_alone() -> None:
+def test_the_plain_kernels_run_only_inside_the_block() -> None:
     assert uses_hopper_kernels() == IS_KNOWN_GLUON
     with plain_kernels():
         assert not uses_hopper_kernels()

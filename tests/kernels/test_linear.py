@@ -40,7 +40,7 @@ from tests.support.towers import CPU
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("M", [1, 7, 65])
-def test_a_product_on_the_cpu_equals_float64(M: int, epilogue: str, with_bias: bool) -> None:
+def test_a_gemm_on_the_cpu_equals_float64(M: int, epilogue: str, with_bias: bool) -> None:
     x, weight, bias = random_case(M, 96, 40, epilogue)
     ours = linear(x, weight, bias if with_bias else None, epilogue=epilogue)
     oracle = linear_oracle(x, weight, bias if with_bias else None, epilogue=epilogue)
@@ -67,15 +67,15 @@ def test_the_gelu_is_the_exact_one() -> None:
 
 @pytest.mark.parametrize("epilogue", ["plain", "swiglu"])
 @pytest.mark.parametrize("M", [1, 7, 65])
-def test_a_product_of_a_normed_stream_on_the_cpu_equals_float64(M: int, epilogue: str) -> None:
+def test_a_gemm_of_a_normed_stream_on_the_cpu_equals_float64(M: int, epilogue: str) -> None:
     x, weight, bias = random_case(M, 96, 40, epilogue)
-    x = x * 10.0 ** torch.linspace(-3, 3, M)[:, None]  # where eps decides, to large activations
+    x = x * 10.0 ** torch.linspace(-3, 3, M)[:, None]  # from values below eps to large activations
     ours = normed_linear(ResidualStream.from_values(x), weight, bias, eps=EPS, epilogue=epilogue)
     assert ours.shape == (M, 40)
     assert relative_error(ours, normed_oracle(x, weight, bias, epilogue=epilogue)) < 2e-6
 
 
-def test_a_product_added_to_a_stream_on_the_cpu_leaves_its_sums_of_squares() -> None:
+def test_a_residual_gemm_on_the_cpu_returns_sums_of_squares() -> None:
     x, weight, bias = random_case(9, 96, 40)
     before = torch.randn(9, 40, generator=torch.Generator().manual_seed(1))
     stream = linear_residual(ResidualStream.from_values(before), x, weight, bias)
@@ -108,7 +108,7 @@ def test_the_norm_on_the_cpu_has_the_bits_of_transformers(dtype: torch.dtype) ->
     assert torch.equal(ours, their_norm(x, weight))
 
 
-def test_the_norms_cast_order_shows_in_bf16() -> None:
+def test_the_cast_order_of_the_norm_changes_bits_in_bf16() -> None:
     x, weight = norm_case(torch.bfloat16)
     moved = (rms_norm(x, weight, 1e-6) != rms_norm_wrong_casts(x, weight)).float().mean()
     assert moved > 1 / 6
@@ -119,8 +119,8 @@ def test_gathered_pixels_are_centred_and_exact(dtype: torch.dtype) -> None:
     assert_gathered_pixels_are_exact(CPU, dtype)
 
 
-# The compiled kernels' own source, run by Triton's interpreter in a process of its own: it must be
-# turned on before triton is imported, and these kernels use more than the two-way ones may.
+# A child process runs the source of the compiled kernels in Triton's interpreter, which must be on
+# before the import of triton. These kernels use features that `qwen_vit.kernels.interpret` lacks.
 INTERPRETED = """
 import json, sys
 import torch
@@ -194,7 +194,7 @@ INTERPRETED_CASES = [
     (50, 64, 40, "swiglu", True, 32, 16, 64, 2, 1.0),
     (33, 96, 48, "residual", True, 16, 32, 32, 8, 1.0),  # N ends inside a tile
     (70, 64, 48, "residual", True, 32, 16, 64, 2, 1.0),
-    (70, 80, 48, "gelu", True, 32, 32, 32, 1, 0.5, False),  # as GPUs without TMA
+    (70, 80, 48, "gelu", True, 32, 32, 32, 1, 0.5, False),  # like GPUs without TMA
     (50, 72, 40, "swiglu", True, 32, 16, 64, 2, 1.0, False),
     (33, 96, 40, "residual", True, 16, 32, 32, 8, 1.0, False),
 ]
@@ -216,14 +216,14 @@ def interpreted_errors(*cases: tuple[Any, ...]) -> tuple[float, ...]:
 
 
 @pytest.mark.slow
-def test_the_compiled_norm_and_gather_are_right_in_the_interpreter() -> None:
+def test_the_interpreted_norm_and_gather_equal_the_oracle() -> None:
     norm_error, gather_error = interpreted_errors()
-    assert norm_error < 2e-7  # an own rounding of the scale
+    assert norm_error < 2e-7  # the scale has a separate rounding
     assert gather_error == 0.0
 
 
 @pytest.mark.parametrize("case", range(len(INTERPRETED_CASES)))
-def test_the_compiled_product_is_right_in_the_interpreter(case: int) -> None:
+def test_the_interpreted_gemm_equals_the_oracle(case: int) -> None:
     """Test tile order, edges, SwiGLU halves, epilogues and scale, without the compiler."""
     error = interpreted_errors(*INTERPRETED_CASES)[case]
     print(INTERPRETED_CASES[case], f"{error:.1e}")
@@ -231,7 +231,7 @@ def test_the_compiled_product_is_right_in_the_interpreter(case: int) -> None:
 
 
 @pytest.mark.parametrize("N", [1280, 2176, 5120])
-def test_sums_of_squares_are_by_one_chunk_whatever_the_rows(
+def test_the_chunk_of_sums_of_squares_does_not_depend_on_the_rows(
     N: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another chunk size would round differently, so an image's bits would depend on its batch."""
@@ -243,7 +243,7 @@ def test_sums_of_squares_are_by_one_chunk_whatever_the_rows(
     assert {kernels._gemm_tile(x, weight, "residual").columns for x in rows} == {128}
 
 
-def test_every_product_for_hopper_has_a_tile_whatever_its_depth_and_rows() -> None:
+def test_every_gemm_for_hopper_has_a_tile_at_any_depth_and_rows() -> None:
     """A tower wider than the published towers once used a depth that the table does not contain."""
     for epilogue in ("plain", "gelu", "swiglu", "residual"):
         for K in (640, 1280, 2560, 5120, 10_240):

@@ -30,8 +30,8 @@ from tests.support.oracle import relative_error
 from tests.support.towers import gpu
 
 CUDA = torch.device("cuda")
-# (K, N, what follows) of the published tower's products, 7B: pixels, qkv, proj, gate and up, down,
-# the merger's two.
+# (K, N, epilogue) of the GEMMs of the published 7B tower: pixels, qkv, proj, gate and up, down, and
+# the merger's two GEMMs.
 PUBLISHED_PRODUCTS = {
     "rows": (1176, 1280, "plain"),
     "pixels": (640, 1280, "plain"),
@@ -54,7 +54,7 @@ class GemmCase:
         self.epilogue = epilogue
         case = random_case(M, K, N, epilogue, dtype=dtype, device=CUDA, seed=seed)
         self.x, self.weight, self.bias = case
-        self.before = torch.randn(M, N, device=CUDA).to(dtype)  # the stream that it adds to
+        self.before = torch.randn(M, N, device=CUDA).to(dtype)  # the residual stream
 
     def run(self, rows: slice = slice(None)) -> Tensor:
         x = self.x[rows].clone()
@@ -67,7 +67,7 @@ class GemmCase:
             return torch.cat([stream.values, stream.squares.T.to(x.dtype)], dim=1)
         if self.epilogue in ("normed", "swiglu"):
             kind = "plain" if self.epilogue == "normed" else "swiglu"
-            # ResidualStream.from_values sums a row alone: the tower's own sums come from "residual"
+            # ResidualStream.from_values adds in another order than the tower's "residual" epilogue
             stream = ResidualStream.from_values(x)
             return normed_linear(stream, self.weight, self.bias, eps=EPS, epilogue=kind)
         return linear(x, self.weight, self.bias, epilogue=self.epilogue)
@@ -93,21 +93,21 @@ def published(name: str, M: int, dtype: torch.dtype) -> GemmCase:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("M", ROW_COUNTS)
 @pytest.mark.parametrize("name", PUBLISHED_PRODUCTS)
-def test_a_product_on_a_gpu_equals_float64(name: str, M: int, dtype: torch.dtype) -> None:
+def test_a_gemm_on_a_gpu_equals_float64(name: str, M: int, dtype: torch.dtype) -> None:
     assert published(name, M, dtype).error() < BOUNDS[dtype]
 
 
 @gpu
 @pytest.mark.parametrize("epilogue", [*EPILOGUES, "normed", "swiglu", "residual"])
 @pytest.mark.parametrize(("K", "N"), [(16, 24), (40, 8), (160, 480), (72, 136)])
-def test_a_small_product_on_a_gpu_equals_float64(K: int, N: int, epilogue: str) -> None:
+def test_a_small_gemm_on_a_gpu_equals_float64(K: int, N: int, epilogue: str) -> None:
     """The sizes are smaller than any tile, with edges in every direction."""
     for dtype in (torch.bfloat16, torch.float32):
         assert GemmCase(K, N, epilogue, 37, dtype).error() < BOUNDS[dtype]
 
 
 @gpu
-def test_the_product_of_pixels_on_a_gpu_takes_fp16_and_gives_bf16() -> None:
+def test_the_gemm_of_pixels_on_a_gpu_takes_fp16_and_returns_bf16() -> None:
     x, weight, _ = random_case(1000, 640, 1280, dtype=torch.float16, device=CUDA)
     bias = torch.randn(1280, device=CUDA)
     options: dict[str, Any] = {"out_scale": 2.0**-10}
@@ -116,13 +116,13 @@ def test_the_product_of_pixels_on_a_gpu_takes_fp16_and_gives_bf16() -> None:
     assert relative_error(ours, linear_oracle(x, weight, bias, **options)) < 2e-3
 
 
-SHARED_BYTES = 229_376  # of a program on Hopper, but for what barriers and exchanges take
+SHARED_BYTES = 229_376  # of a program on Hopper, without the memory of barriers and exchanges
 
 
 @gpu
 @pytest.mark.parametrize("M", [1000, 6400])  # one tile for each multiprocessor, and several
 @pytest.mark.parametrize("name", PUBLISHED_PRODUCTS)
-def test_all_tiles_agree_bit_for_bit(name: str, M: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_tiles_give_the_same_bits(name: str, M: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of rows may choose the tile only because all tiles give the same bits, in both
     kernels. Each kernel has its own chunk size for the sums of squares of a `residual`. For these
     sums, the test compares values between the kernels, and all bits between one kernel's tiles.
@@ -135,9 +135,9 @@ def test_all_tiles_agree_bit_for_bit(name: str, M: int, monkeypatch: pytest.Monk
             stages = tile.num_stages * (tile.rows + tile.columns) * linear_hopper.BK * 2
             stored = tile.rows * tile.columns * (1 if case.epilogue == "swiglu" else 2)
             if stages + stored > SHARED_BYTES:
-                continue  # made for a result of half the width
+                continue  # for SwiGLU, whose result has half the width
             if case.epilogue == "residual" and tile.columns < linear_hopper.SQUARES_COLUMNS:
-                continue  # narrower than what its sums of squares are kept by
+                continue  # narrower than a chunk of sums of squares
             everywhere = dict.fromkeys(linear_hopper.TILES, ((0, tile),))
             monkeypatch.setattr(linear_hopper, "TILES", everywhere)
             results.append(case.run())
@@ -174,7 +174,7 @@ def test_a_row_on_a_gpu_has_the_same_bits_alone_and_in_any_batch(
 
 
 @gpu
-def test_a_product_gives_the_same_bits_a_thousand_times() -> None:
+def test_a_gemm_gives_the_same_bits_a_thousand_times() -> None:
     for name in ("qkv", "proj", "gate-up", "down"):
         case = published(name, 2500, torch.bfloat16)
         first = case.run()
