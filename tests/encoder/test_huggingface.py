@@ -23,9 +23,8 @@ def processor(max_pixels: int) -> Qwen2VLImageProcessorPil:
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 def test_photographs_equal_hugging_faces_processor_and_tower(name: str) -> None:
-    limit = (
-        300_000 if name == "astronaut.png" else 120_000
-    )  # one large image, and two images that are reduced
+    # one large image, and two images that are reduced
+    limit = 300_000 if name == "astronaut.png" else 120_000
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=limit)
     with Image.open(IMAGES / name) as image:
         inputs = processor(limit)(image.convert("RGB"), return_tensors="pt")

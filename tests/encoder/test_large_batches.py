@@ -18,13 +18,13 @@ def assert_equals_its_halves(tower: VisionTower, grid: Grid, count: int) -> None
     device = next(tower.parameters()).device
     shape = (count * grid.n_patches, 588)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    whole = embeddings(tower, pixels, [grid] * count)
-    assert whole.isfinite().all()
+    expected = embeddings(tower, pixels, [grid] * count)
+    assert expected.isfinite().all()
     images = count // 2
     for part, n, values in zip(
         pixels.split([images * grid.n_patches, (count - images) * grid.n_patches]),
         (images, count - images),
-        whole.split([images * grid.n_patches // 4, (count - images) * grid.n_patches // 4]),
+        expected.split([images * grid.n_patches // 4, (count - images) * grid.n_patches // 4]),
         strict=True,
     ):
         assert torch.equal(embeddings(tower, part.clone(), [grid] * n), values)
@@ -54,10 +54,10 @@ def test_the_attention_kernel_works_above_both_limits() -> None:
     assert qkv.numel() > INT32_VALUES
     assert count > GRID_LIMIT
     _, cos, sin, edges = random_case([length] * count, head_dim, 0, device=CUDA)
-    whole = fused_rope_varlen_attention(qkv, cos, sin, edges)
+    expected = fused_rope_varlen_attention(qkv, cos, sin, edges)
     middle = count // 2
     for segments in (slice(0, middle), slice(middle, count)):
         rows = slice(segments.start * length, segments.stop * length)
         part = edges[segments.start : segments.stop + 1] - edges[segments.start]
         arguments = (qkv[rows].clone(), cos[rows].clone(), sin[rows].clone(), part)
-        assert torch.equal(fused_rope_varlen_attention(*arguments), whole[rows])
+        assert torch.equal(fused_rope_varlen_attention(*arguments), expected[rows])

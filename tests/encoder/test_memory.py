@@ -48,7 +48,7 @@ def test_a_batch_out_of_memory_is_halved_to_the_same_values(
 def test_a_batch_is_released_before_its_halves_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The result fitted into the GPU's memory, but a second copy did not."""
+    """The test simulates a result that fits into the GPU's memory, while a copy of it does not."""
     results: list[weakref.ref[Tensor]] = []
     kept: list[bool] = []
     forward = VisionEncoder.forward
@@ -59,15 +59,15 @@ def test_a_batch_is_released_before_its_halves_run(
         results.append(weakref.ref(result))
         return result
 
-    def copies(whole: Tensor, rows: list[int]) -> list[Tensor]:
+    def copies(result: Tensor, rows: list[int]) -> list[Tensor]:
         if len(results) == 1:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return [part.clone() for part in whole.split(rows)]
+        return [part.clone() for part in result.split(rows)]
 
     monkeypatch.setattr(VisionEncoder, "forward", watched)
-    whole = small()
+    encoder = small()
     monkeypatch.setattr(torch, "split_with_sizes_copy", copies)
-    assert len(whole.encode([picture(56, 56, seed) for seed in range(2)])) == 2
+    assert len(encoder.encode([picture(56, 56, seed) for seed in range(2)])) == 2
     assert kept[:1] == [False]
 
 

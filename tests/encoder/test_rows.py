@@ -83,17 +83,16 @@ def test_still_rows_have_the_bits_of_encode() -> None:
 
 
 def test_rows_of_a_video_have_the_bits_of_encode_patches() -> None:
-    chance = torch.Generator().manual_seed(0)
-    rows = torch.randint(0, 256, (48, 1176), dtype=torch.uint8, generator=chance)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 256, (48, 1176), dtype=torch.uint8, generator=generator)
     grid = torch.tensor([[2, 4, 6]])
     config = tiny().image_config
     mean, std = (torch.tensor(each)[:, None] for each in (config.image_mean, config.image_std))
     floats = ((rows.view(48, 3, 392).float() / 255 - mean) / std).flatten(1)
     ours = tiny().encode_pixels(rows, grid, still=False)
     assert torch.equal(ours, tiny().encode_patches(floats, grid))
-    still = tiny().encode_pixels(
-        rows, grid
-    )  # differs, because this call reads only the first frames
+    # differs, because this call reads only the first frames
+    still = tiny().encode_pixels(rows, grid)
     assert relative_error(still, ours) > 1e-3
 
 

@@ -42,9 +42,8 @@ def test_every_kind_of_source_gives_the_same_embeddings_in_order(
         array.astype(np.float32) / 255,
         array[::-1][::-1],
     ]
-    other = picture(
-        56, 112, seed=1
-    )  # different images between them, so that a wrong order is found
+    # different images between them, so that a wrong order is found
+    other = picture(56, 112, seed=1)
     mixed = [image for source in sources for image in (source, other)]
     results = tiny().encode(mixed)
     assert len(results) == len(mixed)
@@ -74,10 +73,8 @@ def test_kept_features_do_not_keep_their_batch() -> None:
 
 
 def test_patch_output_is_row_major_and_before_the_merger() -> None:
-    images = [
-        picture(56, 84),
-        picture(140, 112, seed=1),
-    ]  # 140 x 112 pixels: some windows are incomplete
+    # 140 x 112 pixels: some windows are incomplete
+    images = [picture(56, 84), picture(140, 112, seed=1)]
     dense = tiny().encode(images, output="patch")
     merged = tiny().encode(images)
     for patch, features in zip(dense, merged, strict=True):

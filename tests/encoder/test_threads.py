@@ -69,9 +69,11 @@ def test_an_array_is_encoded_with_its_values_at_the_call() -> None:
             buffer[:] = 40 * value
             yield buffer
 
-    whole = encoder()
-    single = [whole.encode([np.full((56, 56, 3), 40 * v, np.uint8)])[0].embeds for v in range(6)]
-    together = whole.encode_iter(frames(), decode_threads=3)
+    own_encoder = encoder()
+    single = [
+        own_encoder.encode([np.full((56, 56, 3), 40 * v, np.uint8)])[0].embeds for v in range(6)
+    ]
+    together = own_encoder.encode_iter(frames(), decode_threads=3)
     for features, expected in zip(together, single, strict=True):
         assert (features.embeds - expected).abs().max() < 1e-4
     assert not torch.allclose(single[0], single[1], atol=1e-2)
@@ -168,12 +170,12 @@ def test_closing_a_stream_ends_its_threads(monkeypatch: pytest.MonkeyPatch) -> N
 def test_patches_of_two_images_are_refused() -> None:
     from qwen_vit.images.patches import Patches, patchify
 
-    whole = encoder()
-    one = patchify(np.zeros((56, 56, 3), np.uint8), whole.image_config)
-    [features] = whole.encode([one])
+    own_encoder = encoder()
+    one = patchify(np.zeros((56, 56, 3), np.uint8), own_encoder.image_config)
+    [features] = own_encoder.encode([one])
     assert features.grid_thw == (1, 4, 4)
     with pytest.raises(ImageError, match="patches of 2 images"):
-        whole.encode([Patches.cat([one, one])])
+        own_encoder.encode([Patches.cat([one, one])])
 
 
 def test_patches_of_another_width_are_single_failures() -> None:
@@ -182,8 +184,8 @@ def test_patches_of_another_width_are_single_failures() -> None:
     from qwen_vit.config import Grid
     from qwen_vit.images.patches import Patches, patchify
 
-    whole = encoder()
-    good = patchify(np.zeros((56, 56, 3), np.uint8), whole.image_config)
+    own_encoder = encoder()
+    good = patchify(np.zeros((56, 56, 3), np.uint8), own_encoder.image_config)
     bad = {
         r"image 1: patches of 192 values\. Expected 588, or 1176 for a video\.": (
             192,
@@ -199,20 +201,20 @@ def test_patches_of_another_width_are_single_failures() -> None:
         Patches(torch.zeros(grid.n_patches, values, dtype=torch.uint8), (grid,))
         for values, grid in bad.values()
     ]
-    results = whole.encode([good, *patches, Patches.cat([good, good]), good], on_error="skip")
+    results = own_encoder.encode([good, *patches, Patches.cat([good, good]), good], on_error="skip")
     kinds = [ImageFeatures, *[FailedImage] * 4, ImageFeatures]
     assert [type(result) for result in results] == kinds
     for message, result in zip([*bad, "image 4: the patches of 2"], results[1:5], strict=True):
         assert re.match(message, str(result.error))
     with pytest.raises(ImageError, match="image 0: patches of 192 values"):
-        whole.encode([patches[0]])
+        own_encoder.encode([patches[0]])
 
 
 def test_images_are_packed_largest_first_and_returned_in_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Encode like a GPU, where an image's bits do not depend on the batch."""
-    whole = encoder()
+    own_encoder = encoder()
     monkeypatch.setattr(batching, "TOKEN_BUDGET", {"cpu": 100})
     monkeypatch.setattr(batching, "WINDOW", {"cpu": 3})
     monkeypatch.setattr(
@@ -228,11 +230,11 @@ def test_images_are_packed_largest_first_and_returned_in_order(
         return real(self, patches, grids, *options)
 
     monkeypatch.setattr(VisionEncoder, "forward", forward)
-    together = whole.encode(images)
+    together = own_encoder.encode(images)
     # the first window is one batch, and the second window has three batches
     assert batches == [[64, 16], [48, 36, 16], [24, 24]]
     for features, image in zip(together, images, strict=True):
-        [alone] = whole.encode([image])
+        [alone] = own_encoder.encode([image])
         assert features.grid_thw == alone.grid_thw
         assert (alone.embeds - features.embeds).abs().max() < 1e-4
 
@@ -241,12 +243,12 @@ def test_images_are_packed_largest_first_and_returned_in_order(
 def test_packing_on_a_gpu_changes_no_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = VisionEncoder.from_pretrained("tiny", device="cuda", max_pixels=200_704)
+    own_encoder = VisionEncoder.from_pretrained("tiny", device="cuda", max_pixels=200_704)
     monkeypatch.setitem(batching.TOKEN_BUDGET, "cuda", 2_048)
     images = mixed(60)
-    together = whole.encode(images, on_error="skip", decode_threads=8)
+    together = own_encoder.encode(images, on_error="skip", decode_threads=8)
     for features, image in zip(together, images, strict=True):
-        [alone] = whole.encode([image], on_error="skip", decode_threads=1)
+        [alone] = own_encoder.encode([image], on_error="skip", decode_threads=1)
         assert type(features) is type(alone)
         if isinstance(features, ImageFeatures) and isinstance(alone, ImageFeatures):
             assert torch.equal(features.embeds, alone.embeds)

@@ -230,7 +230,7 @@ def test_a_large_export_needs_a_confirmation(
     assert "out: the export will take about" in err
     assert "Pass --yes" in err
     assert shards() == {}
-    assert run("p", "--out", "out")[0] == 2  # no file of the export
+    assert run("p", "--out", "out")[0] == 2  # the second run asks again
     assert run("p", "--out", "out", "--yes")[0] == 1
     assert run("p", "--out", "out")[0] == 0  # an unfinished export needs no confirmation
 

@@ -66,18 +66,18 @@ def listings() -> list[str]:
 @pytest.mark.parametrize("growths", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_growing_export_equals_a_new_export(growing_dir: Path, growths: int) -> None:
     """The folder gets new images, changed images, repaired images and images that remain broken."""
-    chance = random.Random(0)
+    rng = random.Random(0)
     number, broken = 10, {"3.png", "7.png"}
     equals_a_fresh_export(export())
     for step in range(growths):
-        for _ in range(chance.randint(0, 6)):
-            is_broken = chance.random() < 0.3
+        for _ in range(rng.randint(0, 6)):
+            is_broken = rng.random() < 0.3
             write(f"p/{number}.png", tiny_png(number)[: 50 if is_broken else None])
             broken |= {f"{number}.png"} if is_broken else set()
             number += 1
         if step % 3 == 0:
-            write(f"p/{chance.randrange(3)}.png", tiny_png(1_000 + step))  # a good image changes
-        repaired = [name for name in sorted(broken) if chance.random() < 0.4]
+            write(f"p/{rng.randrange(3)}.png", tiny_png(1_000 + step))  # a good image changes
+        repaired = [name for name in sorted(broken) if rng.random() < 0.4]
         if step % 2:
             equals_a_fresh_export(export(EXTEND))
             for name in repaired:

@@ -56,10 +56,11 @@ def test_a_refused_export_leaves_no_file(export_dir: Path) -> None:
     for inputs, words in (
         (["p", "p"], "two images have this id"),
         (["empty"], "no image found in empty"),
+        # this "error" has another type than in our listings
         (
             ["stray.jsonl"],
             "two images have this id",
-        ),  # this "error" has another type than in our listings
+        ),
     ):
         Path("empty").mkdir(exist_ok=True)
         with pytest.raises(ExportError, match=words):
@@ -76,9 +77,8 @@ def test_a_list_of_an_unknown_kind_is_refused(export_dir: Path, name: str) -> No
     ):
         export(name)
     assert not Path("out").exists()
-    check_inputs(
-        ["p", name]
-    )  # among other inputs, as from a shell's *, such a file is a failed image
+    # among other inputs, as from a shell's *, such a file is a failed image
+    check_inputs(["p", name])
     assert export("p", name).failed == {"truncated": 1, "not-an-image": 1}
 
 
@@ -104,9 +104,8 @@ def test_a_header_over_the_limit_of_safetensors_is_refused_before_any_image(
         with pytest.raises(ExportError, match="Lower shard_size"):
             estimate_export(NeverAsked(), ["p"], replace(SMALL, shard_size=11), folder=folder)
     assert export(options=replace(SMALL, shard_size=1)).exported == 10
-    monkeypatch.setattr(
-        plan_module, "MAX_HEADER_BYTES", 300
-    )  # the estimate is a dry run, and the export has shards
+    # the header size is an estimate, so an export with shards does not check it
+    monkeypatch.setattr(plan_module, "MAX_HEADER_BYTES", 300)
     Path("out/shard-00000003.safetensors").unlink()
     assert export(options=replace(SMALL, shard_size=1)).exported == 10
 

@@ -83,7 +83,7 @@ def test_encoding_continues_up_to_a_limit_during_a_save(
     the GPU busy."""
     monkeypatch.setitem(shards_module.AHEAD_BYTES, "cpu", ahead_bytes)  # an image has 256 bytes
     monkeypatch.setattr(fake_encoder, "BATCH", 1)
-    real, whole = FeatureWriter.save, FakeEncoder()
+    real, fake = FeatureWriter.save, FakeEncoder()
     loaded = threading.Event()
     encoded: list[int] = []
 
@@ -95,15 +95,15 @@ def test_encoding_continues_up_to_a_limit_during_a_save(
     def save(self: FeatureWriter, facts: Any) -> None:
         assert loaded.wait(30)
         end = time.monotonic() + 30
-        while whole.encoded < expected[len(encoded)] and time.monotonic() < end:
+        while fake.encoded < expected[len(encoded)] and time.monotonic() < end:
             time.sleep(0.01)
         time.sleep(0.05)  # enough time for an encoder without the limit to continue
-        encoded.append(whole.encoded)
+        encoded.append(fake.encoded)
         real(self, facts)
 
     monkeypatch.setattr(FeatureWriter, "save", save)
     monkeypatch.setattr(loading, "load_image", watched_load)
-    assert fake_export(tmp_path, whole, 3, decode_threads=2).exported == 12
+    assert fake_export(tmp_path, fake, 3, decode_threads=2).exported == 12
     assert encoded == expected
 
 
@@ -113,11 +113,11 @@ def test_a_failing_disk_stops_the_encoder_soon(
     def save(self: FeatureWriter, facts: Any) -> None:
         raise ExportError("the disk is gone")
 
-    whole = FakeEncoder()
+    fake = FakeEncoder()
     monkeypatch.setattr(FeatureWriter, "save", save)
     with pytest.raises(ExportError, match="the disk is gone"):
-        fake_export(tmp_path, whole, 50)
-    assert whole.encoded <= 8
+        fake_export(tmp_path, fake, 50)
+    assert fake.encoded <= 8
     assert load_threads() == 0
 
 

@@ -141,9 +141,8 @@ def test_expired_credentials_lose_no_image(server: S3Server, fault: str, fact: s
     assert caught.value.name.startswith(OUT)
     server.fault, second = lambda _: None, FakeEncoder()
     export(encoder=second)
-    assert (
-        second.encoded == 10 - 9
-    )  # the first run encoded three shards, and kept the third in the scratch folder
+    # the first run encoded three shards, and kept the third in the scratch folder
+    assert second.encoded == 10 - 9
     assert server.objects("out") == local()
     assert scratch() == []
 
@@ -233,8 +232,8 @@ def test_a_server_that_ignores_conditions_is_an_error(
 
 def test_a_torn_shard_is_written_again(server: S3Server) -> None:
     export()
-    whole = server.objects("out")["shard-00000001.safetensors"]
-    server.put("out/shard-00000001.safetensors", whole[:-9])
+    shard_bytes = server.objects("out")["shard-00000001.safetensors"]
+    server.put("out/shard-00000001.safetensors", shard_bytes[:-9])
     encoder = FakeEncoder()
     export(encoder=encoder)
     assert encoder.encoded == 3

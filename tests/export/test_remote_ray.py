@@ -31,9 +31,8 @@ def test_workers_without_a_shared_disk_give_the_bytes_of_one_process(
     logging.getLogger("ray").setLevel(logging.ERROR)
     options = ExportOptions(shard_size=4, column="image")
     grown = ExportOptions(shard_size=4, column="image", extend=True)
-    ray_folder = tempfile.mkdtemp(
-        dir="/tmp"
-    )  # a short path, because a socket's path has a length limit
+    # a short path, because a socket's path has a length limit
+    ray_folder = tempfile.mkdtemp(dir="/tmp")
     with s3_server() as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # for Ray's workers
         patch.setenv("TMPDIR", ray_folder)

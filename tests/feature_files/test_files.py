@@ -45,11 +45,11 @@ def test_the_error_of_a_missing_image_names_the_file(path: Path) -> None:
 
 def test_every_truncation_of_a_file_is_refused_with_its_name(path: Path) -> None:
     write_features(path, features_of("a", "b"), METADATA)
-    whole = path.read_bytes()
-    for length in [*range(0, len(whole), 37), len(whole) - 1]:
-        path.write_bytes(whole[:length])
+    good_bytes = path.read_bytes()
+    for length in [*range(0, len(good_bytes), 37), len(good_bytes) - 1]:
+        path.write_bytes(good_bytes[:length])
         assert f"truncated, or not a safetensors file ({length} bytes)." in refused(path)
-    path.write_bytes(whole + b"x")
+    path.write_bytes(good_bytes + b"x")
     refused(path)
 
 
@@ -91,9 +91,8 @@ def test_the_remedy_for_a_foreign_file_does_not_overwrite_it(path: Path) -> None
     assert "For a checkpoint, pass its folder as the model." in message
     assert "For a golden file, use `qwen-vit compare --golden`." in message
     assert "again" not in message
-    save_file(
-        {"image_embeds": torch.ones(2, 2)}, path
-    )  # only a part of the tensors of a feature file
+    # only a part of the tensors of a feature file
+    save_file({"image_embeds": torch.ones(2, 2)}, path)
     assert refused(path).endswith("Write it again with `qwen-vit encode`.")
 
 

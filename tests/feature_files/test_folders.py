@@ -46,8 +46,8 @@ def test_a_folder_has_the_good_images_in_the_order_of_the_listing(folder: Folder
 def test_the_description_of_a_folder_reports_a_damaged_shard(folder: Folder) -> None:
     """The error once named a checkpoint, with the remedy to download a model."""
     path = folder.shard(0)
-    whole = path.read_bytes()
-    for damaged in (whole[:5], whole[:-1]):
+    good_bytes = path.read_bytes()
+    for damaged in (good_bytes[:5], good_bytes[:-1]):
         path.write_bytes(damaged)
         with pytest.raises(ExportError, match=r"00000.*truncated.*qwen-vit export"):
             describe_features(folder.path)
@@ -108,8 +108,8 @@ def test_a_missing_shard_is_named(folder: Folder) -> None:
 
 @pytest.mark.parametrize("length", [0, 5, 100, -1])
 def test_the_error_of_a_torn_shard_suggests_a_resume(folder: Folder, length: int) -> None:
-    whole = folder.shard(2).read_bytes()
-    folder.shard(2).write_bytes(whole[:length])
+    good_bytes = folder.shard(2).read_bytes()
+    folder.shard(2).write_bytes(good_bytes[:length])
     features = load_features(folder.path)
     assert features["a"].id == "a"  # the other shards are readable
     for use in (len, list, lambda f: f["g"], lambda f: f.errors):

@@ -50,8 +50,8 @@ def test_a_wrong_bit_is_an_error_of_one_image(export_dir: Path, copied: bool) ->
         features = load_features(path, verify=True)
         if copied:
             features = pickle.loads(pickle.dumps(features))
-        *whole, damaged = range(len(features))
-        for place in whole:
+        *undamaged, damaged = range(len(features))
+        for place in undamaged:
             assert len(features[place].embeds)
         with pytest.raises(ExportError, match="changed after it was written") as caught:
             features[damaged]

@@ -95,9 +95,8 @@ def test_resuming_needs_the_same_pages(pictures: Path) -> None:
     Path("out/shard-00000001.safetensors").unlink()
     with pytest.raises(ExportError, match="its images"):
         export("out", ExportOptions(shard_size=2))
-    export(
-        "out", ExportOptions(shard_size=2), "out/listing.jsonl"
-    )  # the frozen listing contains the page numbers
+    # the frozen listing contains the page numbers
+    export("out", ExportOptions(shard_size=2), "out/listing.jsonl")
     assert Path("out/shard-00000001.safetensors").read_bytes() == before
 
 

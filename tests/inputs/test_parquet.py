@@ -184,9 +184,8 @@ def test_files_of_different_schemas_are_one_error(parquet_dir: Path) -> None:
     error = refused("data")
     assert error.name == "b.parquet"
     assert "only files that contain it" in error.remedy
-    write_rows(
-        "data/b.parquet", [tiny_png(1)], pa.binary(), other=[1]
-    )  # one file has bytes, and the other has structs
+    # one file has bytes, and the other has structs
+    write_rows("data/b.parquet", [tiny_png(1)], pa.binary(), other=[1])
     assert [read_item(item, LIMITS) for item in items("data")] == [tiny_png(0), tiny_png(1)]
 
 
@@ -221,8 +220,14 @@ def test_null_rows_and_paths_are_single_failures(parquet_dir: Path) -> None:
 
 def test_a_file_that_is_not_parquet_is_one_failure(parquet_dir: Path) -> None:
     write_rows("whole.parquet", structs(range(5)))
-    whole = Path("whole.parquet").read_bytes()
-    for content in (b"", b"PAR1", whole[: len(whole) // 2], whole[:-20] + bytes(20), b"<html>"):
+    good_bytes = Path("whole.parquet").read_bytes()
+    for content in (
+        b"",
+        b"PAR1",
+        good_bytes[: len(good_bytes) // 2],
+        good_bytes[:-20] + bytes(20),
+        b"<html>",
+    ):
         Path("x.parquet").write_bytes(content)
         [item] = items("x.parquet")
         error = failure(item)

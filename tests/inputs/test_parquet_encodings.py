@@ -32,11 +32,11 @@ CLAIMED = 2**25  # lengths, for which pyarrow allocates 128 MB
 
 def some_bytes(rows: int) -> list[bytes | None]:
     """Return values of many lengths with common prefixes, nulls and empty values."""
-    chance = random.Random(0)
-    start = chance.randbytes(5_000)
+    rng = random.Random(0)
+    start = rng.randbytes(5_000)
     values: list[bytes | None] = [None, b"", start, b""]
     for _ in range(rows - len(values)):
-        values.append(start[: chance.randrange(300)] + chance.randbytes(chance.randrange(100)))
+        values.append(start[: rng.randrange(300)] + rng.randbytes(rng.randrange(100)))
     return values
 
 
@@ -148,9 +148,8 @@ def test_a_dictionary_that_claims_values_is_refused(parquet_dir: Path, claimed: 
     sizes, one_value, rest = rest.partition(header + varint(1))
     assert one_value
     longer = len(varint(claimed)) - len(varint(1))
-    fewer = sizes.replace(
-        varint(3_004), varint(3_004 - longer)
-    )  # so that the next page keeps its offset
+    # so that the next page keeps its offset
+    fewer = sizes.replace(varint(3_004), varint(3_004 - longer))
     assert fewer != sizes
     image = rest.index(bytes(3_000))
     rest = rest[:image] + rest[image + longer :]

@@ -67,9 +67,8 @@ def test_parts_and_resuming_give_the_same_bytes(data: Path) -> None:
     assert export("parts").exported == 39
     assert shards("parts") == shards("whole")
     Path("parts/shard-00000002.safetensors").unlink()
-    export(
-        "parts", ExportOptions(shard_size=8), "parts/listing.jsonl"
-    )  # the frozen listing contains the column
+    # the frozen listing contains the column
+    export("parts", ExportOptions(shard_size=8), "parts/listing.jsonl")
     assert shards("parts") == shards("whole")
 
 

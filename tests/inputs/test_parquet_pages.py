@@ -136,12 +136,12 @@ def test_rows_that_repeat_one_image_need_the_memory_of_one(parquet_dir: Path) ->
 
 
 def test_only_complete_page_headers_are_parsed() -> None:
-    whole = bytes([0x15, 0, 0x15, *varint(70_000), 0x15, *varint(500), 0x15, 8])  # and a checksum
-    whole += bytes([0x1C, 0x15, 6, 0x11, 0x12, 0x18, 3, *b"abc", 0x17, *bytes(8), 0, 0])
-    found = page_header(whole + b"next")
+    header = bytes([0x15, 0, 0x15, *varint(70_000), 0x15, *varint(500), 0x15, 8])  # and a checksum
+    header += bytes([0x1C, 0x15, 6, 0x11, 0x12, 0x18, 3, *b"abc", 0x17, *bytes(8), 0, 0])
+    found = page_header(header + b"next")
     assert found is not None
-    assert found[:3] == (len(whole), 70_000, 500)
-    assert {page_header(whole[:at]) for at in range(len(whole))} == {None}
+    assert found[:3] == (len(header), 70_000, 500)
+    assert {page_header(header[:at]) for at in range(len(header))} == {None}
 
 
 @pytest.mark.parametrize(

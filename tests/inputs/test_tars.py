@@ -50,9 +50,9 @@ def test_the_tars_of_a_folder_are_named_by_their_path_in_it(here: Path) -> None:
 
 def test_a_damaged_tar_is_a_failed_item_after_its_earlier_images(here: Path) -> None:
     write_tar("t.tar", {"1.jpg": b"one", "2.jpg": b"t" * 2000})
-    whole = Path("t.tar").read_bytes()
+    content = Path("t.tar").read_bytes()
     for length in (1600, 2048, 3000):
-        Path("t.tar").write_bytes(whole[:length])
+        Path("t.tar").write_bytes(content[:length])
         *images, last = find_items(["t.tar"])
         assert (last.id, last.error is not None and last.error[0]) == ("t.tar", "truncated")
         assert [item.id for item in images][:1] == ["t.tar/1.jpg"]
@@ -63,7 +63,7 @@ def test_a_damaged_tar_is_a_failed_item_after_its_earlier_images(here: Path) -> 
             ) as caught:
                 read_item(item, LIMITS)
             assert caught.value.code == "truncated"
-    Path("t.tar").write_bytes(whole[:1024] + b"rubbish" * 200)
+    Path("t.tar").write_bytes(content[:1024] + b"rubbish" * 200)
     assert [item.error is None for item in find_items(["t.tar"])] == [True, False]
 
 

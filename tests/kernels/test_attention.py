@@ -55,9 +55,8 @@ def compiled_attention_interpreted(
     and K rotated beforehand or one key tile. Unwritten rows are NaN."""
     N, _, H, D = qkv.shape
     run = interpreted_by_triton if by_triton else interpreted
-    lanes = (
-        {} if by_triton else {"lanes": H}
-    )  # the interpreter needs equal branches for the heads of one tile
+    # lanes must take the same branches, as the heads of one tile do
+    lanes = {} if by_triton else {"lanes": H}
     segments = segments_of(lengths, SegmentTiling(rows))
     d_main = 1 << (D.bit_length() - 1)
     d_tail = 0 if d_main == D else max(16, triton.next_power_of_2(D - d_main))

@@ -33,9 +33,8 @@ def test_attention_compiles_to_sound_code(head_dim: int, bits: int, use: str) ->
         row = USES[use]["kind"], bits
         warps = attention.TILES[row].num_warps
         assert compiled.programs_that_fit(warps) * warps >= ATTENTION_WARPS[row]
-    if (
-        bits == 16 and head_dim <= 80
-    ):  # the tiles were chosen for head dim 80 of the published towers
+    # the tiles were chosen for head dim 80 of the published towers
+    if bits == 16 and head_dim <= 80:
         assert not compiled.serialised_wgmma
         assert compiled.spill_bytes <= ATTENTION_SPILLS[USES[use]["kind"]]
 

@@ -16,9 +16,8 @@ def test_the_scarcest_resource_limits_the_programs() -> None:
     assert compiled.programs_that_fit(4) == 8  # 8 x 128 threads x 64 registers
     assert replace(compiled, registers=16).programs_that_fit(4) == 16
     assert replace(compiled, shared_bytes=100_000).programs_that_fit(4) == 2
-    assert (
-        replace(compiled, registers=129).programs_that_fit(8) == 1
-    )  # the GPU allocates registers in steps of 8: 136
+    # the GPU allocates registers in steps of 8: 136
+    assert replace(compiled, registers=129).programs_that_fit(8) == 1
 
 
 # nvdisasm prints two 64-bit additions: the low words, and then the high words with the carry.

@@ -29,14 +29,14 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
 def full_disks(exports: Exports, *, disks: int, seed: int = 0) -> dict[str, Any]:
     """Export to a disk of random sizes that becomes full, and resume on a larger disk with the same
     command."""
-    folder, whole = exports.folder, exports.out
+    folder, unlimited_out = exports.folder, exports.out
     size = sum(path.stat().st_size for path in (folder / "unbroken").iterdir())
-    page, sizes, begin = os.sysconf("SC_PAGE_SIZE"), random.Random(seed), time.monotonic()
+    page, rng, begin = os.sysconf("SC_PAGE_SIZE"), random.Random(seed), time.monotonic()
     refusals: Counter[str] = Counter()
     with small_disk(folder / "disk", 2 * size + 100 * page) as disk:
         for _ in range(disks):
             exports.out = disk / "out"
-            small = page * sizes.randint(2, size // page)
+            small = page * rng.randint(2, size // page)
             resize(disk, small)
             result = exports.run()
             assert result.code == 2, (small, result)
@@ -49,7 +49,7 @@ def full_disks(exports: Exports, *, disks: int, seed: int = 0) -> dict[str, Any]
             exports.after_interruption()
             resize(disk, 2 * size + 100 * page)
             exports.after_end(exports.run())
-    exports.out = whole
+    exports.out = unlimited_out
     return {
         "disks": disks,
         "images": exports.images,

@@ -308,13 +308,13 @@ def hostile(folder: Path, *, bad: int, good: int, seed: int = 0) -> dict[str, An
     """Check that the export has every good image, and a reason for every bad image."""
     inputs, out = folder / "images", folder / "out"
     inputs.mkdir()
-    kinds = random.Random(seed)
-    numbers = set(kinds.sample(range(bad + good), bad))
+    rng = random.Random(seed)
+    numbers = set(rng.sample(range(bad + good), bad))
     expected: dict[str, str] = {}
     for number in range(bad + good):
         path = inputs / f"{number:06}.png"
         if number in numbers:
-            kind = kinds.choice(list(HOSTILE))
+            kind = rng.choice(list(HOSTILE))
             write_hostile(path, kind)
             expected[path.name] = HOSTILE[kind]
         else:

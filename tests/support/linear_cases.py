@@ -59,9 +59,8 @@ def random_case(
 
 def norm_case(dtype: torch.dtype, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    scales = (
-        10.0 ** torch.linspace(-4, 3, 256)[:, None]
-    )  # from values below eps to large activations
+    # from values below eps to large activations
+    scales = 10.0 ** torch.linspace(-4, 3, 256)[:, None]
     x = torch.randn(256, 160, generator=generator) * scales
     weight = torch.rand(160, generator=generator) * 2 - 0.5
     return x.to(device, dtype), weight.to(device, dtype)

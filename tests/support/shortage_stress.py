@@ -73,12 +73,12 @@ def run_through_outage(
 
 def outages(exports: Exports, *, outages: int, seed: int = 0) -> dict[str, Any]:
     """Run an export through outages, and compare its bytes with an export without outages."""
-    chance, begin, count = random.Random(seed), time.monotonic(), Counter[str]()
+    rng, begin, count = random.Random(seed), time.monotonic(), Counter[str]()
     kinds, n_transient = Counter[str](), 0
     while count["outages"] < outages:
-        kind = chance.choice(list(OUTAGES))
-        begin_s = chance.uniform(0, exports.seconds)
-        length_s = chance.uniform(0, 1) ** 3 * 2 * exports.seconds
+        kind = rng.choice(list(OUTAGES))
+        begin_s = rng.uniform(0, exports.seconds)
+        length_s = rng.uniform(0, 1) ** 3 * 2 * exports.seconds
         result, began = run_through_outage(exports, kind, begin_s, length_s)
         assert result.code in (0, 1, 2), result
         assert "Traceback" not in result.errors, result.errors
@@ -89,7 +89,7 @@ def outages(exports: Exports, *, outages: int, seed: int = 0) -> dict[str, Any]:
             kinds[kind] += 1
             count[f"exit code {result.code}"] += 1
         n_transient += count_transient_failures(exports)
-        if chance.random() < 0.5:  # otherwise the next outage begins with an incomplete export
+        if rng.random() < 0.5:  # otherwise the next outage begins with an incomplete export
             finish(exports)
     finish(exports)
     return {
@@ -208,7 +208,7 @@ def memory_edges(
     folder: Path, *, runs: int, images: int, seed: int = 0, forked: bool = False
 ) -> dict[str, Any]:
     """Run exports under memory limits between no extra memory and their usual memory."""
-    chance, begin, count = random.Random(seed), time.monotonic(), Counter[str]()
+    rng, begin, count = random.Random(seed), time.monotonic(), Counter[str]()
     start = start_forked if forked else kill_harness.start
     exports = Exports(folder, images, write_some_large_images, start)
     free = Watched(exports)
@@ -219,11 +219,11 @@ def memory_edges(
         codes: tuple[int, ...]
         if number % 2:
             kind, codes = "resident", (0, -signal.SIGKILL)
-            limited = Watched(exports, resident_mb=chance.uniform(0, free.grown["VmRSS"]))
+            limited = Watched(exports, resident_mb=rng.uniform(0, free.grown["VmRSS"]))
         else:
             # Arrow's C++ code aborts the process if it has no memory for a thread.
             kind, codes = "address", (0, 1, 2, -signal.SIGABRT)
-            limited = Watched(exports, address_mb=chance.uniform(0, free.grown["VmSize"]))
+            limited = Watched(exports, address_mb=rng.uniform(0, free.grown["VmSize"]))
         result = limited.run()
         assert result.code in codes, (limited, result)
         assert "Traceback" not in result.errors, (limited, result.errors)

@@ -24,11 +24,12 @@ def numbered(number: int, size: tuple[int, int] = SIZE) -> NDArray[np.uint8]:
     edges = np.linspace(0, width, BITS + 1).round().astype(int)
     for bit in range(BITS):
         frame[: height // 2, edges[bit] : edges[bit + 1]] = 230 if number >> bit & 1 else 25
+    # the left side is red, so that a test finds a rotation
     frame[height // 2 :, : width // 4] = (
         200,
         40,
         40,
-    )  # the left side is red, so that a test finds a rotation
+    )
     return frame
 
 
