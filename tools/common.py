@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent  # the checkout's top
+ROOT = Path(__file__).resolve().parent.parent  # the checkout
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -64,7 +64,7 @@ def ledger_row(
         "cpu_cores": len(os.sched_getaffinity(0)),
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,  # with the CUDA that it was built for
+            "torch": torch.__version__,  # includes the CUDA version
             **{package: version(package) for package in packages},
         },
         **figures,

@@ -22,16 +22,16 @@ import grimp
 from tools.common import ROOT
 
 PACKAGE = "qwen_vit"
-PUBLIC = "qwen_vit"  # the box of the package's own names, in the layer of `downstream`
+PUBLIC = "qwen_vit"  # the box of the public names, in the layer of `downstream`
 PICTURE = ROOT / "docs" / "architecture.svg"
-SWEEPS = 200  # of ordering and of straightening: enough for arrows to come to rest
-STRAIGHT = (8.0, 2.0, 1.0)  # the pull of an arrow between two lanes, a lane and a box, two boxes
+SWEEPS = 200  # iterations of ordering and of straightening, enough to converge
+STRAIGHT = (8.0, 2.0, 1.0)  # weights of arrows: lane to lane, lane to box, box to box
 
 FONT = "font-family='Helvetica, Arial, sans-serif'"
 MARGIN, GAP, ROW_GAP, BAND_GAP = 24.0, 26.0, 34.0, 30.0
 NAME_PX, SMALL_PX, LINE_PX = 14, 10, 13.0
-MAX_LINE = 34  # characters of the small print
-LANE = 16.0  # what an arrow takes of a row that it passes
+MAX_LINE = 34  # characters per line of the small print
+LANE = 16.0  # the width of an arrow that crosses a row
 COLOURS = ("#2563eb", "#b45309", "#047857", "#7c3aed", "#be123c", "#0e7490", "#4d7c0f", "#a21caf")
 Edge = tuple[str, str]
 
@@ -42,8 +42,8 @@ class Imports:
     imports."""
 
     layers: tuple[tuple[str, ...], ...]
-    inside: dict[str, tuple[str, ...]]  # a wing's modules
-    edges: tuple[Edge, ...]  # all that are direct, sorted
+    inside: dict[str, tuple[str, ...]]  # the modules of each subpackage
+    edges: tuple[Edge, ...]  # all direct imports, sorted
 
     @property
     def drawn(self) -> tuple[Edge, ...]:
@@ -77,11 +77,10 @@ def read_layers(pyproject: Path = ROOT / "pyproject.toml") -> list[list[str]]:
 
 
 def read_imports() -> Imports:
-    """Return the package's imports, by wing and by top module. `__main__` only starts the command
-    line."""
+    """Return the package's imports, by subpackage and top module, without `__main__`."""
     graph = grimp.build_graph(PACKAGE)
     found = {name.removeprefix(f"{PACKAGE}."): name for name in graph.find_children(PACKAGE)}
-    del found["__main__"]
+    del found["__main__"]  # it only starts the command line
     found[PUBLIC] = PACKAGE
     layers = [[name for name in layer if name in found] for layer in read_layers()]
     next(layer for layer in layers if "downstream" in layer).insert(0, PUBLIC)
@@ -114,7 +113,7 @@ class Node:
     name: str | None
     width: float
     height: float
-    x: float = 0.0  # of its middle
+    x: float = 0.0  # the position of its middle
     y: float = 0.0
 
     @property
@@ -325,7 +324,7 @@ def pulled(node: Node, neighbours: Sequence[Node]) -> float:
 
 def pack(row: Sequence[Node], wanted: Sequence[float]) -> None:
     """Set x as near to `wanted` as order and gaps allow. Nodes without a gap move together."""
-    groups: list[tuple[list[tuple[Node, float]], float]] = []  # (node, offset) and the start
+    groups: list[tuple[list[tuple[Node, float]], float]] = []  # [(node, offset)], start
     for node, x in zip(row, wanted, strict=True):
         members, start = [(node, 0.0)], x
         while groups:

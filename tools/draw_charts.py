@@ -13,7 +13,7 @@ from tools.benchmarks.engines.chart import draw_towers, newest_towers
 from tools.common import ROOT
 from tools.write_docs import EXPORT, SPEED, ledger, newest_videos, rows
 
-# The names of figures in rows from before 2026-11-25 -> today's.
+# Old names of figures, in rows before 2026-11-25, and the current names.
 RENAMED = {"floor_ms": "roofline_ms", "frame ours": "full ours", "frame FA2": "full FA2"}
 
 
@@ -34,8 +34,8 @@ def draw_all(folder: Path) -> list[Path]:
     paths = [folder / name for name in ("speed.png", "export.png", "engines.png", "video.png")]
     [tower] = rows("tower", SPEED)
     title = f"{tower['device']}, {tower['date']}, {SPEED}, bf16, 7B shape"
-    whole, attention = renamed(tower["rows"]), renamed(tower["attention_us_per_layer"])
-    tower_report.draw(whole, attention, title, paths[0])
+    whole_tower, attention = renamed(tower["rows"]), renamed(tower["attention_us_per_layer"])
+    tower_report.draw(whole_tower, attention, title, paths[0])
     export_chart.draw(rows("export", EXPORT)[0], paths[1])
     draw_towers(newest_towers(ledger()), paths[2])
     video_checks.draw(newest_videos(), paths[3])

@@ -36,13 +36,13 @@ PAGES = (
 )
 GENERATED = re.compile(r"<!-- generated: .*?<!-- end -->", re.DOTALL)
 CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
-# names that keep their lower case at the start of a sentence
+# Names in lower case at the start of a sentence.
 NAMES = (
     "botocore|filelock|flock|fsspec|glob|hashlib|import-linter|libjpeg|libtiff|mypy|pip|ptxas|pyarrow|"
     "qwen|qwen_vit|s3fs|safetensors|tabulate|tarfile|torch|transformers|vLLM|webdataset"
 )
 END = re.compile(rf"(?<=[.!?])[)\"*_]*\s+(?=[A-Z0-9(\"*_`]|(?:{NAMES})\b)")
-# the calls whose text a person reads: errors, and lines on a terminal
+# Calls whose text a user reads: errors, and lines on a terminal.
 READ = re.compile(r"\w*Error|print_log|print_data|warn|warning|info|fail|Failure|ClickException")
 
 
@@ -76,7 +76,7 @@ def paragraphs(markdown: str) -> Iterator[str]:
     """Yield the text between blank lines, with each list item, heading and table cell as a separate
     paragraph."""
     text = CODE.sub("", GENERATED.sub("", markdown))
-    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)  # links: their words
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)  # keep the words of links
     for block in re.split(r"\n\s*\n", text):
         if block.lstrip().startswith("|"):
             for line in block.splitlines():

@@ -79,7 +79,7 @@ class RandomClip:
 
 Part = Crop | Resized | RandomClip
 
-# Windows are 8x8 patches. 22 and 14 rows, 6 rows and 10 columns all leave partial ones.
+# Windows have 8x8 patches. 22, 14 and 6 rows and 10 columns all leave partial windows.
 CASES: dict[str, tuple[Part, ...]] = {
     "smallest_2x2": (Crop("astronaut.png", 84, 196, 28, 28),),
     "photograph_6x10": (Resized("chelsea.png", 84, 140),),
@@ -153,8 +153,8 @@ def record(images: Path) -> None:
         pixels, grids = case_pixels(parts, images)
         bare = Golden(name, pixels, grids, {}, {})
         difference = check_against_processor(bare, parts, images)
-        whole = hf_trace(tower, bare.rows, grids)
-        trace = {stage: whole[stage] for stage in stages}
+        full = hf_trace(tower, bare.rows, grids)
+        trace = {stage: full[stage] for stage in stages}
         names = sorted({part.image for part in parts if not isinstance(part, RandomClip)})
         facts = {
             "attention": ATTENTION,
@@ -188,7 +188,7 @@ def stage_drift(now: Trace, golden: Golden, oracle: Trace) -> bool:
     for stage, then in golden.trace.items():
         drift = relative_error(now[stage], then)
         error, error_now = (relative_error(x, oracle[stage]) for x in (then, now[stage]))
-        # the smaller error of the two: the one that moved must not set its own budget
+        # Use the smaller of the two errors, so that a drift cannot raise its own budget.
         budget = max(RELATIVE_TOLERANCE, 2 * min(error, error_now))
         verdict = "ok" if drift <= budget else "DRIFTED"
         click.echo(

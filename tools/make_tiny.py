@@ -23,16 +23,16 @@ from tests.support.oracle import pixel_rows, vision_oracle
 from tests.support.towers import GridTuple
 from tools.common import ROOT
 
-TARGET_PEAK = 0.3  # the middle of the range asked for, 0.2 to 0.4
-STREAM_RMS = 0.03  # after the patch embedding: so small that the epsilon of RMSNorm counts
-SEED = 1  # of 0 to 5 the one whose peaks differ least between photographs
-QKV_BIAS_RMS = 1.5  # large: position counts, not content alone, so photographs differ less
-BRANCH_SHARE = 0.5  # rms of what attention or MLP adds, as a share of the stream's
+TARGET_PEAK = 0.3  # the middle of the desired range, 0.2 to 0.4
+STREAM_RMS = 0.03  # after the patch embedding; small, so that RMSNorm's epsilon matters
+SEED = 1  # chosen from 0 to 5, for the smallest difference between photographs
+QKV_BIAS_RMS = 1.5  # large, so that attention also depends on the position
+BRANCH_SHARE = 0.5  # rms of a branch's output, as a share of the stream's rms
 
 DEPTH, HIDDEN, HEADS, OUT = 5, 160, 2, 192
-MLP = 428  # 4 mod 8, as the published 3420
+MLP = 428  # 4 mod 8, like the published 3420
 MERGE, PATCH_PX, WINDOW_PX = 2, 14, 112
-FULL_BLOCKS = (1, 3)  # the last block is a window block, unlike the published
+FULL_BLOCKS = (1, 3)  # the last block is a window block, unlike in published towers
 
 VISION = {
     "depth": DEPTH,
@@ -145,7 +145,7 @@ class Calibration:
 
     def run(self, depth: int, changed: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return the last stage before the merger, and the last block's largest softmax weights."""
-        # what is measured is what is shipped: rounded to bf16
+        # Measure with the stored weights, which are rounded to bf16.
         tensors = {k: v.bfloat16() for k, v in (self.tensors | (changed or {})).items()}
         peaks: list[Tensor] = [torch.empty(0)]
         trace = vision_oracle(tensors, oracle_config(depth), self.rows, self.grids, peaks=peaks)
@@ -156,8 +156,8 @@ class Calibration:
         for i in range(DEPTH):
             attention, mlp = f"blocks.{i}.attn", f"blocks.{i}.mlp"
             self.calibrate_heads(i)
-            self.calibrate_branch(i, f"{attention}.proj", silent=(f"{mlp}.down_proj",))
-            self.calibrate_branch(i, f"{mlp}.down_proj", silent=())
+            self.calibrate_branch(i, f"{attention}.proj", disabled=(f"{mlp}.down_proj",))
+            self.calibrate_branch(i, f"{mlp}.down_proj", disabled=())
 
     def calibrate_heads(self, i: int) -> None:
         """Bisect the scale of q and k of each head until the softmax has the target peak."""
@@ -183,7 +183,7 @@ class Calibration:
             for name in names
         }
 
-    def calibrate_branch(self, i: int, name: str, silent: tuple[str, ...]) -> None:
+    def calibrate_branch(self, i: int, name: str, disabled: tuple[str, ...]) -> None:
         """Scale one output projection until the branch adds BRANCH_SHARE of the stream."""
 
         def stream(*without: str) -> Tensor:
@@ -194,8 +194,8 @@ class Calibration:
             }
             return self.run(i + 1, zeros)[0]
 
-        before = stream(name, *silent)
-        self.scale(name, BRANCH_SHARE * rms(before) / rms(stream(*silent) - before))
+        before = stream(name, *disabled)
+        self.scale(name, BRANCH_SHARE * rms(before) / rms(stream(*disabled) - before))
 
 
 @click.command()
@@ -215,7 +215,7 @@ def main(out: Path, seed: int, images: Path) -> None:
         (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     tensors = {f"visual.{k}": v.bfloat16().contiguous() for k, v in calibration.tensors.items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)  # safetensors makes it readable to its owner only
+    (out / "model.safetensors").chmod(0o644)  # safetensors lets only the owner read it
 
     bare = {name.removeprefix("visual."): tensor for name, tensor in tensors.items()}
     peaks: list[Tensor] = []

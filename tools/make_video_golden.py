@@ -11,7 +11,7 @@ import torch
 
 from tests.support.video_cases import CASES, GOLDEN, SamplingCase, digest, sampling_cases
 
-OURS = {"n_frames": "nframes", "start": "video_start", "end": "video_end"}  # -> the library's
+OURS = {"n_frames": "nframes", "start": "video_start", "end": "video_end"}  # our names: theirs
 
 
 @click.command()

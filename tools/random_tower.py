@@ -12,7 +12,7 @@ from torch import Tensor
 from qwen_vit.checkpoint.tower_names import expected_tensors
 from qwen_vit.config import VisionConfig
 
-SHAPE = {"model_type": "qwen2_5_vl", "out_hidden_size": 3584}  # the rest is as published
+SHAPE = {"model_type": "qwen2_5_vl", "out_hidden_size": 3584}  # the defaults are as published
 
 
 def random_weights(config: VisionConfig, seed: int, device: torch.device) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ def outlier_channels(tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tens
     return changed
 
 
-# Random weights by kind, from a seed: their differences decide how much 8-bit floats lose.
+# Kinds of random weights, which differ in the error of 8-bit floats. The arguments have the seed.
 FAMILIES: dict[str, Callable[[Mapping[str, Tensor], int], Mapping[str, Tensor]]] = {
     "plain": lambda tensors, seed: tensors,
     "heavy-tailed rows": heavy_rows,

@@ -29,7 +29,7 @@ LEDGER = ROOT / "tools" / "benchmarks" / "ledger.jsonl"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 PART = re.compile(r"(?<=<!-- generated: )([a-z ]+) -->\n(.*?)(?=<!-- end -->)", re.DOTALL)
 
-SPEED, PARITY = "0ce6c52", "13a31d6"  # the commits whose rows the first tables show
+SPEED, PARITY = "0ce6c52", "13a31d6"  # commits of the rows in the first tables
 EXPORT, TRUST_CPU = "de66996", "f4dddd1"
 TRUST_GPU = ("13a31d6", "0ce6c52", "53f6a3c", "af8cac3")
 
@@ -257,7 +257,7 @@ def in_plain_words(text: str) -> str:
 
 
 def trust(device: str, *commits: str) -> str:
-    checks: dict[str, list[str]] = {}  # a later row replaces an earlier one
+    checks: dict[str, list[str]] = {}  # later rows replace earlier rows
     for commit in commits:
         for row in rows("trust", commit):
             for check, found in row["rows"].items():

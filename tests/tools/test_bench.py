@@ -26,7 +26,7 @@ SHAPE = VisionConfig.from_json({"model_type": "qwen2_5_vl", "out_hidden_size": 3
 GRIDS = [Grid(1, 18, 10), Grid(1, 4, 6)]
 
 
-def test_the_operations_of_one_image_are_what_its_layers_multiply() -> None:
+def test_the_operations_of_one_image_are_counted_by_layer() -> None:
     """The test counts by hand for 32 x 32 patches, with 16 windows of 64 and one frame of 1,024."""
     C, I, N = 1280, 3420, 1024  # noqa: E741
     work = stage_work(SHAPE, WORKLOADS["1 x 448^2"])
@@ -38,12 +38,12 @@ def test_the_operations_of_one_image_are_what_its_layers_multiply() -> None:
     assert tower_flops(SHAPE, WORKLOADS["1 x 448^2"]) == sum(w.flops for w in work.values())
 
 
-def test_a_window_block_moves_what_it_reads_and_writes_once() -> None:
+def test_a_window_block_moves_each_byte_once() -> None:
     """The byte roofline of one layer at 9,216 patches is 94 MB, or 22 us at 4.25 TB/s."""
     work = stage_work(SHAPE, WORKLOADS["1 x 1344^2"])["window"]
     assert work.bytes / work.count == 9216 * 1280 * 4 * 2
     assert work.roofline_ms(1e18, 4.25e12) / work.count == pytest.approx(0.0222, rel=0.01)
-    assert work.roofline_ms(1.0, 4.25e12) == 1e3 * work.flops  # where the GEMMs take longer
+    assert work.roofline_ms(1.0, 4.25e12) == 1e3 * work.flops  # GEMMs limit this roofline
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
@@ -215,7 +215,7 @@ def test_a_start_is_timed_from_before_the_process(tmp_path: Path) -> None:
 
 
 @gpu
-def test_stages_run_in_graphs_and_launches_are_seen() -> None:
+def test_stages_run_in_graphs_and_launches_are_counted() -> None:
     device = torch.device("cuda", 0)
     tower = build_tower(TINY_FOLDER, dtype=torch.bfloat16, device=device)
     timed = TimedTower(tower, device, torch.bfloat16)
@@ -238,7 +238,7 @@ def test_the_unfused_peer_computes_the_same_on_a_gpu() -> None:
     pixels = random_pixels(sum(grid.n_patches for grid in GRIDS), 0).to(device)
     unfused = unfused_tower(tower, tower_peers.flash_attention_2, 180)
     theirs = TimedTower(unfused, device, torch.bfloat16).eager(pixels, GRIDS)()
-    # bf16, five peaked blocks: a wrong rotation is off by 1
+    # bf16 over five peaked blocks; a wrong rotation would give an error of 1.
     assert relative_error(theirs, timed.eager(pixels, GRIDS)()) < 0.05
     tower_peers.UnfusedAttention(timed).on(pixels, GRIDS)()
     torch.cuda.synchronize()

@@ -19,7 +19,7 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def measured(*words: str, **changed: Any) -> dict[str, Any]:
     common = ["--model", "tiny", "--sides", "56", "84", "--commit", "abc1234"]
-    # in threads: processes would be forked from this one, whose threads may hold locks
+    # Use threads, because a fork of this process could inherit a held lock.
     with patch.multiple(export, **changed, ProcessPoolExecutor=ThreadPoolExecutor):
         done = CliRunner().invoke(export.main, [*words, *common], catch_exceptions=False)
     assert done.exit_code == 0
@@ -28,7 +28,7 @@ def measured(*words: str, **changed: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_as_many_images_are_exported_as_the_rates_are_of(
+def test_the_rates_count_the_exported_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rates of 5,000 images were once 2.5 times too high, because the tool always made 2,000
@@ -44,11 +44,11 @@ def test_as_many_images_are_exported_as_the_rates_are_of(
     assert line["share_of_the_lower_bound"] == pytest.approx(
         rates["export"] / min(rates["encoder alone"], rates["disk"]), abs=0.002
     )
-    assert 16 <= line["patches_per_image"] <= 36  # 56 to 84 px a side
+    assert 16 <= line["patches_per_image"] <= 36  # sides of 56 to 84 px
     assert sum(line["waits_s"].values()) <= line["seconds"] + 0.05
 
 
-def test_memory_is_watched_over_files_that_come_again() -> None:
+def test_memory_is_measured_over_repeated_files() -> None:
     line = measured("memory", "--images", "9", MEMORY_FILES=4)
     assert (line["what"], line["images"]) == ("export memory", 9)
     assert line["images_per_s"] == pytest.approx(9 / line["seconds"], rel=0.01)

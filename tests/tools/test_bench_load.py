@@ -24,7 +24,7 @@ def test_the_tiny_checkpoint_is_measured_beside_plain_copies(tmp_path: Path) -> 
     row = json.loads(last)
     assert [row] == [json.loads(line) for line in ledger.read_text().splitlines()]
     assert (row["what"], row["device"], row["commit"]) == ("load", "cpu", "abc1234")
-    # the tiny tower's tensors, as they lie in its file
+    # The bytes of the tiny tower's tensors in its file.
     assert row["bytes"] == 4_541_424
     copied = row["copies_gb_per_s"]["page cache to memory"]
     assert row["load_gb_per_s"] == pytest.approx(row["bytes"] / row["load_s"] / 1e9, rel=0.05)

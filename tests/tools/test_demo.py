@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.support import ROOT
 
-# A virtual environment whose pip says as much as the real one, in no time.
+# A virtual environment whose fake pip prints as much as the real pip, without a delay.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
 "-m pip --version") exit 0 ;;
@@ -64,8 +64,8 @@ def test_installing_is_one_line_in_a_log(checkout: Path) -> None:
     assert "Collecting torch" in (checkout / ".venv" / "install.log").read_text()
 
 
-def test_a_log_sees_that_pip_still_works(checkout: Path) -> None:
-    """It once saw nothing for minutes."""
+def test_a_log_shows_the_progress_of_pip(checkout: Path) -> None:
+    """The log once showed nothing for minutes."""
     script = checkout / "tools" / "install"
     script.write_text(script.read_text().replace("every=10", "every=1"))
     pip = checkout / ".venv" / "bin" / "python"
@@ -93,7 +93,7 @@ def test_a_log_sees_that_pip_still_works(checkout: Path) -> None:
     ],
 )
 def test_each_step_of_pip_is_shown(checkout: Path, line: str, seen: str) -> None:
-    """It once showed "0 packages, resolving" for 70 seconds."""
+    """The output once was "0 packages, resolving" for 70 seconds."""
     log = checkout / "log"
     log.write_text(f"Looking in indexes: https://pypi.org/simple\n{line}\n")
     script = (ROOT / "tools" / "install").read_text()
@@ -105,7 +105,7 @@ def test_each_step_of_pip_is_shown(checkout: Path, line: str, seen: str) -> None
     assert (done.stdout, done.stderr) == (seen, "")
 
 
-def test_a_terminal_sees_what_is_downloaded_on_one_line(checkout: Path) -> None:
+def test_a_terminal_shows_downloads_on_one_line(checkout: Path) -> None:
     ours, theirs = pty.openpty()
     child = subprocess.Popen(["./tools/install"], cwd=checkout, stderr=theirs, stdout=theirs)
     os.close(theirs)
@@ -113,25 +113,25 @@ def test_a_terminal_sees_what_is_downloaded_on_one_line(checkout: Path) -> None:
     try:
         while piece := os.read(ours, 65536):
             seen += piece
-    except OSError:  # the end of a terminal
+    except OSError:  # the child process has closed the terminal
         pass
     os.close(ours)
     assert child.wait(60) == 0
     assert seen.count(b"\n") == 1
     assert re.search(rb"\r\x1b\[K +\d s: \d packages?, downloading \w+\r", seen)
-    assert seen.endswith(b"\r\x1b[K")  # what follows begins on an empty line
+    assert seen.endswith(b"\r\x1b[K")  # the next output starts on an empty line
 
 
 def test_a_second_run_does_nothing(checkout: Path) -> None:
     install(checkout, "dev")
-    for extra in (("dev",), (), ("show",)):  # dev holds every other extra
+    for extra in (("dev",), (), ("show",)):  # dev includes every other extra
         assert install(checkout, *extra).stderr == ""
     assert len((checkout / "pip-was-called").read_text().splitlines()) == 1
     (checkout / "tools" / "constraints.txt").write_text("torch==2.14\n")
     assert "Installing" in install(checkout, "show").stderr
 
 
-def test_what_pip_could_not_do_is_shown_and_tried_again(checkout: Path) -> None:
+def test_an_error_of_pip_is_shown_and_the_next_run_retries(checkout: Path) -> None:
     (checkout / "broken").touch()
     done = install(checkout)
     assert done.returncode == 2
@@ -148,7 +148,7 @@ def pixels(path: Path) -> NDArray[np.int16]:
 
 
 @pytest.mark.slow
-def test_the_demo_writes_a_page_and_pictures_and_says_where(checkout: Path) -> None:
+def test_the_demo_writes_a_page_and_pictures_and_prints_their_place(checkout: Path) -> None:
     shutil.copytree(ROOT / "tests" / "photographs", checkout / "tests" / "photographs")
     command = checkout / ".venv" / "bin" / "qwen-vit"
     command.write_text(
@@ -167,11 +167,11 @@ def test_the_demo_writes_a_page_and_pictures_and_says_where(checkout: Path) -> N
         assert words in done.stdout
     assert len(done.stdout.splitlines()) < 25
     assert "were never trained" in (checkout / "demo" / "index.html").read_text("utf-8")
-    # README once showed a picture that the demo no longer drew
+    # The README once showed a picture that the demo no longer drew.
     drawn = pixels(checkout / "demo" / "01-astronaut.png")
     shown = pixels(ROOT / "docs" / "features.png")
     assert drawn.shape == shown.shape, (
         "run ./tools/demo; cp demo/01-astronaut.png docs/features.png"
     )
-    assert np.abs(drawn - shown).mean() < 1  # of 255: another CPU rounds differently
+    assert np.abs(drawn - shown).mean() < 1  # of 255: CPUs round differently
     assert "/demo/" in (ROOT / ".gitignore").read_text().splitlines()

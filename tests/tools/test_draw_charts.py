@@ -13,4 +13,4 @@ def test_every_chart_of_the_docs_is_drawn_from_the_ledger(tmp_path: Path) -> Non
     for path in draw_all(tmp_path):
         with Image.open(path) as drawn, Image.open(ROOT / "docs" / path.name) as shown:
             assert drawn.size == shown.size, f"{path.name}: run python -m tools.draw_charts"
-            assert drawn.width == 1008  # text of 9 points has 10 px where a page is 470 px wide
+            assert drawn.width == 1008  # text of 9 points has 10 px on a page of 470 px

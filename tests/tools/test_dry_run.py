@@ -11,7 +11,7 @@ from tools.checks import dry_run
 
 @pytest.mark.slow
 def test_estimates_and_exports_of_one_workload_are_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    # in threads: processes would be forked from this one, whose threads may hold locks
+    # Use threads, because a fork of this process could inherit a held lock.
     monkeypatch.setattr(dry_run, "ProcessPoolExecutor", ThreadPoolExecutor)
     words = ["--images", "12", "--sides", "56", "84", "--model", "tiny", "--commit", "abc1234"]
     done = CliRunner().invoke(dry_run.main, words, catch_exceptions=False)

@@ -57,16 +57,16 @@ def test_noise_in_the_embeddings_and_in_the_answers_is_measured(small: Path) -> 
     shares = [report[name]["logprob_rms_of_tower"] for name in ("plugin", "default")]
     assert shares[0] > 1.5 * shares[1] > 0
     assert (report["requests"], report["weights"], report["same_tokens"]) == (6, 2, 6)
-    assert report["excess"] == pytest.approx(3, rel=0.2)  # the square of twice, less one
+    assert report["excess"] == pytest.approx(3, rel=0.2)  # 2**2 - 1 for twice the noise
 
 
 def test_the_language_model_answers_as_the_whole_model(small: Path) -> None:
     judge = Oracle(model.small_folder(small, 0), CPU, n_requests=1)
     [ids, rows, grid] = judge._requests[0]
     with torch.inference_mode():
-        whole = judge._model(
+        full_model = judge._model(
             input_ids=ids, pixel_values=rows, image_grid_thw=grid, logits_to_keep=1,
             mm_token_type_ids=(ids == judge._model.config.image_token_id).long(),
         )  # fmt: skip
-    expected = whole.logits[0, -1].log_softmax(-1)
+    expected = full_model.logits[0, -1].log_softmax(-1)
     assert torch.equal(judge.logprobs(judge.embeddings())[0], expected)

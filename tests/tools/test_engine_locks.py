@@ -19,10 +19,10 @@ def test_a_lock_has_every_dependency_of_the_package(engine: str) -> None:
     text = (ROOT / "tools" / "checks" / "engines" / f"{engine}.txt").read_text("utf-8")
     locked = {Requirement(pin).name: Version(pin.split("==")[1]) for pin in pins(text)}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    wanted = [Requirement(each) for each in project["dependencies"]]
+    requirements = [Requirement(each) for each in project["dependencies"]]
     missing = [
         str(each)
-        for each in wanted
+        for each in requirements
         if each.name != "torch"  # installed before the lock
         and (each.name not in locked or not each.specifier.contains(locked[each.name]))
     ]

@@ -32,7 +32,7 @@ def test_the_corpus_is_handled_in_time(path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_seeds_reach_what_is_behind_the_checks() -> None:
+def test_every_target_accepts_a_seed() -> None:
     """A corpus that every parser rejects would fuzz only the first check."""
     for name, target in TARGETS.items():
         accepted = []
@@ -45,7 +45,7 @@ def test_the_seeds_reach_what_is_behind_the_checks() -> None:
         assert accepted, name
 
 
-def test_the_oracles_bite(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rules_of_the_targets_detect_violations(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: bytes) -> None:
         raise KeyError("raw")
 
@@ -56,8 +56,8 @@ def test_the_oracles_bite(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(WrongAcceptanceError):
         run_target("documents", b"[")
     cut = (CORPUS / "images" / "cut_and_closed.jpg").read_bytes()
-    whole = load_image((CORPUS / "images" / "progressive.jpg").read_bytes())
-    monkeypatch.setattr(fuzz_targets, "load_image", lambda *_, **__: whole)
+    image = load_image((CORPUS / "images" / "progressive.jpg").read_bytes())
+    monkeypatch.setattr(fuzz_targets, "load_image", lambda *_, **__: image)
     with pytest.raises(WrongAcceptanceError, match="remature end"):
         run_target("images", cut)
     check(lambda: None)
@@ -68,7 +68,7 @@ def quadratic(size: int) -> float:
 
 
 def costly_chunk(size: int) -> float:
-    """Of which the first 100 bytes have none: 36 times the time for 10 times the bytes."""
+    """Return costs that are linear after 100 bytes: 10 times the bytes cost 37 times the time."""
     return 0.1 + 0.004 * (size - 100)
 
 
@@ -78,7 +78,7 @@ def costly_chunk(size: int) -> float:
 def test_slow_inputs_are_findings(
     monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float], found: bool
 ) -> None:
-    """Alone, and by more than in proportion to their size."""
+    """Test the limit on an input's time, and the limit on the growth of the time with the size."""
     clock = [0.0]
 
     def target(data: bytes) -> None:
@@ -123,6 +123,6 @@ def test_mutations_differ_and_keep_the_size() -> None:
 @pytest.mark.parametrize("name", TARGETS)
 def test_ten_seconds_of_fuzzing_find_nothing(name: str, tmp_path: Path) -> None:
     run = fuzz(name, 10, 0, tmp_path)
-    assert run.inputs > 0, run.said
-    assert run.findings == [], run.said[-3_000:]
+    assert run.inputs > 0, run.output
+    assert run.findings == [], run.output[-3_000:]
     assert ROOT.exists()

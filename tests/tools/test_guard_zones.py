@@ -11,7 +11,7 @@ from tests.support.towers import CPU
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_every_value_that_nobody_writes_is_counted(dtype: torch.dtype) -> None:
+def test_every_unwritten_value_is_counted(dtype: torch.dtype) -> None:
     with GuardedMemory() as memory:
         first = torch.empty((3, 5), dtype=dtype)
         second = torch.empty_like(first)
@@ -25,7 +25,7 @@ def test_every_value_that_nobody_writes_is_counted(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("offset", [-1, 15])
-def test_one_value_beside_a_tensor_is_seen(offset: int) -> None:
+def test_one_value_written_beside_a_tensor_is_detected(offset: int) -> None:
     with GuardedMemory() as memory:
         out = torch.empty((3, 5))
     beside = out.as_strided((1,), (1,), out.storage_offset() + offset)
@@ -33,7 +33,7 @@ def test_one_value_beside_a_tensor_is_seen(offset: int) -> None:
     assert memory.overruns() == 4
 
 
-def test_without_guards_the_memory_ends_where_the_tensor_does() -> None:
+def test_memory_without_guards_ends_at_the_tensors_end() -> None:
     with GuardedMemory(guard=0) as memory:
         out = torch.empty((3, 5))
     assert out.untyped_storage().nbytes() == 60

@@ -14,7 +14,7 @@ while [[ $1 == --* ]]; do
     shift 2
 done
 cat >"$log" <<'END'
-{said}
+{output}
 END
 {then}
 """
@@ -32,9 +32,9 @@ ERRORS = """========= COMPUTE-SANITIZER
 REFUSED = "========= COMPUTE-SANITIZER\n========= Error: Device not supported."
 
 
-def sanitizer(folder: Path, said: str, then: str = 'exec "$@"') -> str:
+def sanitizer(folder: Path, output: str, then: str = 'exec "$@"') -> str:
     path = folder / "compute-sanitizer"
-    path.write_text(WATCHES.format(said=said, then=then))
+    path.write_text(WATCHES.format(output=output, then=then))
     path.chmod(0o755)
     return str(path)
 
@@ -55,7 +55,7 @@ def test_errors_are_counted_by_kind_and_kernel(tmp_path: Path) -> None:
     ]
 
 
-def test_a_sanitizer_that_refuses_or_is_not_there_is_no_success(tmp_path: Path) -> None:
+def test_a_failing_or_missing_sanitizer_is_an_error(tmp_path: Path) -> None:
     row = watched("synccheck", sanitizer(tmp_path, REFUSED, "exit 1"), 1, 60, "cpu", None)
     assert "no summary by the tool" in row["problems"][1]
     assert "Device not supported" in row["problems"][1]
@@ -63,12 +63,12 @@ def test_a_sanitizer_that_refuses_or_is_not_there_is_no_success(tmp_path: Path) 
     assert missing["problems"] == ["compute-sanitizer is not on this machine"]
 
 
-def test_layouts_that_the_time_did_not_allow_are_missing(tmp_path: Path) -> None:
+def test_layouts_beyond_the_time_limit_count_as_missing(tmp_path: Path) -> None:
     row = watched("initcheck", sanitizer(tmp_path, CLEAN), 2, 0, "cpu", None)
     assert row["problems"] == ["0 of 2 layouts in time"]
 
 
-def test_initcheck_meets_zeros_where_the_tma_writes_and_nowhere_else() -> None:
+def test_initcheck_gets_zeros_only_where_the_tma_writes() -> None:
     """initcheck once counted 814,916 reads of a GEMM's result as reads of unwritten memory."""
     linear: Any = import_module("qwen_vit.kernels.linear")
     attention: Any = import_module("qwen_vit.kernels.attention")

@@ -1,4 +1,4 @@
-"""The trials of `tools.checks.soak` name functions that exist and take their counts."""
+"""Test that each trial of `tools.checks.soak` names a function that accepts its counts."""
 
 import inspect
 

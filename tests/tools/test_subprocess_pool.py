@@ -22,7 +22,7 @@ def behave(how: str, value: int) -> int:
 
 
 @pytest.mark.slow
-def test_what_raises_dies_or_hangs_is_told_and_the_others_go_on() -> None:
+def test_a_call_that_raises_dies_or_hangs_is_reported_and_the_others_run() -> None:
     calls = [("fine", 1), ("raise", 2), ("exit", 3), ("crash", 4), ("hang", 5), ("fine", 6)]
     found = dict(outcomes(behave, calls, at_once=3, seconds=5))
     assert found == {
@@ -35,10 +35,10 @@ def test_what_raises_dies_or_hangs_is_told_and_the_others_go_on() -> None:
     }
 
 
-def test_whoever_stops_listening_leaves_no_process() -> None:
+def test_closing_the_iterator_ends_all_processes() -> None:
     listening = outcomes(behave, [("fine", 1), ("hang", 2)], at_once=2, seconds=60)
     assert next(listening) == (0, Outcome(2, None))
-    listening.close()  # joins, so it would wait for ever on one that is still there
+    listening.close()  # joins the processes, and would wait forever for a live process
 
 
 def test_no_calls_are_no_outcomes() -> None:

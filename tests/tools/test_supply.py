@@ -33,14 +33,16 @@ def test_every_requirement_has_hashes_and_the_pin_of_the_tests() -> None:
     }
     text = (ROOT / "tools" / "requirements.txt").read_text("utf-8")
     blocks = re.split(r"\n(?=[a-z])", text)
-    lacking = [b[:40] for b in blocks if "==" in b.partition("\n")[0] and "--hash=sha256:" not in b]
-    assert lacking == []
+    unhashed = [
+        b[:40] for b in blocks if "==" in b.partition("\n")[0] and "--hash=sha256:" not in b
+    ]
+    assert unhashed == []
     for requirement in map(Requirement, PROJECT["dependencies"]):
         version = hashed[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), requirement
 
 
-def test_the_bill_of_materials_names_all_that_is_needed() -> None:
+def test_the_bill_of_materials_names_every_requirement() -> None:
     done = CliRunner().invoke(sbom.main, [], catch_exceptions=False)
     document = json.loads(done.output)
     assert (document["bomFormat"], document["specVersion"]) == ("CycloneDX", "1.6")

@@ -52,22 +52,22 @@ def test_every_command_that_a_document_names_exists(path: Path) -> None:
     assert named <= {name.removesuffix(".__main__") for name in COMMANDS}
 
 
-def test_the_fast_tests_exist_and_run_every_wing() -> None:
-    """Wings without a file of their own there have docstrings that run."""
+def test_the_fast_tests_exist_and_run_every_subpackage() -> None:
+    """A subpackage without a listed test file must have doctests."""
     script = (ROOT / "tools" / "test").read_text("utf-8")
     [assignment] = re.findall(r"^fast=\(.*?\)", script, re.MULTILINE | re.DOTALL)
-    shell = f'{assignment}\nprintf "%s\\n" "${{fast[@]}}"'  # which expands {a,b}
+    shell = f'{assignment}\nprintf "%s\\n" "${{fast[@]}}"'  # bash expands {a,b}
     done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, check=True)
     listed = done.stdout.decode().split()
     assert [path for path in listed if not (ROOT / path).exists()] == []
     assert "qwen_vit" in listed
-    wings = {path.parent for path in (ROOT / "qwen_vit").rglob("__init__.py")}
-    dumb = [
-        wing.name
-        for wing in wings
-        if not any(">>>" in path.read_text("utf-8") for path in wing.glob("*.py"))
+    subpackages = {path.parent for path in (ROOT / "qwen_vit").rglob("__init__.py")}
+    undocumented = [
+        subpackage.name
+        for subpackage in subpackages
+        if not any(">>>" in path.read_text("utf-8") for path in subpackage.glob("*.py"))
     ]
-    assert dumb == []
+    assert undocumented == []
 
 
 def test_the_test_command_explains_itself() -> None:
@@ -80,7 +80,7 @@ def test_the_test_command_explains_itself() -> None:
     }
 
 
-def test_no_module_is_reached_for_and_no_test_is_imported() -> None:
+def test_tools_neither_change_sys_path_nor_import_tests() -> None:
     for path in (each for folder in ("tools", "tests") for each in (ROOT / folder).rglob("*.py")):
         text = path.read_text()
         assert not re.search(r"^ *(from|import) [\w.]*\btest_\w+", text, re.MULTILINE), path
@@ -88,7 +88,7 @@ def test_no_module_is_reached_for_and_no_test_is_imported() -> None:
             assert not re.search(r"sys\.path\b(?!\w)|runpy|E402", text), path
 
 
-def test_a_row_says_what_when_where_and_with_what(tmp_path: Path) -> None:
+def test_a_row_has_benchmark_date_machine_and_versions(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.jsonl"
     row = common.ledger_row("load", "abc1234", "cpu", ("click",), ms=common.four_digits(1.23456))
     common.publish(row, ledger)
@@ -106,7 +106,7 @@ def test_the_commit_is_the_checkout_s(tmp_path: Path, monkeypatch: pytest.Monkey
     assert common.head_commit() == "unknown"
 
 
-def test_without_a_gpu_a_tool_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tool_that_needs_a_gpu_reports_its_absence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert common.default_device() == torch.device("cpu")
     with pytest.raises(click.ClickException, match="NVIDIA GPU: torch finds none; try --list"):

@@ -18,7 +18,7 @@ from tools.checks.trust_values import CheckCounts
 CPU = torch.device("cpu")
 
 
-def test_a_check_that_is_not_there_is_refused_with_those_that_are() -> None:
+def test_the_error_for_an_unknown_check_lists_the_checks() -> None:
     with pytest.raises(click.UsageError, match=r"no check on cpu has 'nosuch' .*photographs, fp32"):
         trust.main.main(["--device=cpu", "--only=nosuch"], standalone_mode=False)
 
@@ -44,9 +44,9 @@ def test_a_layout_out_of_order_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         return layout
 
     monkeypatch.setattr(trust_values, "layout_for", swapped)
-    tally = trust_values.layouts(3, 0, CPU)
-    assert (tally.runs, len(tally.failures)) == (3, 3)
-    assert "orders or segments differ" in tally.failures[0]
+    counts = trust_values.layouts(3, 0, CPU)
+    assert (counts.runs, len(counts.failures)) == (3, 3)
+    assert "orders or segments differ" in counts.failures[0]
 
 
 def nudged(trace: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
@@ -69,19 +69,19 @@ def test_values_out_of_bounds_fail(
     run = getattr(trust_values, check)
     if check != "layouts":
         run = partial(run, dtype=torch.float32)
-    tally = run(1, 0, CPU)
-    assert (tally.runs, len(tally.failures)) == (1, 1)
-    assert "merger" in tally.failures[0]
+    counts = run(1, 0, CPU)
+    assert (counts.runs, len(counts.failures)) == (1, 1)
+    assert "merger" in counts.failures[0]
 
 
 def test_a_fault_that_is_not_found_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trust_values, "inject_fault", lambda encoder, *_: encoder)
-    tally = trust_values.weight_faults(2, 0, CPU)
-    assert len(tally.failures) == 2
-    assert "found in nothing" in tally.failures[0]
+    counts = trust_values.weight_faults(2, 0, CPU)
+    assert len(counts.failures) == 2
+    assert "found in nothing" in counts.failures[0]
 
 
-def test_a_check_that_dies_fails_and_the_others_go_on(
+def test_a_check_that_raises_fails_and_the_others_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def dies(*_: Any) -> CheckCounts:

@@ -55,14 +55,14 @@ def test_the_list_names_candidates_and_present_rows_without_a_gpu() -> None:
     assert "gate-up" in run("--list")
 
 
-def test_a_sweep_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_without_a_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = CliRunner().invoke(main, ["--only", "window-triton"])
     assert done.exit_code == 1
     assert "needs an NVIDIA GPU: torch finds none; try --list" in done.stderr
 
 
-def test_what_candidates_are_forked_from_has_not_touched_a_gpu() -> None:
+def test_the_parent_of_candidates_does_not_touch_a_gpu() -> None:
     """A process cannot use CUDA if it was forked after a search for GPUs."""
     program = """
 import torch
@@ -80,32 +80,32 @@ WIDE, SQUARE, TALL = (
 )
 
 
-def test_limits_lie_between_sizes_and_small_gains_change_nothing() -> None:
-    kernel = KERNELS["down"]  # SQUARE, from 1,536 TALL, from 6,144 WIDE
+def test_limits_are_between_sizes_and_small_gains_change_nothing() -> None:
+    kernel = KERNELS["down"]  # now SQUARE, then TALL from 1,536 rows, then WIDE from 6,144
     measured = {
-        1024: {SQUARE: 10.0, TALL: 9.9, WIDE: 12.0},  # 1 %: stays
+        1024: {SQUARE: 10.0, TALL: 9.9, WIDE: 12.0},  # a gain of 1 % is too small
         4096: {SQUARE: 30.0, TALL: 30.0, WIDE: 25.0},
         9216: {SQUARE: 80.0, TALL: 90.0, WIDE: 70.0},
     }
     assert proposed(kernel, measured, 0.02) == {0: SQUARE, 2048: WIDE}
     assert proposed(kernel, measured, 0.0) == {0: TALL, 2048: WIDE}
-    merger = KERNELS["merger-1"]  # SQUARE at these sizes; a row for 4 patches
+    merger = KERNELS["merger-1"]  # now SQUARE at these sizes; one row is 4 patches
     assert proposed(merger, measured, 0.02) == {0: SQUARE, 512: WIDE}
 
 
-def test_a_table_of_one_row_takes_the_best_of_all_sizes_together() -> None:
+def test_a_table_of_one_row_gets_the_best_tile_over_all_sizes() -> None:
     kernel = KERNELS["full"]
     present, other, third = kernel.present(1), *kernel.candidates[:2]
     measured = {
         1024: {present: 10.0, other: 12.0, third: 9.0},
-        9216: {present: 100.0, other: 70.0},  # where the third did not run, it is none
+        9216: {present: 100.0, other: 70.0},  # `third` failed at this size, so it is no candidate
     }
     assert proposed(kernel, measured, 0.02) == {0: other}
     measured[1024][other] = 15.0
     assert proposed(kernel, measured, 0.02) == {0: present}
 
 
-def test_what_was_swept_becomes_rows_to_paste(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_results_of_a_sweep_become_rows_to_paste(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {1024: {SQUARE: 10.0, WIDE: 8.0}, 9216: {SQUARE: 80.0, WIDE: 70.0}}
     problems = {"OutOfResources": 2}
     monkeypatch.setattr(

@@ -33,7 +33,7 @@ from tests.support.towers import build_tower, layout_for
 from tools.common import ROOT, ledger_options, ledger_row, publish
 from tools.random_tower import SHAPE, random_weights
 
-CASES = {"tiny": Grid(1, 30, 46), "7b": Grid(1, 32, 32)}  # of 640 x 427 and of 448 x 448 pixels
+CASES = {"tiny": Grid(1, 30, 46), "7b": Grid(1, 32, 32)}  # 640 x 427 and 448 x 448 pixels
 ROUNDS = {"tiny": 25, "7b": 3}
 MAX_RATIO, MAX_DIFFERENCE = 2.0, 1e-5
 
@@ -73,7 +73,7 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
     theirs = hf_tower(tensors, config, torch.float32, "cpu")
     ours = build_tower(tensors, config, image_config, torch.float32)
     layout = layout_for((grid,), config)
-    expected = theirs(rows, grid_thw=grid_thw).pooler_output  # the first of each: not timed
+    expected = theirs(rows, grid_thw=grid_thw).pooler_output  # the first call is not timed
     difference = relative_error(ours(pixels, layout), expected)
     pairs = [
         (seconds(lambda: ours(pixels, layout)), seconds(lambda: theirs(rows, grid_thw=grid_thw)))

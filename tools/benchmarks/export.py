@@ -53,7 +53,7 @@ from tools.random_tower import write_model
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "rocket.jpg")
 QUALITY = 90
 SMALL_SIDES = (224, 448)
-MEMORY_FILES = 2_000  # which the many images of `memory` are, again and again
+MEMORY_FILES = 2_000  # `memory` repeats these files
 
 
 def write_jpeg(folder: Path, sides: tuple[int, int], number: int) -> None:
@@ -82,34 +82,34 @@ def differing(encoder: VisionEncoder, paths: list[Path], out: Path) -> int:
     count = 0
     for path in paths:
         [alone] = encoder.encode([path], decode_threads=1)
-        there = stored[path.name].embeds
-        if alone.embeds is None or there is None or not torch.equal(alone.embeds.cpu(), there):
+        written = stored[path.name].embeds
+        if alone.embeds is None or written is None or not torch.equal(alone.embeds.cpu(), written):
             count += 1
     return count
 
 
 def measure_speed(
-    here: Path, peer_images: int, checked: int, model: str, options: ExportOptions,
+    folder: Path, peer_images: int, checked: int, model: str, options: ExportOptions,
     threads: int | None,
 ) -> dict[str, Any]:  # fmt: skip
-    paths = sorted((here / "images").iterdir())
+    paths = sorted((folder / "images").iterdir())
     with reported("encoder loaded"):
         encoder = VisionEncoder.from_pretrained(model)
     grids = grids_of(paths, encoder)
     with reported("encoder measured"):
         patches_per_s = encoder_rate(encoder, grids)
     with reported("disk measured"):
-        bytes_per_s = disk_rate(here)
-    with reported("warmed up"):  # as every run is but a machine's first, which compiles kernels
-        warm_up(encoder, paths, grids, here)
+        bytes_per_s = disk_rate(folder)
+    with reported("warmed up"):  # a machine's first run also compiles kernels
+        warm_up(encoder, paths, grids, folder)
     with reported("exported"):
         done = export_features(
-            encoder, [str(here / "images")], here / "out", options, decode_threads=threads
+            encoder, [str(folder / "images")], folder / "out", options, decode_threads=threads
         )
     images = done.exported
     with reported("compared"):
         some = paths[:: max(1, images // checked)]
-        wrong = differing(encoder, some, here / "out")
+        wrong = differing(encoder, some, folder / "out")
     with reported("Hugging Face measured"):
         peers = peer_rates(paths[:peer_images], Path(model), encoder) if peer_images else {}
     n_patches = sum(grid.n_patches for grid in grids)
@@ -143,14 +143,14 @@ def measure_speed(
     }
 
 
-def warm_up(encoder: VisionEncoder, paths: list[Path], grids: list[Grid], here: Path) -> None:
+def warm_up(encoder: VisionEncoder, paths: list[Path], grids: list[Grid], folder: Path) -> None:
     by_size = sorted(zip(paths, grids, strict=True), key=lambda pair: pair[1].n_patches)
     for count in (1, 2, 4, 24):
         some = [str(path) for path, _ in by_size[:count]]
-        export_features(encoder, some, here / f"warm-{count}")
+        export_features(encoder, some, folder / f"warm-{count}")
 
 
-def measure_gpus(here: Path, images: int, model: str, threads: int | None) -> dict[str, Any]:
+def measure_gpus(folder: Path, images: int, model: str, threads: int | None) -> dict[str, Any]:
     """Measure the rate of one process on one GPU, and of one process per GPU with shared images."""
     gpus = max(1, torch.cuda.device_count())
     cores = len(os.sched_getaffinity(0))
@@ -159,9 +159,9 @@ def measure_gpus(here: Path, images: int, model: str, threads: int | None) -> di
     def run(out: str, chosen: range) -> list[dict[str, Any]]:
         running = []
         for gpu in chosen:
-            command = [sys.executable, "-m", "qwen_vit", "export", str(here / "images")]
+            command = [sys.executable, "-m", "qwen_vit", "export", str(folder / "images")]
             options = {
-                "--model": model, "--out": str(here / out), "--part": f"{gpu + 1}/{gpus}",
+                "--model": model, "--out": str(folder / out), "--part": f"{gpu + 1}/{gpus}",
                 "--shard-size": str(max(1, images // (4 * gpus))), "--decode-threads": str(threads),
             }  # fmt: skip
             words = [word for pair in options.items() for word in pair]
@@ -194,10 +194,10 @@ def measure_gpus(here: Path, images: int, model: str, threads: int | None) -> di
     }
 
 
-def measure_memory(here: Path, images: int, model: str, threads: int | None) -> dict[str, Any]:
+def measure_memory(folder: Path, images: int, model: str, threads: int | None) -> dict[str, Any]:
     """Measure resident memory and GPU memory after each shard, over many images."""
-    files = sorted((here / "images").iterdir())
-    with open(here / "many.jsonl", "w") as file:
+    files = sorted((folder / "images").iterdir())
+    with open(folder / "many.jsonl", "w") as file:
         for number in range(images):
             path = files[number % len(files)]
             file.write(json.dumps({"id": f"{number:06}.jpg", "path": str(path)}) + "\n")
@@ -206,14 +206,14 @@ def measure_memory(here: Path, images: int, model: str, threads: int | None) -> 
     options = ExportOptions(shard_size=max(1, images // 40))
     seen, clock = 0, StageTimer(REST)
     begin = time.perf_counter()
-    with open_export(encoder, [str(here / "many.jsonl")], here / "out", options) as plan:
+    with open_export(encoder, [str(folder / "many.jsonl")], folder / "out", options) as plan:
         for done in export_shards(encoder, plan, plan.shards, decode_threads=threads, clock=clock):
             seen += len(done.rows)
             on_gpu = torch.cuda.memory_reserved() / 2**20 if torch.cuda.is_available() else 0.0
             samples.append((seen, sum(memory_mb(os.getpid())), on_gpu))
     seconds = time.perf_counter() - begin
-    settled = [sample for sample in samples if sample[0] >= images // 4]
-    growth = [max(each[i] for each in settled) - settled[0][i] for i in (1, 2)]
+    after_warm_up = [sample for sample in samples if sample[0] >= images // 4]
+    growth = [max(each[i] for each in after_warm_up) - after_warm_up[0][i] for i in (1, 2)]
     print(f"{'images':>8}{'resident MB':>14}{'GPU MB':>10}")
     for count, resident, on_gpu in samples[:: max(1, len(samples) // 10)]:
         print(f"{count:>8}{resident:>14.0f}{on_gpu:>10.0f}")
@@ -225,8 +225,8 @@ def measure_memory(here: Path, images: int, model: str, threads: int | None) -> 
         "seconds": round(seconds, 3),
         "images_per_s": round(images / seconds, 2),
         "waits_s": {stage: round(each, 2) for stage, each in clock.seconds().items()},
-        "resident_mb": [round(settled[0][1]), round(max(each[1] for each in settled))],
-        "gpu_mb": [round(settled[0][2]), round(max(each[2] for each in settled))],
+        "resident_mb": [round(after_warm_up[0][1]), round(max(each[1] for each in after_warm_up))],
+        "gpu_mb": [round(after_warm_up[0][2]), round(max(each[2] for each in after_warm_up))],
         "grown_mb": [round(each, 1) for each in growth],
     }
 
@@ -270,23 +270,23 @@ def main(
     images = images or (20_000 if what == "memory" else 2_000)
     sides = sides or (SMALL_SIDES if what == "memory" else (448, 1344))
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        here = Path(temporary)
-        (here / "images").mkdir()
+        folder = Path(temporary)
+        (folder / "images").mkdir()
         made = min(images, MEMORY_FILES) if what == "memory" else images
         with reported("JPEGs made"), ProcessPoolExecutor() as pool:
-            list(pool.map(partial(write_jpeg, here / "images", sides), range(made), chunksize=8))
+            list(pool.map(partial(write_jpeg, folder / "images", sides), range(made), chunksize=8))
         if model is None:
-            (here / "model").mkdir()
+            (folder / "model").mkdir()
             with reported("weights made"):
-                write_model(here / "model", torch.device("cuda"))
-            model = str(here / "model")
+                write_model(folder / "model", torch.device("cuda"))
+            model = str(folder / "model")
         if what == "speed":
             options = ExportOptions(shard_size=shard_size)
-            found = measure_speed(here, peer_images, checked, model, options, decode_threads)
+            found = measure_speed(folder, peer_images, checked, model, options, decode_threads)
         elif what == "gpus":
-            found = measure_gpus(here, images, model, decode_threads)
+            found = measure_gpus(folder, images, model, decode_threads)
         else:
-            found = measure_memory(here, images, model, decode_threads)
+            found = measure_memory(folder, images, model, decode_threads)
     line = ledger_row(
         "export" if what == "speed" else f"export {what}",
         commit,
@@ -298,7 +298,7 @@ def main(
     if chart is not None and what == "speed":
         draw(line, chart)
     if torch.cuda.is_available() and line.get("images_with_other_bytes_than_alone"):
-        sys.exit(1)  # on a CPU a batch may change them
+        sys.exit(1)  # only on a GPU, because on a CPU a batch may change bits
 
 
 if __name__ == "__main__":

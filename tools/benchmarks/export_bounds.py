@@ -1,4 +1,4 @@
-"""What bounds an export: the encoder alone, the disk, and Hugging Face image by image."""
+"""Measure an export's bounds: the encoder alone, the disk, and Hugging Face, image by image."""
 
 import os
 import random
@@ -19,7 +19,7 @@ from qwen_vit.export.estimate import target_size
 from tests.support.huggingface import hf_tower
 
 WRITTEN_BYTES, PIECE_BYTES = 2**32, 2**24
-ENCODED_PATCHES = 2_500_000  # are enough to know the encoder's rate
+ENCODED_PATCHES = 2_500_000  # enough patches for a stable rate
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -61,7 +61,7 @@ def encoder_rate(encoder: VisionEncoder, grids: list[Grid]) -> float:
             n_patches = sum(grid.n_patches for grid in batch)
             encoder.forward(pixels[:n_patches], batch, "merged")
 
-    seconds(run)  # compiles, and records graphs
+    seconds(run)  # compiles kernels and captures graphs
     return total / seconds(run)
 
 

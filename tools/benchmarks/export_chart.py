@@ -26,7 +26,7 @@ def draw(line: dict[str, Any], path: Path) -> None:
     for axis in (rates, waits):
         axis.invert_yaxis()
         axis.margins(x=0.15)
-        axis.xaxis.set_visible(False)  # each bar has its value
+        axis.xaxis.set_visible(False)  # each bar shows its value
         axis.tick_params(labelsize=9, length=0)
         axis.spines[["top", "right", "bottom"]].set_visible(False)
     figure.suptitle(

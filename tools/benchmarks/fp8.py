@@ -53,7 +53,7 @@ if IS_KNOWN_GLUON:
 PARTS = ("gemms", "tower", "error", "bits")
 ROWS = (1024, 2304, 4096, 9216, 32768)
 TIMED = ("1 x 448^2", "32 x 448^2", "4 x 1344^2", "256 mixed")
-COLD_BYTES = 2**27  # of weights in one graph: more than the L2 cache holds
+COLD_BYTES = 2**27  # a graph's weights exceed the L2 cache
 ERROR_GRIDS = (Grid(1, 32, 32), Grid(1, 10, 14), Grid(1, 2, 30))
 
 

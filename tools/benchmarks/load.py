@@ -132,7 +132,7 @@ def plain_copies(folder: Path, device: torch.device) -> dict[str, Callable[[], A
     total = pieces[-1].to + pieces[-1].end - pieces[-1].start
     threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
     memory = memoryview(bytearray(max(total, READ_BYTES + 1)))
-    memory[:] = bytes(len(memory))  # touched: it is there
+    memory[:] = bytes(len(memory))  # the system allocates touched pages
     runs: dict[str, Callable[[], Any]] = {
         PAGE_CACHE: partial(read_all, pieces, memory),
         f"the same, {threads} threads": partial(read_all, pieces, memory, threads),
@@ -162,11 +162,11 @@ def stages(folder: Path, device: torch.device) -> dict[str, Callable[[], Any]]:
     checkpoint = load_checkpoint(folder)
     config, image_config = checkpoint.config, ImageConfig.from_json({})
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    there = {name: tensor.to(device) for name, tensor in checkpoint.tensors.items()}
+    on_device = {name: tensor.to(device) for name, tensor in checkpoint.tensors.items()}
     planned = [
         recipe
         for recipe in convert.recipes(config, image_config, dtype, device)
-        if recipe.sources != (convert.PATCH_WEIGHT,)  # a stage of its own
+        if recipe.sources != (convert.PATCH_WEIGHT,)  # patch embedding is a separate stage
     ]
     state = convert.convert(checkpoint.tensors, config, image_config, dtype, device)
 
@@ -175,7 +175,7 @@ def stages(folder: Path, device: torch.device) -> dict[str, Callable[[], Any]]:
             return VisionTower(config, dtype)
 
     def fold() -> Any:
-        return [recipe.make(*(there[name] for name in recipe.sources)) for recipe in planned]
+        return [recipe.make(*(on_device[name] for name in recipe.sources)) for recipe in planned]
 
     def check() -> None:
         torch.stack([extremes(tensor).float() for tensor in state.values()]).isfinite().tolist()
@@ -256,30 +256,30 @@ def main(
 ) -> None:  # fmt: skip
     """Measure, print, and exit 1 on a GPU below 80 % of the page cache's copy rate."""
     device = default_device()
-    with model_folder(model, folder, device) as here:
-        pieces = pieces_of(here, READ_BYTES)
+    with model_folder(model, folder, device) as checkpoint:
+        pieces = pieces_of(checkpoint, READ_BYTES)
         total = sum(piece.end - piece.start for piece in pieces)
-        largest = max(t.info.end - t.info.start for t in find_tower(here).stored())
-        read_all(pieces, memoryview(bytearray(READ_BYTES)))  # all is in the page cache from here on
+        largest = max(t.info.end - t.info.start for t in find_tower(checkpoint).stored())
+        read_all(pieces, memoryview(bytearray(READ_BYTES)))  # fills the page cache
 
         def median(run: Callable[[], Any], times: int = repeats) -> float:
             return statistics.median(seconds(run, device) for _ in range(times))
 
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, spawn) as pool:
-            first = pool.submit(first_load, str(here), str(device)).result()
-        # the copies before and after the loads: other work on the machine would show
-        copies = {name: [median(run)] for name, run in plain_copies(here, device).items()}
-        load = partial(VisionEncoder.from_pretrained, here, device=device)
+            first = pool.submit(first_load, str(checkpoint), str(device)).result()
+        # Time the copies before and after the loads, to detect other work on the machine.
+        copies = {name: [median(run)] for name, run in plain_copies(checkpoint, device).items()}
+        load = partial(VisionEncoder.from_pretrained, checkpoint, device=device)
         seconds(load, device)
         load_s = median(load)
-        for name, run in plain_copies(here, device).items():
+        for name, run in plain_copies(checkpoint, device).items():
             copies[name].append(median(run))
         gc.collect()
-        stage_s = {name: median(run) for name, run in stages(here, device).items()}
+        stage_s = {name: median(run) for name, run in stages(checkpoint, device).items()}
         swept: dict[str, float] = {}
         if sweep:
-            tensors = list(load_checkpoint(here).tensors.values())
+            tensors = list(load_checkpoint(checkpoint).tensors.values())
             for threads, mib in itertools.product(SWEPT_THREADS, SWEPT_MIB):
                 load_all = partial(through_slots, tensors, device, threads, mib * 2**20)
                 swept[f"{threads} x {mib} MiB"] = total / 1e9 / median(load_all, 3)

@@ -232,28 +232,28 @@ def limited_to(cores: int) -> Iterator[None]:
     before = os.sched_getaffinity(0)
     tasks = [int(name) for name in os.listdir("/proc/self/task")]
     for task in tasks:
-        with suppress(ProcessLookupError):  # a thread that has ended
+        with suppress(ProcessLookupError):  # the thread has ended
             os.sched_setaffinity(task, sorted(before)[:cores])
     try:
         yield
     finally:
         for task in map(int, os.listdir("/proc/self/task")):
-            with suppress(ProcessLookupError):  # a thread that has ended
+            with suppress(ProcessLookupError):  # the thread has ended
                 os.sched_setaffinity(task, before)
 
 
-def measure_small(encoder: VisionEncoder, here: Path, images: int) -> dict[str, Any]:
-    paths = sorted((here / "images").iterdir())
+def measure_small(encoder: VisionEncoder, folder: Path, images: int) -> dict[str, Any]:
+    paths = sorted((folder / "images").iterdir())
     grids = grids_of(paths, encoder)
     per_image = sum(grid.n_patches for grid in grids) / len(grids)
-    warm_up(encoder, paths, grids, here)
+    warm_up(encoder, paths, grids, folder)
     alone = encoder_rate(encoder, grids) / per_image
     rows: dict[str, Any] = {}
     print(f"{images} small pictures{'cores':>10}{'pictures/s':>12}{'encoder':>10}{'share':>8}")
     runs = [(f"{cores} cores", cores, False) for cores in CORES if cores <= core_count()]
     for name, cores, on_cpu in [*runs, ("CPU path", CORES[-1], True)]:
         with limited_to(cores):
-            done = export(encoder, here, name, on_cpu=on_cpu)
+            done = export(encoder, folder, name, on_cpu=on_cpu)
             rate = done.exported / done.seconds
         print(f"{name:<21}{cores:>10}{rate:>12.1f}{alone:>10.1f}{rate / alone:>8.3f}")
         rows[name] = {
@@ -265,12 +265,12 @@ def measure_small(encoder: VisionEncoder, here: Path, images: int) -> dict[str, 
     return {"small": rows, "images": images}
 
 
-def export(encoder: VisionEncoder, here: Path, name: str, *, on_cpu: bool) -> Any:
-    out = here / name.replace(" ", "-")
+def export(encoder: VisionEncoder, folder: Path, name: str, *, on_cpu: bool) -> Any:
+    out = folder / name.replace(" ", "-")
     if not on_cpu:
-        return export_features(encoder, [str(here / "images")], out, ExportOptions())
+        return export_features(encoder, [str(folder / "images")], out, ExportOptions())
     with resized_on_cpu():
-        return export_features(encoder, [str(here / "images")], out, ExportOptions())
+        return export_features(encoder, [str(folder / "images")], out, ExportOptions())
 
 
 @click.command(help=__doc__)
@@ -282,25 +282,25 @@ def main(
     parts: tuple[str, ...], images: int, model: str | None, ledger: Path | None, commit: str
 ) -> None:
     chosen = parts or PARTS
-    with tempfile.TemporaryDirectory() as folder:
-        here = Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         if "small" in chosen:
-            (here / "images").mkdir()
-            with ProcessPoolExecutor() as pool:  # before this process uses the GPU
-                write = partial(write_jpeg, here / "images", SMALL_SIDES)
+            (folder / "images").mkdir()
+            with ProcessPoolExecutor() as pool:  # forks precede this process's use of the GPU
+                write = partial(write_jpeg, folder / "images", SMALL_SIDES)
                 list(pool.map(write, range(images), chunksize=8))
         device = require_gpu()
         if model is None:
-            (here / "model").mkdir()
-            write_model(here / "model", device)
-        encoder = VisionEncoder.from_pretrained(model or str(here / "model"), device=device)
+            (folder / "model").mkdir()
+            write_model(folder / "model", device)
+        encoder = VisionEncoder.from_pretrained(model or str(folder / "model"), device=device)
         found: dict[str, Any] = {}
         if "single" in chosen:
             found |= measure_single(encoder)
         if "cpu" in chosen:
             found |= measure_cpu(encoder)
         if "small" in chosen:
-            found |= measure_small(encoder, here, images)
+            found |= measure_small(encoder, folder, images)
         publish(ledger_row("pictures", commit, device, ("triton", "pillow"), **found), ledger)
 
 

@@ -16,7 +16,7 @@ from tools.common import ROOT
 WARM_STARTS = 3
 
 
-# A user's first lines, and when each was done: seconds since the process was asked for.
+# A user's first lines. Each prints the seconds since the start of the process.
 FIRST_LINES = """
 import json, sys, time
 begin = float(sys.argv[1])
@@ -53,7 +53,7 @@ def start_once(folder: Path, device: str, cache: Path) -> dict[str, float]:
 def starts(folder: Path, device: str) -> dict[str, dict[str, float]]:
     """Measure starts with an empty and with a filled Triton cache, as medians."""
     for path in folder.iterdir():
-        path.read_bytes()  # into the page cache
+        path.read_bytes()  # fills the page cache
     runs = []
     with tempfile.TemporaryDirectory() as cache:
         for kind in ("cold", *["warm"] * WARM_STARTS):

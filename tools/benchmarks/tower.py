@@ -70,14 +70,14 @@ from tools.benchmarks.tower_report import (
 from tools.common import four_digits, ledger_options, ledger_row, publish, require_gpu
 from tools.random_tower import SHAPE, random_weights, write_model
 
-PEER_BATCHES = 3  # of the stream: enough for a ratio, and sdpa takes half a second for each
+PEER_BATCHES = 3  # batches of the stream; sdpa takes half a second for each
 ALONE = ("1 x 448^2", "1 x 672^2", "1 x 896^2", "1 x 1344^2", "32 x 448^2")
 STAGED = ("1 x 448^2", "1 x 1344^2", "32 x 448^2")
-COUNTED = "1 x 448^2"  # whose launches are counted
+COUNTED = "1 x 448^2"  # the workload whose launches are counted
 SINGLE_BATCH = [name for name, grids in WORKLOADS.items() if len(in_batches(grids)) == 1]
-STAGE_SECONDS = 0.5  # for each of them
+STAGE_SECONDS = 0.5  # per stage
 PARTS = ("tower", "attention", "stages", "start")
-FIRST_WITHIN_S = 10  # of a process's start, with a warm Triton cache and weights in the page cache
+FIRST_WITHIN_S = 10  # after a process's start, with a warm Triton cache and cached weights
 
 
 def check(
@@ -212,25 +212,25 @@ class Towers:
             row["eager_ms"] = median_ms(self.timed.eager(pixels[0], batches[0]))
         torch.cuda.reset_peak_memory_stats()
         runs[0]()
-        self.timed.eager(pixels[0], batches[0])()  # needs what a graph would keep for itself
+        self.timed.eager(pixels[0], batches[0])()  # allocates what a graph would also need
         row["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
         for label, peer in others.items():
             some = list(zip(pixels, batches, strict=True))[:PEER_BATCHES]
             peer_runs = [peer.on(p, b) for p, b in some]
             torch.cuda.reset_peak_memory_stats()
-            if label == UNFUSED:  # by graph, as ours; what a graph keeps for itself is not counted
+            if label == UNFUSED:  # runs by graph like ours; the graph's own memory is not counted
                 ms, _ = interleaved_with_gemm(partial(run_all, peer_runs), self.device)
             else:
                 ms = median_ms(partial(run_all, peer_runs), 3, 1)
                 row[f"{label}_peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
             share = sum(len(p) for p, _ in some) / sum(len(p) for p in pixels)
-            row[f"{label}_ms"] = ms / share  # of the stream, its first batches stand for all
+            row[f"{label}_ms"] = ms / share  # scales the stream's first batches to all batches
         return row
 
     def plain_row(
         self, name: str, pixels: Sequence[Tensor], batches: Sequence[tuple[Grid, ...]]
     ) -> dict[str, float]:
-        """Our milliseconds with the kernels that other GPUs run, and the roofline then."""
+        """Return our milliseconds with the kernels of other GPUs, and the roofline time."""
         with plain_kernels():
             runs = [self.plain.by_graph(p, b) for p, b in zip(pixels, batches, strict=True)]
             theirs = self.hf["HF sdpa"].on(pixels[0], batches[0])

@@ -104,13 +104,13 @@ def compiled(peer: Peer, pixels: Tensor, grids: Sequence[Grid]) -> dict[str, flo
     This is the best case, because the caller passes the layout and no call breaks the graph. The
     result is empty if torch fails.
     """
-    torch._dynamo.reset()  # else a second shape is compiled for all shapes, and a third not at all
+    torch._dynamo.reset()  # otherwise, torch compiles the second shape for all shapes
     start = time.perf_counter()
     tower = torch.compile(peer.tower, mode="reduce-overhead", dynamic=False)
     fast = Peer(tower, peer.image_config, peer.device)
     run = fast.on(pixels, grids, with_layout=True)
     try:
-        for _ in range(3):  # compiled, then recorded, then replayed
+        for _ in range(3):  # compile, capture, replay
             run()
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start

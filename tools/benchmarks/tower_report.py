@@ -4,8 +4,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-WIDTH_IN, DPI = 5.6, 180  # of charts: text of 9 points has 10 px where a page is 470 px wide
-UNFUSED = "RoPE + FA2"  # our tower with these two in place of the fused kernel, by graph
+WIDTH_IN, DPI = 5.6, 180  # so text of 9 points has 10 px on a page of 470 px
+UNFUSED = "RoPE + FA2"  # our tower by graph, with separate kernels
 
 
 PEERS = ("HF sdpa", "HF FA2 varlen", UNFUSED)
@@ -139,15 +139,15 @@ def draw(
         if "roofline" in heading:
             axis.axvline(1, color="#0f172a", linewidth=0.8, linestyle=":")
             axis.margins(x=0.1)
-        else:  # 40 times from the smallest to the largest size
+        else:  # the sizes span a factor of 40
             axis.set_xscale("log")
             axis.set_xlim(right=4 * max(max(lengths) for lengths in series.values()))
         axis.set_yticks(range(len(names)), [name.replace("^2", "\u00b2") for name in names])
         axis.invert_yaxis()
-        axis.xaxis.set_visible(False)  # each bar has its value
+        axis.xaxis.set_visible(False)  # each bar shows its value
         axis.tick_params(labelsize=9, length=0)
         axis.set_title(heading, fontsize=10, loc="left")
-        below = {"loc": "upper left", "bbox_to_anchor": (0, 0)}  # the bars leave no room inside
+        below = {"loc": "upper left", "bbox_to_anchor": (0, 0)}  # the bars fill the axes
         place_of_legend: dict[str, Any] = {"loc": "lower right"} if "roofline" in heading else below
         axis.legend(frameon=False, fontsize=9, **place_of_legend)
         axis.spines[["top", "right", "bottom"]].set_visible(False)

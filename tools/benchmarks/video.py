@@ -110,7 +110,7 @@ def main(
     partial: Path | None, chart: Path | None, only_torchcodec: Path | None, ledger: Path | None,
     commit: str,
 ) -> None:  # fmt: skip
-    if only_torchcodec is not None:  # the child process, whose linker finds PyAV's libraries
+    if only_torchcodec is not None:  # this is the child process, which only times torchcodec
         chosen = sorted(only_torchcodec.iterdir())[:decode_clips]
         click.echo(json.dumps(_torchcodec_rate(chosen)))
         return
@@ -159,11 +159,11 @@ def _measure(
         figures.add(pyav_clips_per_s=four_digits(by_pyav))
         by_torchcodec = _torchcodec_in_child(paths[0].parent, decode_clips)
         figures.add(torchcodec_clips_per_s=by_torchcodec and four_digits(by_torchcodec))
-    whole = found.get("whole_clips_per_s")
+    end_to_end = found.get("whole_clips_per_s")
     if parts >= {"tower", "files", "decode"}:
         decoder = max(found["pyav_clips_per_s"], found["torchcodec_clips_per_s"] or 0.0)
         bound = min(found["tower_clips_per_s"], decoder)
-        figures.add(share_of_the_lower=four_digits(whole / bound))
+        figures.add(share_of_the_lower=four_digits(end_to_end / bound))
     if "loading" in parts:
         figures.add(**_loading_rate(encoder, paths, threads))
     if "transformers" in parts:
@@ -172,7 +172,7 @@ def _measure(
         theirs = _hf_rate(paths[:hf_clips], encoder, hf)
         figures.add(
             transformers_clips_per_s=theirs and four_digits(theirs),
-            times_transformers=theirs and whole and four_digits(whole / theirs),
+            times_transformers=theirs and end_to_end and four_digits(end_to_end / theirs),
         )
 
 
@@ -205,7 +205,7 @@ def _tower_rate(encoder: VisionEncoder, path: Path, repeats: int = 5) -> float:
         for pixels, grids in pieces:
             encoder.forward(pixels, grids, "merged")
 
-    run()  # compiles, and captures the graphs
+    run()  # compiles kernels and captures graphs
     repeats = repeats if encoder.device.type == "cuda" else 1
     return max(_rate(1, run, encoder.device) for _ in range(repeats))
 
@@ -217,12 +217,12 @@ def _pyav_rate(paths: Sequence[Path], indices: list[int], cores: int) -> float:
     def decode(path: Path) -> int:
         import av
 
-        wanted, kept = set(indices), 0
+        chosen, kept = set(indices), 0
         with av.open(str(path)) as container:
             stream: Any = container.streams.video[0]
             stream.codec_context.thread_count = 1
             for index, frame in enumerate(container.decode(stream)):
-                kept += frame.to_ndarray(format="rgb24").nbytes > 0 if index in wanted else 0
+                kept += frame.to_ndarray(format="rgb24").nbytes > 0 if index in chosen else 0
         return kept
 
     with ThreadPoolExecutor(cores) as pool:
@@ -325,7 +325,7 @@ def _hf_rate(paths: Sequence[Path], encoder: VisionEncoder, tower: Any) -> float
     device, dtype = encoder.device, encoder.dtype
     try:
         processor = Qwen2VLVideoProcessor(cap_pixels_per_frame=True)
-    except TypeError:  # an older transformers; clips of 60 s are below the cap
+    except TypeError:  # an older transformers without this limit, which clips of 60 s do not reach
         processor = Qwen2VLVideoProcessor()
     backend = "torchcodec" if _version("torchcodec") else "pyav"
 

@@ -16,7 +16,7 @@ from qwen_vit.video.options import Video, VideoLimits
 from qwen_vit.video.reader import open_video
 from tools.benchmarks.tower_report import DPI, WIDTH_IN
 
-MIN_COSINE = 0.99  # of a token, both towers in bf16 with random weights
+MIN_COSINE = 0.99  # per token, between two bf16 towers with random weights
 FRAMES_CHECKED = 8
 
 
@@ -45,14 +45,14 @@ def check_clip(encoder: VisionEncoder, path: Path, indices: list[int]) -> dict[s
 
     chosen = indices[:: max(1, len(indices) // FRAMES_CHECKED)]
     with open_video(str(path), str(path), VideoLimits()) as video:
-        mine = [np.asarray(video.upright(each))[..., :3] for each in video.frames(chosen)]
+        ours = [np.asarray(video.upright(each))[..., :3] for each in video.frames(chosen)]
     plain = []
     with av.open(str(path)) as container:
         for index, frame in enumerate(container.decode(video=0)):
             if index in chosen:
                 picture: Any = frame.reformat(format="rgb24", threads=1)
                 plain.append(picture.to_ndarray())
-    equal = sum(np.array_equal(a, b) for a, b in zip(mine, plain, strict=True))
+    equal = sum(np.array_equal(a, b) for a, b in zip(ours, plain, strict=True))
     if equal < len(chosen):
         raise click.ClickException(f"{equal} of {len(chosen)} frames are those of PyAV")
     clip: Any = next(iter(encoder.encode_iter([Video(str(path))])))
@@ -127,7 +127,7 @@ def draw(row: dict[str, Any], path: Path) -> None:
     )  # fmt: skip
     axes.invert_yaxis()
     axes.margins(x=0.15)
-    axes.xaxis.set_visible(False)  # each bar has its value
+    axes.xaxis.set_visible(False)  # each bar shows its value
     axes.tick_params(labelsize=9, length=0)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     figure.suptitle(

@@ -16,8 +16,8 @@ from tools.common import ROOT
 
 __all__ = ["make_clips"]
 
-RATE = 30  # frames a second in the files
-LOOP_S = 10  # that each file repeats: to encode a minute takes six times as long
+RATE = 30  # frames a second
+LOOP_S = 10  # seconds that each file repeats, because encoding a minute takes six times as long
 PHOTOGRAPH = ROOT / "tests" / "photographs" / "astronaut.png"
 
 

@@ -35,7 +35,7 @@ def run_child(checkout: Path, *arguments: str) -> Any:
     done = subprocess.run(
         [sys.executable, str(CHILD), *arguments],
         env={**os.environ, "PYTHONPATH": str(checkout)},
-        cwd=tempfile.gettempdir(),  # not in this checkout, whose package would be found first
+        cwd=tempfile.gettempdir(),  # in this checkout, Python would import this checkout's package
         capture_output=True,
         text=True,
         check=False,

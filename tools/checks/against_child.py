@@ -30,7 +30,7 @@ def main() -> None:
 @click.option("--graphs", is_flag=True, help="Record CUDA graphs.")
 def hash_outputs(model: str, dtype: str, layouts: int, *, graphs: bool) -> None:
     """Hash merged and un-merged outputs."""
-    half = 24 if torch.cuda.is_available() else 8  # half a side in patches: CPUs are slow
+    half = 24 if torch.cuda.is_available() else 8  # half the largest side in patches
     encoder = VisionEncoder.from_pretrained(model, dtype=dtype, cuda_graphs=graphs)
     chance, digest = random.Random(0), hashlib.sha256()
     for case in range(layouts):

@@ -27,8 +27,8 @@ from tools.benchmarks.export import write_jpeg
 from tools.common import ROOT, default_device, four_digits, ledger_options, ledger_row, publish
 from tools.random_tower import write_model
 
-MAX_FACTOR = 1.5  # between the estimate and the export
-# Largest sides and images: an export of seconds is mostly the start of its first batches.
+MAX_FACTOR = 1.5  # the allowed ratio of estimate and export
+# (sides, images). In an export of seconds, the start of the first batches would dominate.
 WORKLOADS = (((224, 448), 20_000), ((448, 1344), 3_000))
 
 
@@ -42,17 +42,17 @@ def export(images: Path, model: str, out: Path, *options: str) -> dict[str, Any]
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-def measure(here: Path, sides: tuple[int, int], count: int, model: str) -> dict[str, Any]:
+def measure(folder: Path, sides: tuple[int, int], count: int, model: str) -> dict[str, Any]:
     """Estimate and export one workload. The first export compiles kernels, and is not timed."""
-    images = here / f"images-{sides[0]}-{sides[1]}"
+    images = folder / f"images-{sides[0]}-{sides[1]}"
     images.mkdir()
     with ProcessPoolExecutor() as pool:
         list(pool.map(partial(write_jpeg, images, sides), range(count), chunksize=8))
-    some = here / "some.txt"
+    some = folder / "some.txt"
     some.write_text("".join(f"{path}\n" for path in sorted(images.iterdir())[:50]))
-    export(some, model, here / f"warm-{sides[0]}")
-    estimate = export(images, model, here / f"out-{sides[0]}", "--dry-run")
-    done = export(images, model, here / f"out-{sides[0]}")
+    export(some, model, folder / f"warm-{sides[0]}")
+    estimate = export(images, model, folder / f"out-{sides[0]}", "--dry-run")
+    done = export(images, model, folder / f"out-{sides[0]}")
     return {
         "sides_px": sides,
         "images": count,
@@ -97,12 +97,12 @@ def main(
         )
     workloads = WORKLOADS if sides is None else ((sides, WORKLOADS[1][1]),)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        here = Path(temporary)
+        folder = Path(temporary)
         if model is None:
-            (here / "model").mkdir()
-            write_model(here / "model", torch.device("cuda"))
-            model = str(here / "model")
-        found = [measure(here, sides, images or count, model) for sides, count in workloads]
+            (folder / "model").mkdir()
+            write_model(folder / "model", torch.device("cuda"))
+            model = str(folder / "model")
+        found = [measure(folder, sides, images or count, model) for sides, count in workloads]
     print(f"{'sides':<14}{'images':>8}{'estimate':>12}{'export':>12}{'ratio':>8}")
     for each in found:
         low, high = each["sides_px"]

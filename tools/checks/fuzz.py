@@ -26,7 +26,7 @@ from tools.checks.fuzz_targets import MAX_BYTES, TARGETS
 from tools.common import ROOT, ledger_options, ledger_row, publish
 
 CORPUS = ROOT / "tests" / "fuzz"
-TIMEOUT_S, MEMORY_MB = 3_600, 2_048  # of a clock; a busy machine gives little CPU time a minute
+TIMEOUT_S, MEMORY_MB = 3_600, 2_048  # of wall time; a busy machine gives little CPU time
 CHILD = "from tools.checks.fuzz_child import main; main()"
 EXECUTED = re.compile(r"stat::number_of_executed_units: (\d+)")
 FINDING = re.compile(r"Test unit written to (\S+)")
@@ -52,11 +52,11 @@ def main(
 ) -> None:  # fmt: skip
     """Fuzz one target or all of them."""
     names = [*TARGETS] if target == "all" else [target]
-    asked = [names[i % len(names)] for i in range(max(jobs, len(names)))]  # as often as jobs do
+    targets = [names[i % len(names)] for i in range(max(jobs, len(names)))]  # at least one per job
     failed = False
     with ThreadPoolExecutor(jobs) as pool:
-        runs = {pool.submit(fuzz, name, seconds, seed, findings): name for name in asked}
-        for done in as_completed(runs):  # a row for each, in case that the rest is cut off
+        runs = {pool.submit(fuzz, name, seconds, seed, findings): name for name in targets}
+        for done in as_completed(runs):  # print each row at once, in case of an interrupt
             run = done.result()
             row = ledger_row(
                 f"fuzz {runs[done]}", commit, "cpu", ("pillow", "atheris"), cpu_s=round(run.cpu_s),
@@ -65,7 +65,7 @@ def main(
             publish(row, ledger)
             if run.findings or not run.inputs:
                 failed = True
-                click.echo(run.said[-4_000:], err=True)
+                click.echo(run.output[-4_000:], err=True)
     sys.exit(failed)
 
 
@@ -75,13 +75,13 @@ class Run(NamedTuple):
     inputs: int
     cpu_s: float
     findings: list[str]
-    said: str
+    output: str
 
 
 def fuzz(name: str, seconds: int, seed: int, findings: Path) -> Run:
     """Run one process of atheris until the time limit or a finding."""
     findings.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as grown:  # the corpus itself stays as it is
+    with tempfile.TemporaryDirectory() as grown:  # libFuzzer writes new inputs here
         process = subprocess.Popen(
             [
                 *(sys.executable, "-c", CHILD, name, grown, str(CORPUS / name)),
@@ -95,15 +95,15 @@ def fuzz(name: str, seconds: int, seed: int, findings: Path) -> Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        said = printed(process)
+        output = printed(process)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    executed = EXECUTED.search(said)
-    found = FINDING.findall(said)
+    executed = EXECUTED.search(output)
+    found = FINDING.findall(output)
     if process.returncode and not found:
         found = [f"exit code {process.returncode}"]
     inputs = int(executed[1]) if executed else 0
-    return Run(inputs, usage.ru_utime + usage.ru_stime, found, said)
+    return Run(inputs, usage.ru_utime + usage.ru_stime, found, output)
 
 
 def printed(process: subprocess.Popen[bytes]) -> str:

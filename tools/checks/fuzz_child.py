@@ -16,7 +16,7 @@ def mutate(data: bytes, max_size: int, seed: int) -> bytes:
     rng = random.Random(seed)
     begin, end = sorted(rng.randrange(len(data) + 1) for _ in "ab")
     markers = [found.start() for found in MARKER.finditer(data)]
-    if len(markers) > 1 and rng.random() < 0.5:  # whole segments of a JPEG
+    if len(markers) > 1 and rng.random() < 0.5:  # choose complete segments of a JPEG
         first = rng.randrange(len(markers) - 1)
         begin, end = markers[first], markers[rng.randrange(first + 1, len(markers))]
     chunk = data[begin:end]
@@ -28,7 +28,7 @@ def mutate(data: bytes, max_size: int, seed: int) -> bytes:
         chunk = b""
     elif kind == 2:
         chunk = bytes(len(chunk))
-    elif kind == 3 and len(chunk) >= 4:  # sizes and counts
+    elif kind == 3 and len(chunk) >= 4:  # overwrite sizes and counts
         value = rng.choice((0, 1, 0x7FFF, 0xFFFF, 2**31 - 1, 2**32 - 1))
         chunk = value.to_bytes(4, rng.choice(("big", "little"))) + chunk[4:]
     else:
@@ -44,7 +44,7 @@ def main() -> None:
     with atheris.instrument_imports(include=["qwen_vit"]):
         from tools.checks.fuzz_targets import run_target
     warnings.simplefilter("ignore")
-    gc.freeze()  # the time of an input must not include searching the imported modules' objects
+    gc.freeze()  # garbage collections must not search the imported modules' objects
 
     def mutator(data: bytes, max_size: int, seed: int) -> bytes:
         if seed % 3:

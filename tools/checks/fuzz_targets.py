@@ -32,12 +32,12 @@ LIMITS = ImageLimits(max_pixels=4_000_000, max_file_bytes=MAX_BYTES)
 VIDEO_LIMITS = VideoLimits(
     max_pixels=1_000_000, max_file_bytes=MAX_BYTES, max_frames=2_000, max_decode_s=3
 )
-DECODING_BYTES = 2**28  # also of a Parquet page
-MAX_CPU_S = 5.0  # of one input
-GROWTH, MAX_TIMES = 10, 30  # an input that grows so much may take so many times the time
-MAX_TIMES_OF_HALF = 3  # of GROWTH / 2 times as long; 2 is linear, and 4 is quadratic
-MIN_COMPARED_S = 0.05  # shorter ones are too noisy to compare
-REPEATS = 5  # before a finding: the shortest time has no collection of all objects in it
+DECODING_BYTES = 2**28  # also for a Parquet page
+MAX_CPU_S = 5.0  # for one input
+GROWTH, MAX_TIMES = 10, 30  # the factor of an input's size, and the allowed factor of its time
+MAX_TIMES_OF_HALF = 3  # from GROWTH / 2 to GROWTH; 2 is linear, and 4 is quadratic
+MIN_COMPARED_S = 0.05  # shorter times are too noisy
+REPEATS = 5  # a finding uses the shortest time, which has no full garbage collection
 
 
 class WrongAcceptanceError(Exception):
@@ -160,7 +160,7 @@ def run_target(name: str, data: bytes) -> None:
     if took > MIN_COMPARED_S / GROWTH and 8 <= len(data) <= MAX_BYTES // GROWTH:
         longer = _cpu_seconds(name, grown(data))
         if longer > max(MIN_COMPARED_S, MAX_TIMES * took):
-            # interleaved, because the speed of a busy machine changes
+            # Interleave the runs, because the speed of a busy machine changes.
             runs = [
                 [_cpu_seconds(name, grown(data, times)) for times in (1, GROWTH // 2, GROWTH)]
                 for _ in range(REPEATS)
@@ -181,7 +181,7 @@ def _cpu_seconds(name: str, data: bytes) -> float:
 
 
 def grown(data: bytes, times: int = GROWTH) -> bytes:
-    """Return data so many times as long, by one of its chunks, repeated: the same each time."""
+    """Repeat a chunk until the data is `times` as long. The same data gives the same result."""
     chance = random.Random(len(data))
     begin, end = sorted(chance.sample(range(len(data) + 1), 2))
     missing = (times - 1) * len(data)

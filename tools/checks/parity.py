@@ -58,7 +58,7 @@ def measure(seeds: int, device: torch.device) -> dict[str, dict[str, list[tuple[
             generator = torch.Generator().manual_seed(1000 + seed)
             pixels = torch.randint(0, 256, (n_patches, 588), generator=generator).byte()
             rows = Patches(pixels, grids).to_rows(image_config).to(device)
-            # a clip has frames of its own, so it enters as float rows; a still image as uint8
+            # A clip enters as float rows, because its two frames differ. A still enters as uint8.
             is_clip = any(grid.t > 1 for grid in grids)
             truth = vision_oracle(tensors, config, rows, grids, device=device)
             trace = tower_trace(ours, rows if is_clip else pixels.to(device), grids)

@@ -14,7 +14,7 @@ from PIL import Image
 
 __all__ = ["judge"]
 
-OWN_TOOLS = {  # of each format's library
+OWN_TOOLS = {  # the tools of each format's library
     "JPEG": ["djpeg", "-strict", "-outfile", "/dev/null"],
     "MPO": ["djpeg", "-strict", "-outfile", "/dev/null"],
     "PNG": ["pngcheck", "-q"],
@@ -25,13 +25,13 @@ OWN_TOOLS = {  # of each format's library
     "AVIF": ["avifdec", "--info"],
     "HEIF": ["heif-info"],
 }
-# warnings about what is not the picture
+# warnings about data outside the pixels
 ASIDE = re.compile(
     r"ignoring nclx profile|iCCP: |tEXt text contains|nknown field with tag"
     r"|incorrect count for field|Wrong data type \d+ for .*tag ignored|tags are not sorted"
 )
-LIMITED = ["prlimit", "--cpu=20", f"--as={2**32}"]  # of a hostile image
-CANNOT_READ = re.compile(  # a limit of libvips or tiffinfo
+LIMITED = ["prlimit", "--cpu=20", f"--as={2**32}"]  # limits for hostile images
+CANNOT_READ = re.compile(  # a limitation of libvips or tiffinfo
     r"is not a known file format|images not supported|Cannot display data"
 )
 
@@ -74,8 +74,8 @@ def _by_pillow(data: bytes) -> tuple[str, str]:
         except Exception as error:  # noqa: BLE001 - plug-ins raise anything
             return file_format, f"{type(error).__name__}: {error}"[:200]
     texts = (str(each.message)[:200] for each in caught)
-    aside = re.compile("^$" if file_format == "TIFF" else "Skipping tag")  # of Exif
-    return file_format, next((text for text in texts if not aside.search(text)), "")
+    ignored = re.compile("^$" if file_format == "TIFF" else "Skipping tag")  # an Exif warning
+    return file_format, next((text for text in texts if not ignored.search(text)), "")
 
 
 def _commands(file_format: str, path: Path, folder: str) -> Iterator[list[str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 __all__ = ["SOURCES", "source_pictures"]
 
-# Debian's name of each archive, before ".orig.tar"
+# Debian's names of the archives, without ".orig.tar".
 SOURCES = (
     "exiv2_0.27.6",
     "gdk-pixbuf_2.42.10+dfsg",
@@ -45,7 +45,7 @@ def source_pictures(folder: Path) -> Iterator[tuple[str, str, bytes]]:
 
 
 def _images_in(package: str, archive: Path) -> Iterator[tuple[str, str, bytes]]:
-    with tarfile.open(archive, "r|*") as tar:  # as a stream
+    with tarfile.open(archive, "r|*") as tar:  # reads the archive as a stream
         for member in tar:
             if (
                 member.isfile()

@@ -46,7 +46,7 @@ WHOLE_SIZES = (
 
 @dataclass(frozen=True, slots=True)
 class RawPicture:
-    """Stand in for a `Picture`, with any new size."""
+    """Replace a `Picture`, with any new size."""
 
     size: tuple[int, int]
     new_size: tuple[int, int]
@@ -62,7 +62,7 @@ def wrong_cases(cases: Sequence[ResizeCase], device: torch.device) -> list[Resiz
     plan = ResizePlan.of(planned.rounds, [])
     sources = b"".join(case.pixels for case in cases)
     buffer = upload(plan, [memoryview(sources)], planned.n_pixels, device)
-    # a value that no pass wrote must not pass for a right one
+    # Fill with -1, so that a value that no pass wrote is wrong.
     buffer.pixels[len(sources) // PIXEL_BYTES :].fill_(-1)
     resize(plan, buffer.table, buffer.pixels)
     expected = torch.frombuffer(
@@ -141,7 +141,7 @@ def check(n_cases: int, processes: int, seed: int) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     wrong: Counter[str] = Counter()
     with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
-        pool.submit(make_cases, seed, 1).result()  # all processes start now
+        pool.submit(make_cases, seed, 1).result()  # start all processes now
         device = require_gpu()
         seeds = range(seed, seed + -(-n_cases // CASES_A_TASK))
         for cases in made_ahead(pool, seeds, 3 * processes):

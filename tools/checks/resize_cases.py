@@ -90,7 +90,7 @@ def _content(content: str, size: tuple[int, int], chance: random.Random) -> NDAr
         total = rows[:, None, None] * made.random(3) + columns[None, :, None] * made.random(3)
         gradient: NDArray[np.uint8] = (total % 256).astype(np.uint8)
         return gradient
-    if content == "palette":  # runs of a few colours with hard edges
+    if content == "palette":  # areas of few colours with hard edges
         colours = made.choice([0, 1, 127, 254, 255], (6, 3)).astype(np.uint8)
         cell = chance.randint(1, 9)
         cells = made.integers(0, 6, (height // cell + 1, width // cell + 1), np.uint8)

@@ -97,7 +97,7 @@ def run_layouts(
         for make, kind in ((random_attention, "attentions"), (random_tower, "towers")):
             name, left, call = make(case, device)
             plain = call() if tool == "guards" else None
-            # initcheck must see reads of unwritten memory, so it gets plain memory
+            # initcheck gets plain memory, to detect reads of unwritten values.
             memory = GuardedMemory(GUARD_BYTES if tool == "guards" else 0)
             with counted_launches(launches):
                 if tool == "initcheck":
@@ -115,7 +115,7 @@ def run_layouts(
                 problems.append(f"{name}, layout {case}: {unwritten} values NaN, expected {left}")
             if overruns:
                 problems.append(f"{name}, layout {case}: {overruns} bytes of guards overwritten")
-            # as bits, so that the NaN of rows that are left alone compare as well
+            # Compare bits, because unwritten rows contain NaN.
             rows = slice(0, len(result) - (TAIL_ROWS if left else 0))
             if plain is not None and not torch.equal(plain[rows], result[rows]):
                 problems.append(f"{name}, layout {case}: other bits than without guards")

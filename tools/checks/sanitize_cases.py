@@ -24,9 +24,9 @@ from tests.support.towers import as_grids, build_tower, n_patches, random_pixels
 
 __all__ = ["TAIL_ROWS", "random_attention", "random_tower"]
 
-TAIL_ROWS = 5  # beyond the last segment of the public function: they stay as they are
+TAIL_ROWS = 5  # rows after the last segment, which the public function does not write
 BF16, FP32 = torch.bfloat16, torch.float32
-# (what is called, head dim, dtype). At 80 in bf16 Hopper has kernels of its own.
+# (function, head dim, dtype). For 80 in bf16, Hopper has separate kernels.
 ATTENTIONS = (
     ("window", 80, BF16),
     ("full", 80, BF16),
@@ -43,7 +43,7 @@ HEADS = 2
 NARROW = replace(
     SMALL, depth=2, hidden_size=160, intermediate_size=140, num_heads=2, fullatt_block_indexes=(1,)
 )
-# its GEMMs have whole tiles of Hopper's kernels
+# Its GEMMs have complete tiles of Hopper's kernels.
 PUBLISHED_WIDTH = replace(
     NARROW, hidden_size=1280, intermediate_size=640, num_heads=16, out_hidden_size=256
 )
@@ -56,7 +56,7 @@ class TowerCase(NamedTuple):
     config: VisionConfig
     dtype: torch.dtype
     quantization: Quantization | None = None
-    is_plain: bool = False  # also on Hopper
+    is_plain: bool = False  # run the plain kernels also on Hopper
 
 
 TOWERS = (

@@ -23,14 +23,14 @@ from click import ClickException
 
 from tools.common import ROOT, ledger_options, ledger_row, publish
 
-# What a stack replaces, as pip takes it. `oldest` is what pyproject allows with the extra `hf`,
-# whose transformers requires safetensors 0.8.
+# The packages of each stack, as arguments of pip. `oldest` has the minimum versions of pyproject
+# with the extra `hf`, whose transformers requires safetensors 0.8.
 STACKS = {
     "tested": (),
     "oldest": (
         "click==8.2.1", "einops==0.8.0", "huggingface_hub==1.31.0", "numpy==1.26.4",
         "packaging==23.2", "simplejpeg==1.8.2", "tqdm==4.66.6", "transformers==5.18.0",
-        "triton==3.6.0", "httpx==0.28.1", "httpcore==1.0.9",  # the last two for huggingface_hub 1
+        "triton==3.6.0", "httpx==0.28.1", "httpcore==1.0.9",  # huggingface_hub needs these two
     ),
     "triton 3.8": ("triton==3.8.0",),
     "newest": ("triton==3.9.0", "transformers==5.24.0"),
@@ -59,7 +59,7 @@ def make_environment(folder: Path, packages: tuple[str, ...]) -> Path:
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True, symlinks=True)
-        below = sysconfig.get_paths()["purelib"]  # this environment's packages come after its own
+        below = sysconfig.get_paths()["purelib"]  # provides what the stack lacks
         [own] = folder.glob("lib/python*/site-packages")
         (own / "below.pth").write_text(f"{below}\n")
     if packages:

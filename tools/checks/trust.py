@@ -56,7 +56,7 @@ def checks() -> Iterable[Check]:
     yield Check("adversarial inputs, fp32", "cpu", 40, partial(adversarial, dtype=fp32))
     yield Check("photographs, fp32", "cpu", 3, partial(photographs, dtype=fp32))
     yield Check("weight faults found", "cpu", 132, weight_faults)
-    # on a GPU each config is compiled anew, which takes most of the time
+    # On a GPU, the compilation of each config takes most of the time.
     for dtype, n_batches, n_configs in ((torch.bfloat16, 10_000, 6), (fp32, 300, 2)):
         name = DTYPE_NAMES[dtype]
         for what, count, run in (
@@ -80,14 +80,14 @@ def checks() -> Iterable[Check]:
         )  # fmt: skip
 
 
-def row_of(check: Check, tally: CheckCounts, seconds: float) -> dict[str, Any]:
+def row_of(check: Check, counts: CheckCounts, seconds: float) -> dict[str, Any]:
     return {
-        "runs": tally.runs,
-        "worst": four_digits(tally.worst) if math.isfinite(tally.worst) else None,
-        "unit": tally.unit,
-        "allowed": tally.allowed,
-        "failures": len(tally.failures),
-        "examples": tally.failures[:3],
+        "runs": counts.runs,
+        "worst": four_digits(counts.worst) if math.isfinite(counts.worst) else None,
+        "unit": counts.unit,
+        "allowed": counts.allowed,
+        "failures": len(counts.failures),
+        "examples": counts.failures[:3],
         "seconds": round(seconds, 1),
     }
 
@@ -126,12 +126,12 @@ def main(
         start = time.perf_counter()
         count = max(1, math.ceil(check.count * fraction))
         try:
-            tally = check.run(count, seed, place)
+            counts = check.run(count, seed, place)
         except Exception as error:  # noqa: BLE001 a check that dies is a failure; the others go on
-            tally = CheckCounts("-", "-", failures=[f"died: {type(error).__name__}: {error}"])
-        row = rows[check.name] = row_of(check, tally, time.perf_counter() - start)
+            counts = CheckCounts("-", "-", failures=[f"died: {type(error).__name__}: {error}"])
+        row = rows[check.name] = row_of(check, counts, time.perf_counter() - start)
         print(
-            f"{check.name:<44}{row['runs']:>7,}{row['failures']:>8}{tally.worst:>10.2e}  "
+            f"{check.name:<44}{row['runs']:>7,}{row['failures']:>8}{counts.worst:>10.2e}  "
             f"{row['unit']:<26}{row['allowed']:<32}{row['seconds']:>6.0f}",
             flush=True,
         )

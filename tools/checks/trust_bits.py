@@ -79,11 +79,11 @@ def batches(
 ) -> CheckCounts:  # fmt: skip
     """Check random batches, with padding rows or by a graph. Each image must have the bits of the
     image alone."""
-    tally = CheckCounts("images with other bits", "0")
+    counts = CheckCounts("images with other bits", "0")
     case = Bitwise.make(seed, device, dtype, quantization)
     alone = [case.run([i], 0) for i in range(len(case.grids))]
     generator = random.Random(seed)
-    wrong = torch.zeros(count, dtype=torch.int32, device=device)  # read once, at the end
+    wrong = torch.zeros(count, dtype=torch.int32, device=device)  # one copy to the host, at the end
     seen = []
     for run in range(count):
         chosen = generator.choices(range(len(case.grids)), k=generator.randint(1, 8))
@@ -94,8 +94,8 @@ def batches(
             wrong[run] += (part != alone[i]).any()
     for (chosen, padding), images in zip(seen, wrong.tolist(), strict=True):
         what = f"{[case.grids[i] for i in chosen]}, padding {padding}"
-        tally.add(images, images == 0, what)
-    return tally
+        counts.add(images, images == 0, what)
+    return counts
 
 
 def repeats(
@@ -103,7 +103,7 @@ def repeats(
     quantization: Quantization | None = None,
 ) -> CheckCounts:  # fmt: skip
     """Repeat the same batch, alternating between separate launches and a graph."""
-    tally = CheckCounts("values with other bits", "0")
+    counts = CheckCounts("values with other bits", "0")
     case = Bitwise.make(seed, device, dtype, quantization)
     chosen = [1, 3, 2, 5]
     first = case.run(chosen, 0)
@@ -111,8 +111,8 @@ def repeats(
     for run in range(count):
         wrong[run] = (case.run(chosen, None if run % 2 else 0) != first).sum()
     for run, values in enumerate(wrong.tolist()):
-        tally.add(values, values == 0, f"repeat {run}")
-    return tally
+        counts.add(values, values == 0, f"repeat {run}")
+    return counts
 
 
 def kernel(count: int, seed: int, device: torch.device, kind: str) -> CheckCounts:
@@ -120,7 +120,7 @@ def kernel(count: int, seed: int, device: torch.device, kind: str) -> CheckCount
 
     Over all layouts together, the check bounds the largest error and the mean over all values.
     """
-    tally = CheckCounts("x torch's mean error", f"{KERNEL_MEAN}, largest {KERNEL_LARGEST}")
+    counts = CheckCounts("x torch's mean error", f"{KERNEL_MEAN}, largest {KERNEL_LARGEST}")
     largest, total = [0.0, 0.0], [0.0, 0.0]
     for case in range(count):
         generator = random.Random(f"{seed} {case} {kind}")
@@ -139,9 +139,9 @@ def kernel(count: int, seed: int, device: torch.device, kind: str) -> CheckCount
             error = (result.double() - truth).abs()
             largest[side] = max(largest[side], float(error.max()))
             total[side] += float(error.sum())
-        tally.runs += 1
-    tally.worst, ratio = total[0] / total[1], largest[0] / largest[1]
-    if not (tally.worst <= KERNEL_MEAN and ratio <= KERNEL_LARGEST):
-        tally.failures.append(f"mean {tally.worst:.3f}, largest {ratio:.3f} times torch's")
-    tally.allowed += f" (is {ratio:.3f})"
-    return tally
+        counts.runs += 1
+    counts.worst, ratio = total[0] / total[1], largest[0] / largest[1]
+    if not (counts.worst <= KERNEL_MEAN and ratio <= KERNEL_LARGEST):
+        counts.failures.append(f"mean {counts.worst:.3f}, largest {ratio:.3f} times torch's")
+    counts.allowed += f" (is {ratio:.3f})"
+    return counts

@@ -46,7 +46,7 @@ HEADS, HEAD_DIMS = range(1, 21), (64, 72, 80, 96, 128)
 
 WINDOWS_PX = (56, 84, 112, 140, 168, 196, 224)
 
-PUBLISHED = {  # intermediate and output size; the rest is the same
+PUBLISHED = {  # (intermediate size, output size); the other sizes are equal
     "3B": (3420, 2048),
     "7B": (3420, 3584),
     "32B": (3456, 5120),
@@ -58,7 +58,7 @@ PUBLISHED = {  # intermediate and output size; the rest is the same
 class CheckCounts:
     """Hold a check's number of cases, worst value and failures so far."""
 
-    unit: str  # of the figure
+    unit: str  # the unit of `worst`
     allowed: str
     runs: int = 0
     worst: float = 0.0
@@ -72,7 +72,7 @@ class CheckCounts:
 
 
 def stage_by_stage(
-    tally: CheckCounts,
+    counts: CheckCounts,
     dtype: torch.dtype,
     ours: Trace,
     theirs: Trace,
@@ -85,7 +85,7 @@ def stage_by_stage(
     if dtype == torch.float32:
         distance = {name: relative_error(ours[name], theirs[name]) for name in theirs}
         if max(distance.values()) <= RELATIVE_TOLERANCE:
-            tally.add(max(distance.values()), True, what)
+            counts.add(max(distance.values()), True, what)
             return
     truth, worst, problems = oracle(), 0.0, []
     for name, right in truth.items():
@@ -98,7 +98,7 @@ def stage_by_stage(
         worst = max(worst, verdict.measured)
         if not verdict.passed:
             problems.append(f"{name}: {verdict.problem}")
-    tally.add(worst, not problems, f"{what}: {'; '.join(problems[:2])}")
+    counts.add(worst, not problems, f"{what}: {'; '.join(problems[:2])}")
 
 
 def policy_counts(dtype: torch.dtype) -> CheckCounts:
@@ -118,7 +118,7 @@ def layouts(count: int, seed: int, device: torch.device) -> CheckCounts:
         SMALL, depth=2, num_heads=1, hidden_size=80, intermediate_size=37, out_hidden_size=8,
         fullatt_block_indexes=(1,),
     )  # fmt: skip
-    tensors, tally = peaked_tensors(config, seed), policy_counts(torch.float32)
+    tensors, counts = peaked_tensors(config, seed), policy_counts(torch.float32)
     ours, theirs = build_tower(tensors, config), hf_tower(tensors, config)
     for case in range(count):
         generator = random.Random(f"{seed} {case}")
@@ -127,7 +127,7 @@ def layouts(count: int, seed: int, device: torch.device) -> CheckCounts:
         try:
             assert_equals_transformers(layout, grids, config.window_px)
         except AssertionError:
-            tally.add(math.inf, False, f"{grids}: orders or segments differ")
+            counts.add(math.inf, False, f"{grids}: orders or segments differ")
             continue
         is_still = all(t == 1 for t, _, _ in grids)
         pixels = random_pixels(n_patches(grids), case) if is_still else None
@@ -135,12 +135,12 @@ def layouts(count: int, seed: int, device: torch.device) -> CheckCounts:
             random_rows(n_patches(grids), case) if pixels is None else pixel_rows(pixels, MEAN, STD)
         )
         stage_by_stage(
-            tally, torch.float32,
+            counts, torch.float32,
             trace_of(ours, rows if pixels is None else pixels, grids, layout=layout),
             hf_trace(theirs, rows, grids),
             partial(vision_oracle, tensors, config, rows, grids), grids,
         )  # fmt: skip
-    return tally
+    return counts
 
 
 def unpublished(count: int, seed: int) -> Iterator[VisionConfig]:
@@ -165,7 +165,7 @@ def unpublished(count: int, seed: int) -> Iterator[VisionConfig]:
 
 def configs(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> CheckCounts:
     """Check other heads, head dims, windows, MLP sizes and mixes of full and window blocks."""
-    tally = policy_counts(dtype)
+    counts = policy_counts(dtype)
     for case, config in enumerate(unpublished(count, seed)):
         grids = random_grids(random.Random(f"{seed} {case}"), 300)
         tensors = peaked_tensors(config, seed + case)
@@ -173,12 +173,12 @@ def configs(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> 
             tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
         rows = random_rows(n_patches(grids), case).to(device)
         stage_by_stage(
-            tally, dtype,
+            counts, dtype,
             trace_of(build_tower(tensors, config, dtype=dtype, device=device), rows, grids),
             hf_trace(hf_tower(tensors, config, dtype, device), rows, grids),
             partial(vision_oracle, tensors, config, rows, grids), config,
         )  # fmt: skip
-    return tally
+    return counts
 
 
 @cache
@@ -202,11 +202,11 @@ def adversarial_towers(dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
     everything, C = slice(None), config.hidden_size
     towers = {
         "": tensors,
-        # uniform softmax: the mean of the values comes out
+        # The softmax is uniform, so attention returns the mean of the values.
         ", equal keys": scaled(tensors, ".qkv.", slice(C, 2 * C), 0.0),
         ", huge activations": scaled(tensors, ".down_proj.", everything, 2.0**13),
     }
-    if dtype == torch.float32:  # in bf16 rounding decides which key wins, for anyone
+    if dtype == torch.float32:  # in bf16, rounding selects the largest score
         towers[", scores times 16"] = scaled(tensors, ".qkv.", slice(0, C), 16.0)
     return towers
 
@@ -240,7 +240,7 @@ def adversarial(count: int, seed: int, device: torch.device, dtype: torch.dtype)
     cases.
     """
     config, grids = tiny()[1], [(1, 30, 46)]
-    tally, ratios = policy_counts(dtype), defaultdict[str, list[float]](list)
+    counts, ratios = policy_counts(dtype), defaultdict[str, list[float]](list)
     cases = [
         (what + suffix, weights, patches)
         for suffix, weights in adversarial_towers(dtype).items()
@@ -256,38 +256,38 @@ def adversarial(count: int, seed: int, device: torch.device, dtype: torch.dtype)
         theirs = hf_trace(hf_tower(weights, config, dtype, device), rows, grids)
         truth = partial(vision_oracle, weights, config, rows, grids)
         if dtype == torch.float32:
-            stage_by_stage(tally, dtype, ours, theirs, truth, what)
+            stage_by_stage(counts, dtype, ours, theirs, truth, what)
             continue
-        tally.add(0.0, all(bool(values.isfinite().all()) for values in ours.values()), what)
+        counts.add(0.0, all(bool(values.isfinite().all()) for values in ours.values()), what)
         for stage, right in truth().items():
             error, reference = (relative_error(t[stage], right) for t in (ours, theirs))
-            if reference > 0:  # black pixels times nothing: both exact
+            if reference > 0:  # for black pixels, both results can be exact
                 ratios[stage].append(error / reference)
     for stage, found in ratios.items():
         mean = math.exp(sum(math.log(max(ratio, 1e-3)) for ratio in found) / len(found))
-        tally.worst = max(tally.worst, mean)
+        counts.worst = max(counts.worst, mean)
         if not mean <= MAX_BF16_RATIO:
-            tally.failures.append(f"{stage}: {mean:.3f} in the mean, {max(found):.3f} at most")
-    return tally
+            counts.failures.append(f"{stage}: {mean:.3f} in the mean, {max(found):.3f} at most")
+    return counts
 
 
 def photographs(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> CheckCounts:
     """Compare every photograph of the project with `qwen-vit compare`, on weights/tiny."""
     encoder = VisionEncoder.from_pretrained(TINY_FOLDER, device=device, dtype=dtype)
-    tally = policy_counts(dtype)
+    counts = policy_counts(dtype)
     images = [str(IMAGES / name) for name in PHOTOGRAPHS[:count]]
     done = compare(encoder, images)
     for name, error in done.skipped:
-        tally.add(math.inf, False, f"{name}: {error}")
+        counts.add(math.inf, False, f"{name}: {error}")
     for image in done.images:
         worst = max(stage.verdict.measured for stage in image.stages)
-        tally.add(worst, not image.problems, f"{image.id}: {image.problems[:2]}")
-    return tally
+        counts.add(worst, not image.problems, f"{image.id}: {image.problems[:2]}")
+    return counts
 
 
 def weight_faults(count: int, seed: int, device: torch.device) -> CheckCounts:
     """Check that the comparison finds a fault in any tensor of weights/tiny, at the right stage."""
-    tally = CheckCounts("x the tolerance, at least", "1")
+    counts = CheckCounts("x the tolerance, at least", "1")
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=30_000)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "golden.safetensors"
@@ -302,16 +302,16 @@ def weight_faults(count: int, seed: int, device: torch.device) -> CheckCounts:
                 least = min(least, found[0].verdict.measured / found[0].verdict.allowed)
             changed = done.facts["golden"]["changed_weights"]
             holds = not done.passed and named == fault.stage and changed == (fault.tensor,)
-            tally.add(0.0, holds, f"{fault} in {fault.stage}: found in {named}")
-    tally.worst = least
-    return tally
+            counts.add(0.0, holds, f"{fault} in {fault.stage}: found in {named}")
+    counts.worst = least
+    return counts
 
 
 def published_shapes(
     count: int, seed: int, device: torch.device, dtype: torch.dtype
 ) -> CheckCounts:
     """Check every stage of every published shape, with random weights and ten odd sizes."""
-    tally, grids = policy_counts(dtype), INPUTS["ten odd sizes"]
+    counts, grids = policy_counts(dtype), INPUTS["ten odd sizes"]
     for name, (intermediate, out) in list(PUBLISHED.items())[:count]:
         config = VisionConfig.from_json(
             {**SHAPE, "intermediate_size": intermediate, "out_hidden_size": out}
@@ -322,8 +322,8 @@ def published_shapes(
         on_host = {key: tensor.cpu() for key, tensor in tensors.items()}
         ours = build_tower(on_host, config, ImageConfig.from_json({}), dtype, device)
         stage_by_stage(
-            tally, dtype, trace_of(ours, pixels, grids),
+            counts, dtype, trace_of(ours, pixels, grids),
             hf_trace(hf_tower(tensors, config, dtype, device), rows, grids),
             partial(vision_oracle, tensors, config, rows, grids), name,
         )  # fmt: skip
-    return tally
+    return counts

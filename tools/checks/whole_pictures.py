@@ -85,7 +85,7 @@ def main(
     sys.exit(1 if alarms else 0)
 
 
-# codes of refusals that a rule in docs/errors.md gives for whole images
+# Codes that a rule in docs/errors.md allows for complete images.
 BY_RULE = ("ratio", "too-many-pixels", "mode", "format", "zero-side")
 
 
@@ -135,7 +135,7 @@ def false_alarm(data: bytes) -> str:
     except ImageError as error:
         return str(error)
     image = Image.open(io.BytesIO(data))
-    image.decodermaxblock = len(data)  # Pillow alone cannot feed an arithmetic decoder in pieces
+    image.decodermaxblock = len(data)  # Pillow cannot decode arithmetic coding in pieces
     if image.mode == "RGB" and not image.has_transparency_data and 274 not in image.getexif():
         return "" if np.array_equal(pixels, np.asarray(image)) else "other pixels than Pillow's"
     return ""
@@ -272,7 +272,7 @@ def by_libraries(picture: Image.Image) -> Iterator[tuple[str, str, bytes]]:
         options = {"quality": quality, "progressive": progressive, "subsampling": sampling}
         try:
             data = _saved(picture, "JPEG", restart_marker_blocks=restart, **options)
-        except OSError:  # Pillow's buffer is too small for tiny noise of quality 100
+        except OSError:  # Pillow's buffer is too small for tiny images of noise at quality 100
             continue
         yield "Pillow", f"{options} {restart}", data
         if quality == 75 and not restart:

@@ -1,4 +1,4 @@
-"""Every kernel whose tile a table contains, with the candidates and how to run one."""
+"""Define every kernel whose tile a table contains, with its candidates and its run."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,10 +20,10 @@ from tests.support.attention_cases import adjacent, attention_oracle, axial_tabl
 if IS_KNOWN_GLUON:
     from qwen_vit.kernels import attention_hopper, linear_hopper
 
-SHARED_BYTES = 232_448  # that one program may take on Hopper; elsewhere the compiler refuses
-COLD_BYTES = 2**27  # of weights taken in turn: more than any L2 cache holds
+SHARED_BYTES = 232_448  # a program's limit on Hopper; on other GPUs the compiler checks it
+COLD_BYTES = 2**27  # rotating weights exceed any L2 cache
 HEADS, HEAD_DIM = 16, 80
-LONGEST_FRAME = 16_384  # above it, frames of 1,024 patches
+LONGEST_FRAME = 16_384  # larger inputs have frames of 1,024 patches
 CHECKED = {"window": [64] * 20 + [36, 16, 4], "full": [1000, 60, 4, 777, 129]}
 EPS = 1e-6
 
@@ -38,8 +38,8 @@ class KeyTile:
 
 GLUON, PLAIN, OTHER = "Hopper", "Hopper, Gluon not known", "another GPU"
 PLACES = (GLUON, PLAIN, OTHER)
-HopperGemmTile = Any  # linear_hopper.HopperGemmTile, GemmTile, AttentionTile or KeyTile
-Run = Callable[[HopperGemmTile, int], tuple[Tensor, ...]]  # with one of the weights
+HopperGemmTile = Any  # one of HopperGemmTile, GemmTile, AttentionTile and KeyTile
+Run = Callable[[HopperGemmTile, int], tuple[Tensor, ...]]  # (tile, index of the weights) -> results
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +47,15 @@ class Kernel:
     """Describe one kernel whose tile a table contains."""
 
     name: str
-    table: str  # where its rows are
-    places: tuple[str, ...]  # those of PLACES where it serves
-    rows: Mapping[int, HopperGemmTile]  # from how many rows on which tile serves
+    table: str  # the place of its rows in the source
+    places: tuple[str, ...]  # the PLACES that use this kernel
+    rows: Mapping[int, HopperGemmTile]  # smallest number of rows -> tile
     candidates: tuple[HopperGemmTile, ...]
     prepare: Callable[[int, torch.device], tuple[int, Run]]  # patches -> (weights, run)
     patches_per_row: int = 1
-    has_limits: bool = False  # the table holds tiles by number of rows, not one for all
-    check: Callable[[HopperGemmTile, torch.device], float] | None = (
-        None  # its error, where bits may differ
-    )
+    has_limits: bool = False  # whether the tile depends on the number of rows
+    # The function that returns the result's error, if tiles may change bits.
+    check: Callable[[HopperGemmTile, torch.device], float] | None = None
 
     def present(self, patches: int) -> HopperGemmTile:
         return self.serving(self.rows, patches)
@@ -65,7 +64,7 @@ class Kernel:
         return rows[max(least for least in rows if least <= patches // self.patches_per_row)]
 
 
-# K, rows of the weight, what follows, patches of one row
+# name: (K, rows of the weight, epilogue, patches per row)
 GEMMS = {
     "qkv": (1280, 3840, "normed", 1),
     "proj": (1280, 1280, "residual", 1),
@@ -96,7 +95,7 @@ def prepare_gemm(
     ]  # fmt: skip
     bias = normal(N, scale=0.02)
     options: dict[str, Any] = {"epilogue": "plain" if kind in ("normed", "pixels") else kind}
-    if kind in ("normed", "swiglu"):  # in chunks of 128 columns, as a residual leaves them
+    if kind in ("normed", "swiglu"):  # sums over 128 columns, as a residual leaves them
         chunks = x.float().square().unflatten(1, (-1, 128)).sum(2)
         options |= {"squares": chunks.T.contiguous(), "eps": EPS}
     if kind == "residual":
@@ -107,7 +106,7 @@ def prepare_gemm(
 
     def run(tile: HopperGemmTile, i_weight: int) -> tuple[Tensor, ...]:
         out, squares = launch(x, weights[i_weight % len(weights)], bias, tile=tile, **options)
-        # linear._gemm's chunks of squares are as wide as its tile, linear_hopper's always 128
+        # linear._gemm's chunks of squares have its tile's width, and linear_hopper's always 128.
         own_chunks = kind == "residual" and not isinstance(tile, GemmTile)
         return (out, squares) if own_chunks else (out,)
 
@@ -227,7 +226,7 @@ def attention_tiles(kind: str, bits: int) -> Iterator[AttentionTile]:
     else:
         shapes = itertools.product((16, 32, 64), (16, 32, 64), (4, 8), (1, 2))
     for q_rows, k_rows, warps, stages in shapes:
-        if bits == 32 or q_rows >= 16 * warps or kind == "window":  # 16 rows for each warp
+        if bits == 32 or q_rows >= 16 * warps or kind == "window":  # each warp has 16 rows
             yield AttentionTile(q_rows, k_rows, warps, stages)
 
 
@@ -263,7 +262,7 @@ def kernels() -> Iterator[Kernel]:
     for bits, dtype in ((16, torch.bfloat16), (32, torch.float32)):
         suffix = "" if bits == 16 else "-fp32"
         for kind in ("window", "full"):
-            is_plan_b = bits == 16  # Hopper has kernels of its own
+            is_plan_b = bits == 16  # in bf16, Hopper has separate kernels
             yield Kernel(
                 f"{kind}-triton" if is_plan_b else kind + suffix,
                 f'attention.TILES["{kind}", {bits}]', (PLAIN, OTHER) if is_plan_b else PLACES,

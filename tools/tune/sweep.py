@@ -14,9 +14,9 @@ import torch
 from tests.support.subprocess_pool import outcomes
 from tools.tune.kernels import KERNELS, HopperGemmTile, Kernel
 
-MIN_CALLS = 8  # in one graph
+MIN_CALLS = 8  # minimum number of calls in a graph
 ROUNDS, WARM_UPS = 9, 2
-MORE_ERROR = 1.05  # than the present row's, for an attention that adds in another order
+MORE_ERROR = 1.05  # times the current row's error, because an attention may sum in another order
 
 
 def try_out(name: str, tile: HopperGemmTile, patches: Sequence[int]) -> tuple[float, list[bool]]:
@@ -44,7 +44,7 @@ def sound(
     good: dict[HopperGemmTile, list[bool]] = {}
     failed: Counter[str] = Counter()
     allowed = 0.0
-    for tiles in (present, others):  # the present ones first: the others are held against them
+    for tiles in (present, others):  # the current tiles first, for comparison
         arguments = [(kernel.name, tile, patches) for tile in tiles]
         for i, outcome in outcomes(try_out, arguments, at_once=jobs, seconds=seconds):
             problem = outcome.problem

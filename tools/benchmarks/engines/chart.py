@@ -6,7 +6,7 @@ from typing import Any
 
 from tools.benchmarks.tower_report import DPI, WIDTH_IN
 
-# the whole encoder at these sizes, in ms, as the article reports it that this package grew from
+# Milliseconds of the whole encoder in the article that led to this package.
 ARTICLE_MS = {"1 x 448^2": 23.64, "1 x 672^2": 27.69, "1 x 896^2": 40.97, "1 x 1344^2": 79.85}
 LABELS = {
     "default": "vLLM, default",
@@ -49,7 +49,7 @@ def draw_towers(towers: dict[str, dict[str, Any]], path: Path) -> None:
     axes.set_yticks(range(len(sizes)), [size.replace("^2", "\u00b2") for size in sizes], fontsize=9)
     axes.invert_yaxis()
     axes.margins(x=0.1)
-    axes.xaxis.set_visible(False)  # each bar has its value
+    axes.xaxis.set_visible(False)  # each bar shows its value
     axes.tick_params(length=0)
     axes.set_title("Time of vLLM's tower as a multiple of ours", fontsize=10, loc="left")
     axes.spines[["top", "right", "bottom"]].set_visible(False)

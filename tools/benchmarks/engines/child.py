@@ -48,12 +48,12 @@ def start(folder: Path, variant: str) -> Any:
     tower."""
     from vllm import LLM
 
-    # the language model is not what is measured: no compilation of it, and few graphs
+    # Do not compile the language model, and capture few graphs, because only the tower is timed.
     compilation: dict[str, Any] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     compilation["cudagraph_capture_sizes"] = [1, 128]
     if variant in ("graphs", "compiled"):
         compilation["cudagraph_mm_encoder"] = True
-        # each workload in a graph of exactly its size: the best that vLLM can do
+        # The best case for vLLM: each workload has a graph of exactly its size.
         budgets = sorted({n_tokens(grids) for grids in TOWER_WORKLOADS.values()})
         compilation["encoder_cudagraph_token_budgets"] = budgets
         compilation["encoder_cudagraph_max_vision_items_per_batch"] = 32
@@ -116,8 +116,8 @@ def time_towers(engine: Any, folder: Path, variant: str) -> dict[str, Any]:
                 figures: dict[str, Any] = {}
                 if ours is not None:
                     calls.append(partial(ours, rows, lists))
-                    mine, other = ours(rows, lists).float(), torch.cat(list(theirs())).float()
-                    figures["distance"] = float((mine - other).norm() / other.norm())
+                    output, expected = ours(rows, lists).float(), torch.cat(list(theirs())).float()
+                    figures["distance"] = float((output - expected).norm() / expected.norm())
                 times = median_ms(calls)
                 figures["ms"] = times[0]
                 if len(times) == 2:

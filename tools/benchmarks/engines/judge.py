@@ -66,8 +66,8 @@ def _against_each_other(
     the relative difference between our mean square error and vLLM's mean square error. Its standard
     error is over the requests. `excess_by_weights` has the excess for each random model.
     """
-    mine, other = torch.cat(list(squares["plugin"])), torch.cat(list(squares["default"]))
-    excess = (mine - other) / other.mean()
+    plugin, default = torch.cat(list(squares["plugin"])), torch.cat(list(squares["default"]))
+    excess = (plugin - default) / default.mean()
     pairs = zip(answers["plugin"], answers["default"], strict=True)
     same = sum(
         ours == theirs
@@ -76,10 +76,10 @@ def _against_each_other(
     )
     by_weights = zip(squares["plugin"], squares["default"], strict=True)
     return {
-        "requests": len(mine),
+        "requests": len(plugin),
         "weights": len(squares["plugin"]),
         "same_tokens": same,
-        "ours_nearer": int((mine < other).sum()),
+        "ours_nearer": int((plugin < default).sum()),
         "excess": float(excess.mean()),
         "standard_error": float(excess.std() / len(excess) ** 0.5),
         "excess_by_weights": [

@@ -107,7 +107,7 @@ def _language_weights(seed: int, device: torch.device) -> dict[str, Tensor]:
         "model.norm.weight": 1 + normal(C, scale=0.1),
         "lm_head.weight": normal(N_TOKENS, C, scale=LOGIT_RMS / C**0.5),
     }
-    weights["lm_head.weight"][N_BYTES:] = 0  # no answer holds a special token
+    weights["lm_head.weight"][N_BYTES:] = 0  # answers never contain a special token
     for layer in range(SMALL_LAYERS):
         block = f"model.layers.{layer}."
         for name, rows, gain in (

@@ -67,4 +67,4 @@ class Oracle:
         try:
             yield
         finally:
-            del self._tower.forward  # the class has the tower's own
+            del self._tower.forward  # restores the method of the class

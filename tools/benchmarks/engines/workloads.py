@@ -10,7 +10,7 @@ from PIL import Image
 from qwen_vit.config import Grid
 from qwen_vit.workloads import WORKLOADS
 
-# the article's, and a mix of sizes that fits one batch of an engine
+# The article's sizes, and a mix of sizes that fits one batch of an engine.
 TOWER_WORKLOADS: Mapping[str, tuple[Grid, ...]] = {
     **{name: grids for name, grids in WORKLOADS.items() if name != "256 mixed"},
     "16 mixed": WORKLOADS["256 mixed"][:16],

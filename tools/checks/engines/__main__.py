@@ -83,9 +83,8 @@ def main(
 ) -> None:  # fmt: skip
     """Prepare, answer, compare, and print."""
     adopt_orphans()
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # and engines are stopped on the way out
+    # SIGTERM must raise SystemExit, so that `finally` blocks stop the engines.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if env is not None and engine == "all":
         raise click.UsageError("--env is the environment of one engine: name the engine")
     if n_soak is not None and (engine != "vllm" or only):

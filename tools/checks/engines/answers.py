@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tools.checks.engines.cases import Case
 
-TOLERANCE = 1e-4  # of a log-probability, against float64
+TOLERANCE = 1e-4  # for a log-probability, against float64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,7 +112,7 @@ def compare(
     if must_differ:
         passed = distance > CONTROL_DISTANCE
     else:
-        passed = n_same == n and distance <= TOLERANCE  # NaN is not
+        passed = n_same == n and distance <= TOLERANCE  # False for NaN
     return Result(scenario, name, f"{n_same}/{n}", distance, must_differ, "", passed)
 
 
@@ -126,8 +126,8 @@ def table(results: Sequence[Result]) -> str:
     lines = [f"{'scenario':<34} {'case':<26} {'tokens':>6} {'distance':>9}  result"]
     for row in results:
         distance = f"{row.distance:9.1e}" if row.tokens else " " * 9
-        wanted = "differs, as it must" if row.must_differ else "equal"
-        verdict = row.fact if row.fact and row.passed else wanted
+        expected = "differs, as it must" if row.must_differ else "equal"
+        verdict = row.fact if row.fact and row.passed else expected
         if not row.passed:
             verdict = f"FAILED {row.fact or 'must differ' if row.must_differ else row.fact}"
         lines.append(

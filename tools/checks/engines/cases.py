@@ -14,14 +14,14 @@ from torch import Tensor
 
 NEW_TOKENS = 8
 PATCH_PX, MERGE, FRAMES_A_PATCH = 14, 2, 2
-FPS = 4.0  # of every video: 0.5 s for each step of its grid
+FPS = 4.0  # for every video: a step of its grid has 0.5 s
 SECONDS_PER_GRID = FRAMES_A_PATCH / FPS
 
-PATCHIFY = "(t f) (h a p) (w b q) c -> (t h w a b) (c f p q)"  # b, a: within a merge unit
+PATCHIFY = "(t f) (h a p) (w b q) c -> (t h w a b) (c f p q)"  # (a, b) is the place in a merge unit
 
 Pixels = NDArray[np.uint8]
 
-# Height and width in pixels. "tall" and "tall 2" change places in the controls; "wide" has partial
+# Height and width in pixels. The controls exchange "tall" and "tall 2"; "wide" has partial
 # windows in both directions; "strip" is one row of merge units.
 PICTURES = {
     "tall": (84, 56),
@@ -34,10 +34,10 @@ PICTURES = {
 POOL = {
     f"pool {i}": (28 * height, 28 * width)
     for i, (height, width) in enumerate(np.random.default_rng(0).integers(1, 9, (90, 2)).tolist())
-    if height * width >= 4  # the processor enlarges smaller ones
+    if height * width >= 4  # the processor would enlarge a smaller picture
 }
-# Frames, height, width. transformers 5 numbers the text after a video rightly while its last step
-# in time is no larger than its longer side in tokens: all of these are short enough.
+# (frames, height, width). transformers 5 numbers the text after a video correctly only if the last
+# step in time is at most the longer side in tokens. These videos are short enough.
 VIDEOS = {"clip": (4, 84, 112), "clip 2": (6, 84, 84)}
 
 

@@ -15,9 +15,9 @@ from tools.checks.engines.answers import Result, compare
 from tools.checks.engines.context import Context
 from tools.checks.engines.reference import reference_answers
 
-UPDATED = ("several", "video", "videos and a picture")  # cases that are asked after an update
-IN_PIECES = "changed in pieces"  # how ways begin that must have the changed model's answers
-INT8 = {  # all linear layers but the head, as llm-compressor writes it
+UPDATED = ("several", "video", "videos and a picture")  # the cases after an update
+IN_PIECES = "changed in pieces"  # the prefix of ways with the changed model's answers
+INT8 = {  # llm-compressor's config for all linear layers except the head
     "quant_method": "compressed-tensors",
     "format": "int-quantized",
     "quantization_status": "compressed",
@@ -33,7 +33,7 @@ INT8 = {  # all linear layers but the head, as llm-compressor writes it
     },
     "ignore": ["lm_head"],
 }  # fmt: skip
-PIECE = 7  # tensors of an update that are sent together
+PIECE = 7  # tensors in one message of an update
 
 
 def write_model_with(work: Path, name: str, tensors: dict[str, Tensor]) -> None:
@@ -51,7 +51,7 @@ def write_unfit(work: Path) -> None:
     write_model_with(work, "quantised", {**tensors, weight: quantised})
     fewer = {name: tensor for name, tensor in tensors.items() if name != weight}
     write_model_with(work, "incomplete", fewer)
-    write_model_with(work, "compressed", tensors)  # refused before any weight is read
+    write_model_with(work, "compressed", tensors)  # our tower rejects it before it reads a weight
     path = work / "compressed" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": INT8}))
 

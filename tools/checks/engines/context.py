@@ -12,7 +12,7 @@ from typing import Any
 from tools.checks.engines.answers import Answers, Result, compare, load_answers
 from tools.checks.engines.environment import Environment
 
-CHILD_S = 400.0  # an engine that lost a request waits for it for ever
+CHILD_S = 400.0  # an engine that loses a request waits forever
 
 
 @dataclass(frozen=True, slots=True)

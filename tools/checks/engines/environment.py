@@ -13,11 +13,11 @@ import click
 
 from tools.common import ROOT
 
-PYTHON = "3.11"  # each lock has the hashes of one Python's files, on Linux x86-64
+PYTHON = "3.11"  # a lock has hashes for one Python on Linux x86-64
 STAMP = "complete.sha256"
 
-# torchvision's compiled part is built for a CUDA torch, and beside a CPU torch its import fails at
-# two operators. Their names are enough: no model here calls them.
+# torchvision is compiled for a CUDA torch. With a CPU torch its import fails, because two operators
+# are missing. This code defines their names, which no model here calls.
 SITECUSTOMIZE = '''\
 """Name the two operators without which torchvision cannot be imported beside a CPU torch."""
 
@@ -69,7 +69,7 @@ class Environment:
 
     folder: Path
     recipe: Recipe
-    built_in_s: float  # 0 if it was complete
+    built_in_s: float  # 0 for an existing environment
 
     @property
     def python(self) -> Path:

@@ -35,10 +35,10 @@ def pins(text: str) -> list[str]:
 def main(lock: Path) -> None:
     """Ask pip for the files that it would install, and write their hashes."""
     with tempfile.TemporaryDirectory() as folder:
-        wanted, report = Path(folder, "wanted.txt"), Path(folder, "report.json")
-        wanted.write_text("\n".join(pins(lock.read_text())))
+        requirements, report = Path(folder, "wanted.txt"), Path(folder, "report.json")
+        requirements.write_text("\n".join(pins(lock.read_text())))
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps"]
-        command = [*pip, "--ignore-installed", "--report", str(report), "-r", str(wanted)]
+        command = [*pip, "--ignore-installed", "--report", str(report), "-r", str(requirements)]
         subprocess.run(command, check=True)
         installs = json.loads(report.read_text())["install"]
     lines = []

@@ -14,13 +14,13 @@ from tools.checks.engines.small_model import (
     write_tokenizer,
 )
 
-TOWERS = {  # vLLM's class of each model's vision tower
+TOWERS = {  # model: vLLM's class of the vision tower
     "Qwen2-VL": "Qwen2VisionTransformer",
     "Qwen3-VL": "Qwen3_VisionTransformer",
 }
-CASES_OF_OTHERS = ("tall", "several", "swapped")  # Qwen3-VL's videos have stamps of time in text
+CASES_OF_OTHERS = ("tall", "several", "swapped")  # no videos: Qwen3-VL adds text timestamps
 
-WIDTH, HIDDEN, DEPTH, HEADS = 64, 192, 2, 2  # WIDTH and DEPTH of the towers, HIDDEN of the text
+WIDTH, HIDDEN, DEPTH, HEADS = 64, 192, 2, 2  # WIDTH and DEPTH: towers; HIDDEN: text
 
 
 def write_other_models(work: Path) -> None:

@@ -19,7 +19,7 @@ from tools.checks.engines.cases import (
 )
 from tools.checks.engines.small_model import SPECIAL_IDS
 
-MIN_GAP = 0.01  # between the two likeliest tokens: rounding must not decide
+MIN_GAP = 0.01  # between the two likeliest tokens, so that rounding cannot swap them
 
 
 def reference_answers(folder: Path, cases: Iterable[Case] = CASES) -> Answers:

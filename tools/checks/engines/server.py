@@ -102,9 +102,9 @@ def running_module(
     Raises:
         RuntimeError: The server ends, or does not answer within START_S.
     """
-    whole = [str(context.environment.python), "-m", *command]
+    arguments = [str(context.environment.python), "-m", *command]
     with serving(
-        whole, context.log(name), context.environment.variables(**variables), context.work
+        arguments, context.log(name), context.environment.variables(**variables), context.work
     ) as server:
         yield server
 
@@ -122,17 +122,17 @@ def serving(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    whole = [*command, "--host", "127.0.0.1", "--port", str(port)]
+    arguments = [*command, "--host", "127.0.0.1", "--port", str(port)]
     with open(log, "wb") as file:
         process = subprocess.Popen(
-            whole, cwd=folder, env=variables, stdout=file, stderr=subprocess.STDOUT,
+            arguments, cwd=folder, env=variables, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
     server = Server(port, process, log)
     try:
-        give_up = time.monotonic() + START_S
+        deadline = time.monotonic() + START_S
         while server.get("/health") != 200:
-            if process.poll() is not None or time.monotonic() > give_up:
+            if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server did not start, see {log}:\n{tail(log)}")
             time.sleep(0.5)
         yield server

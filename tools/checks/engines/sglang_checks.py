@@ -47,9 +47,9 @@ RECIPE = Recipe(
         "TOKENIZERS_PARALLELISM": "false",
     },
 )
-PACKAGES = ("sglang", "torch", "transformers", "triton", "numpy")  # in the ledger row
+PACKAGES = ("sglang", "torch", "transformers", "triton", "numpy")  # versions in the ledger row
 
-CLIENTS, ROUNDS = 8, 12  # how many ask the server at once, and how often each asks all cases
+CLIENTS, ROUNDS = 8, 12  # parallel clients; repetitions of all cases by each client
 
 
 def which_tower(context: Context, name: str, *, ours: bool, ranks: int = 1) -> Result:
@@ -84,7 +84,7 @@ def updates(context: Context) -> list[Result]:
     changed = Changed.write(context)
     context.run_child(CHILD, "updates", "updates", **BY_PACKAGE)
     facts = context.facts("updates")
-    refused = [text for is_good, text in facts["said"] if not is_good]
+    refused = [text for is_good, text in facts["replies"] if not is_good]
     return [
         *changed.compare("updates", lambda way: f"{OURS}{way}"),
         plain("updates", "dummy weights", facts["finite"], "finite answers"),

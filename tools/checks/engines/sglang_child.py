@@ -43,7 +43,7 @@ Request = dict[str, Any]
 
 TURNS, NO_CACHE = ("", ", again"), ", no radix cache"
 
-# What makes SGLang run on a CPU without its compiled kernels.
+# These settings let SGLang run on a CPU without its compiled kernels.
 SETTINGS = {
     "device": "cpu",
     "dtype": "float32",
@@ -181,7 +181,7 @@ def own(work: Path, turns: Sequence[str] = TURNS, **options: Any) -> Found:
         )
     hits = engine.cached_tokens - hits
     found |= controls(engine, work)
-    # its own tower lets the frames of a video see one another
+    # SGLang's own tower attends across the frames of a video.
     found |= {
         f"control, {way}": answers
         for way, answers in engine.answer(
@@ -202,11 +202,11 @@ def controls(engine: Engine, work: Path) -> dict[str, Answers]:
     right = features(work, "wide")
     backwards = replace(right, embeds=right.embeds.flip(0))
     exchanged = [features(work, name) for name in case("swapped").pictures]
-    asked = {one: to_sglang([backwards]), several: to_sglang(exchanged)}
+    requests = {one: to_sglang([backwards]), several: to_sglang(exchanged)}
     return {
         "control": {
             each.name: engine.ask([{"case": each, "images": images}])[0]
-            for each, images in asked.items()
+            for each, images in requests.items()
         }
     }
 
@@ -241,16 +241,16 @@ def updates(work: Path) -> Found:
 
     dummy = answers("dummy")
     finite = all(bool(each.logprobs.isfinite().all()) for each in dummy["dummy"].values())
-    said = [engine.engine.update_weights_from_disk(str(work / "model"), load_format="auto")]
+    replies = [engine.engine.update_weights_from_disk(str(work / "model"), load_format="auto")]
     found = answers("weights from disk over dummy ones")
-    said.append(engine.engine.begin_weight_update())
+    replies.append(engine.engine.begin_weight_update())
     for piece in pieces(work):
-        said.append(engine.engine.update_weights_from_tensor(piece))
-    said.append(engine.engine.end_weight_update())
+        replies.append(engine.engine.update_weights_from_tensor(piece))
+    replies.append(engine.engine.end_weight_update())
     found |= answers(IN_PIECES)
-    said.append(engine.engine.update_weights_from_disk(str(work / "model")))
+    replies.append(engine.engine.update_weights_from_disk(str(work / "model")))
     found |= answers("weights from disk")
-    return found, {"finite": finite, "said": [[each[0], str(each[1])] for each in said]}
+    return found, {"finite": finite, "replies": [[each[0], str(each[1])] for each in replies]}
 
 
 def parallel(work: Path) -> Found:

@@ -15,9 +15,9 @@ from torch import nn
 from tools.common import ROOT
 
 TINY = ROOT / "weights" / "tiny"
-SEED = 12  # of 0 to 15 one whose nine answers all differ, and whose likeliest tokens stand out
+SEED = 12  # chosen from 0 to 15: nine different answers, with clear likeliest tokens
 
-# 256 tokens for bytes, then these, then ones that no text has, up to a multiple of 64.
+# The vocabulary has 256 tokens for bytes, then these, then unused tokens up to a multiple of 64.
 SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -38,9 +38,9 @@ TOKENS: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
-LAYERS, HEADS, KEY_HEADS, HEAD_DIM, MLP = 3, 2, 1, 96, 512  # 2 heads: tensor parallelism of 2
-MROPE_SECTION = [12, 18, 18]  # rotary pairs for time, row and column: HEAD_DIM / 2 in all
-PEAK = 1.6  # gain of queries and keys: attention looks at few tokens
+LAYERS, HEADS, KEY_HEADS, HEAD_DIM, MLP = 3, 2, 1, 96, 512  # 2 heads, for tensor parallelism of 2
+MROPE_SECTION = [12, 18, 18]  # rotary pairs for time, row and column; the sum is HEAD_DIM / 2
+PEAK = 1.6  # the gain of queries and keys, which makes attention peaked
 LOGIT_RMS = 2.5  # log-probabilities between about -1 and -14
 
 TEMPLATE = """\
@@ -120,7 +120,7 @@ def randomise_language_model(model: Any, generator: torch.Generator) -> None:
     randomise(model.model.language_model, generator)
     head = model.lm_head.weight
     head.normal_(0, LOGIT_RMS / head.shape[1] ** 0.5, generator=generator)
-    head[N_BYTES:] = 0  # no answer holds a special token: a logit of 0 is never the largest
+    head[N_BYTES:] = 0  # 0 is never the largest logit, so no answer has a special token
 
 
 def randomise(part: nn.Module, generator: torch.Generator) -> None:
@@ -157,6 +157,6 @@ def write_tokenizer(folder: Path, processor: str = "Qwen2_5_VLProcessor") -> Non
     ).save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     document = json.loads(path.read_text())
-    document["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name of every transformers
+    document["tokenizer_class"] = "PreTrainedTokenizerFast"  # a class that every transformers has
     document["processor_class"] = processor
     path.write_text(json.dumps(document, indent=2) + "\n")

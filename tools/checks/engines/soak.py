@@ -42,16 +42,16 @@ from tools.checks.engines.server import (
 
 CLIENTS = 8
 CANCELLED, MALFORMED = 0.1, 0.1  # shares of the requests
-# So that memory which grows is memory that is held. oneDNN keeps 1,024 compiled products, one for
-# each number of rows, and glibc keeps freed memory in pieces for later.
+# Without these settings, memory grows although nothing leaks: oneDNN caches 1,024 compiled GEMMs,
+# one for each number of rows, and glibc keeps freed memory.
 RETURN_MEMORY = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1",
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
 }
-ROUNDS = 5  # memory is measured after each; the first one warms allocators and pools up
-MAX_GROWTH_KB = 20.0  # per request; one picture of 196 x 196 px alone has 115 KB
+ROUNDS = 5  # each round ends with a measurement of memory; the first round fills pools
+MAX_GROWTH_KB = 20.0  # per request; a picture of 196 x 196 px has 115 KB
 TEXTS = ("What is this? ", "", "Compare ", "From here ", "Look: ", " and ", "Say more. ")
 
 
@@ -110,7 +110,7 @@ class Counts:
     lost: list[str] = field(default_factory=list)
     cancelled: int = 0
     refused: Counter[str] = field(default_factory=Counter)
-    largest: float = 0.0  # distance of a log-probability
+    largest: float = 0.0  # the largest distance of a log-probability
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -125,7 +125,7 @@ def soak(context: Context, n_requests: int, variables: dict[str, str]) -> list[R
         ).encode()
         for each in cases
     }
-    tally = Counts()
+    counts = Counts()
     memory: dict[int, dict[str, float]] = {}
     with running_server(
         context,
@@ -135,15 +135,15 @@ def soak(context: Context, n_requests: int, variables: dict[str, str]) -> list[R
         "0",
         **RETURN_MEMORY,
         **variables,
-    ) as server:  # without caches every request runs the tower
+    ) as server:  # without caches, every request runs the tower
         started = time.perf_counter()
-        jobs = _jobs(n_requests, bodies, malformed_bodies(), server, reference, tally)
+        jobs = _jobs(n_requests, bodies, malformed_bodies(), server, reference, counts)
         ends = [round(n_requests * i / ROUNDS) for i in range(ROUNDS + 1)]
         with click.progressbar(length=n_requests, label="soak", file=sys.stderr) as bar:
             for begin, end in pairwise(ends):
                 some = islice(jobs, end - begin)
                 clients = [
-                    threading.Thread(target=_work, args=(some, tally, bar.update))
+                    threading.Thread(target=_work, args=(some, counts, bar.update))
                     for _ in range(CLIENTS)
                 ]
                 for client in clients:
@@ -154,35 +154,35 @@ def soak(context: Context, n_requests: int, variables: dict[str, str]) -> list[R
         took = time.perf_counter() - started
         is_alive = server.get("/health") == 200
         unfinished = _unfinished(server)
-    return _lines(tally, memory, took, is_alive, unfinished)
+    return _lines(counts, memory, took, is_alive, unfinished)
 
 
 def _jobs(
     n_requests: int, bodies: dict[str, bytes], malformed: dict[str, bytes], server: Server,
-    reference: Answers, tally: Counts,
+    reference: Answers, counts: Counts,
 ) -> Iterator[Callable[[], None]]:  # fmt: skip
     """Yield good, cancelled and malformed requests in a fixed order."""
     chance, kinds = random.Random(1), list(malformed)
     for i in range(n_requests):
         name, share = chance.choice(list(bodies)), chance.random()
         if share < CANCELLED:
-            yield partial(_cancel, server, bodies[name], chance.uniform(0, 0.6), tally)
+            yield partial(_cancel, server, bodies[name], chance.uniform(0, 0.6), counts)
         elif share < CANCELLED + MALFORMED:
             kind = kinds[i % len(kinds)]
-            yield partial(_refuse, server, kind, malformed[kind], tally)
+            yield partial(_refuse, server, kind, malformed[kind], counts)
         else:
-            yield partial(_ask, server, name, bodies[name], reference, tally)
+            yield partial(_ask, server, name, bodies[name], reference, counts)
 
 
-def _work(jobs: Iterator[Callable[[], None]], tally: Counts, done: Callable[[int], None]) -> None:
+def _work(jobs: Iterator[Callable[[], None]], counts: Counts, done: Callable[[int], None]) -> None:
     """Run one client, which sends requests until none remain."""
     while True:
-        with tally.lock:
+        with counts.lock:
             job = next(jobs, None)
         if job is None:
             return
         job()
-        with tally.lock:
+        with counts.lock:
             done(1)
 
 
@@ -197,51 +197,51 @@ def _send(server: Server, body: bytes) -> tuple[int, bytes]:
         connection.close()
 
 
-def _ask(server: Server, name: str, body: bytes, reference: Answers, tally: Counts) -> None:
+def _ask(server: Server, name: str, body: bytes, reference: Answers, counts: Counts) -> None:
     try:
         status, raw = _send(server, body)
     except (OSError, http.client.HTTPException) as error:
-        with tally.lock:
-            tally.lost.append(f"{name}: {error}")
+        with counts.lock:
+            counts.lost.append(f"{name}: {error}")
         return
-    with tally.lock:
+    with counts.lock:
         if status != 200:
-            tally.lost.append(f"{name}: status {status}: {raw[:200]!r}")
+            counts.lost.append(f"{name}: status {status}: {raw[:200]!r}")
             return
         result = compare("soak", name, parse_answer(json.loads(raw)), reference[name])
-        tally.largest = max(tally.largest, result.distance)
+        counts.largest = max(counts.largest, result.distance)
         if result.passed:
-            tally.right += 1
+            counts.right += 1
         else:
-            tally.wrong.append(f"{name}: {result.tokens} tokens, {result.distance:.1e}")
+            counts.wrong.append(f"{name}: {result.tokens} tokens, {result.distance:.1e}")
 
 
-def _cancel(server: Server, body: bytes, after_s: float, tally: Counts) -> None:
+def _cancel(server: Server, body: bytes, after_s: float, counts: Counts) -> None:
     """Send a request, and hang up before its answer."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=ANSWER_S)
     connection.request("POST", CHAT, body, {"Content-Type": "application/json"})
     time.sleep(after_s)
     connection.close()
-    with tally.lock:
-        tally.cancelled += 1
+    with counts.lock:
+        counts.cancelled += 1
 
 
-def _refuse(server: Server, kind: str, body: bytes, tally: Counts) -> None:
+def _refuse(server: Server, kind: str, body: bytes, counts: Counts) -> None:
     try:
         status, raw = _send(server, body)
     except (OSError, http.client.HTTPException) as error:
         status, raw = 0, str(error).encode()
-    with tally.lock:
+    with counts.lock:
         if 400 <= status < 500:
-            tally.refused[kind] += 1
+            counts.refused[kind] += 1
         else:
-            tally.lost.append(f"{kind}: status {status}: {raw[:200]!r}")
+            counts.lost.append(f"{kind}: status {status}: {raw[:200]!r}")
 
 
 def _resting_memory_mb(server: Server) -> dict[str, float]:
     """Return each server process's own memory at rest, in MB."""
-    give_up = time.monotonic() + 60
-    while _unfinished(server) and time.monotonic() < give_up:
+    deadline = time.monotonic() + 60
+    while _unfinished(server) and time.monotonic() < deadline:
         time.sleep(0.5)
     time.sleep(2)
     held: dict[str, float] = defaultdict(float)
@@ -272,7 +272,7 @@ def _unfinished(server: Server) -> int:
 
 
 def _lines(
-    tally: Counts,
+    counts: Counts,
     memory: dict[int, dict[str, float]],
     took_s: float,
     is_alive: bool,
@@ -283,18 +283,18 @@ def _lines(
     growth_kb = sum(grown_kb.values())
     course = ", ".join(f"{sum(held.values()):.0f}" for held in memory.values())
     of_each = ", ".join(f"{name} {kb:.1f}" for name, kb in sorted(grown_kb.items()))
-    refused = sum(tally.refused.values())
-    answered = tally.right + len(tally.wrong)
-    n_done = answered + tally.cancelled + refused
+    refused = sum(counts.refused.values())
+    answered = counts.right + len(counts.wrong)
+    n_done = answered + counts.cancelled + refused
     return [
         plain("soak", "requests", n_done == end, f"{end} in {took_s:.0f} s, {CLIENTS} clients"),
-        plain("soak", "lost", not tally.lost, "; ".join(tally.lost[:3]) or "none"),
+        plain("soak", "lost", not counts.lost, "; ".join(counts.lost[:3]) or "none"),
         plain(
-            "soak", "right answers", answered > 0 and not tally.wrong,
-            "; ".join(tally.wrong[:3]) or f"{answered}, within {tally.largest:.1e}",
+            "soak", "right answers", answered > 0 and not counts.wrong,
+            "; ".join(counts.wrong[:3]) or f"{answered}, within {counts.largest:.1e}",
         ),
-        plain("soak", "cancelled", tally.cancelled > 0, str(tally.cancelled)),
-        plain("soak", "malformed", refused > 0, f"{refused} refused, {len(tally.refused)} kinds"),
+        plain("soak", "cancelled", counts.cancelled > 0, str(counts.cancelled)),
+        plain("soak", "malformed", refused > 0, f"{refused} refused, {len(counts.refused)} kinds"),
         plain("soak", "alive in the end", is_alive, "health is 200" if is_alive else "no health"),
         plain("soak", "unfinished in the end", unfinished == 0, str(unfinished)),
         plain(

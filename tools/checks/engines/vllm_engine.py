@@ -15,7 +15,7 @@ from tools.checks.engines.cases import CASES, FPS, NEW_TOKENS, Case, frames
 from tools.checks.engines.features import of_case
 
 Request = dict[str, Any]
-Call = tuple[Tensor, Tensor, Tensor]  # the tower's rows and grids, and what it returned
+Call = tuple[Tensor, Tensor, Tensor]  # the tower's rows, grids and result
 
 
 @dataclass(slots=True)

@@ -11,28 +11,28 @@ from tools.common import ROOT
 
 CHILD = "tools.checks.engines.vllm_child"
 PLUGIN = "our tower by plugin: "
-IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # a child's engine is in the child itself
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # the engine runs in the child process itself
 OURS, THEIRS = "EngineTower", "Qwen2_5_VisionTransformer"
 
-VARIANTS = {  # what vLLM has as its tower
+VARIANTS = {  # scenario: the class of the tower in vLLM
     "limits of 0": "StageMissingLayer",
     "unknown version": OURS,
     "other names": THEIRS,
 }
-LINES_OF_VARIANTS = {  # how often the log has them
+LINES_OF_VARIANTS = {  # log line: its number of occurrences
     "qwen_vit runs the vision tower": 1,
     "not with 0.99.0. This version has the names that qwen_vit needs": 1,
     "does not fit vLLM 0.99.0": 1,
     "._process_image_input. vLLM's own vision tower runs": 1,
 }
-REFUSALS = {  # what an engine is started with, and what its error says
+REFUSALS = {  # the start options of an engine, and a part of its error
     "float16": "dtype is float16, and activations of the published 3B model overflow",
     "cudagraph_mm_encoder": "qwen_vit does not run with cudagraph_mm_encoder",
     "compile_mm_encoder": "qwen_vit does not run with compile_mm_encoder",
     "enable_tower_connector_lora": "qwen_vit does not run with enable_tower_connector_lora",
     "quantised": "of a quantised or other type",
     "compressed": "this checkpoint's vision tower is quantised (visual.",
-    "incomplete": "weights were not initialized from checkpoint",  # vLLM's own words
+    "incomplete": "weights were not initialized from checkpoint",  # the error of vLLM
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-# looked up by modules that SGLang imports for this model
+# Modules that SGLang imports for this model look up these operators.
 OPERATORS = (
     "fused_qk_gemma_rmsnorm_cpu",
     "fused_qk_gemma_rmsnorm_with_gate_cpu",
