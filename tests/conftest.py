@@ -1,4 +1,4 @@
-"""Provide the fixtures that several wings use."""
+"""Provide the fixtures that several folders of tests use."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def qwen_vit(
     """Run `qwen-vit ARGUMENTS` in this process."""
 
     def command(*arguments: str | Path) -> Done:
-        monkeypatch.setattr(logging.getLogger(), "handlers", [])  # so that the command sets its own
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])  # the command adds its own
         return run_command(monkeypatch, capsys, *arguments)
 
     return command
@@ -53,7 +53,7 @@ def encoder() -> VisionEncoder:
 @pytest.fixture(scope="module")
 def running() -> Iterator[S3Server]:
     """Run an S3 server on loopback."""
-    from tests.support.s3_server import s3_server  # loads moto, which few tests need
+    from tests.support.s3_server import s3_server  # imports moto, which few tests need
 
     with s3_server() as server:
         yield server

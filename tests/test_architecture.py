@@ -22,7 +22,7 @@ def imports() -> Imports:
     return read_imports()
 
 
-def test_the_picture_shows_the_imports_of_today() -> None:
+def test_the_picture_shows_the_current_imports() -> None:
     svg = PICTURE.read_text("utf-8")
     [metadata] = re.findall(r"<metadata>(.*)</metadata>", svg)
     drawn = json.loads(html.unescape(metadata))
@@ -51,7 +51,7 @@ def test_nothing_overlaps() -> None:
             assert left.x + left.width / 2 <= right.x - right.width / 2 + 1e-6
 
 
-def test_an_arrow_that_others_imply_is_left_out() -> None:
+def test_an_arrow_that_others_imply_is_omitted() -> None:
     layers = (("a",), ("b", "c"), ("d",))
     edges = (("a", "b"), ("a", "c"), ("a", "d"), ("b", "c"), ("c", "d"))
     drawing = Drawing(Imports(layers, {"b": ("x", "y")}, edges))
@@ -67,14 +67,14 @@ def test_layers_are_those_of_the_contract() -> None:
     assert layers[-1] == ["errors"]
 
 
-def test_every_part_has_its_sentence() -> None:
+def test_every_part_has_a_sentence() -> None:
     described = re.findall(r"^\| `(\w+)` \| (.+) \|$", TEXT, re.MULTILINE)
     names = [name for name, _ in described]
     known = [name for layer in read_layers() for name in layer]
     assert {name for layer in imports().layers for name in layer} <= {*names}
     assert {*names} <= {*known, "qwen_vit"}
     order = [known.index(name) for name in names if name in known]
-    assert order == sorted(order)  # from the top down
+    assert order == sorted(order)  # layers are from the top down
     assert all(re.fullmatch(r"[A-Z`].*\.", sentence) for _, sentence in described)
 
 

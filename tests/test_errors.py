@@ -21,5 +21,5 @@ def test_every_code_of_the_package_is_in_the_table() -> None:
         for call in ast.walk(ast.parse(source)):
             if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "ImageError":
                 keywords = {keyword.arg for keyword in call.keywords}
-                # None is `**parts`: a child process sends every part of its error, the code too
+                # None stands for `**parts`, the parts of a child's error, which include the code.
                 assert keywords & {"code", None}, (path, call.lineno)

@@ -23,7 +23,7 @@ OTHER_ATTENTION = re.compile(
     "|multi_?head_?attention|xformers|sageattention",
     re.IGNORECASE,
 )
-# The public names and the commands are imported when they are used, each by a name of its own.
+# These modules import public names and commands by name, at the first use.
 MAY_IMPORT_BY_NAME = {PACKAGE / "__init__.py", PACKAGE / "cli" / "main.py"}
 
 
@@ -58,7 +58,7 @@ DIRECTIONS, CYCLES = "Imports point downwards", "No cycles, at any depth"
 PUBLIC = "The public names are above every module but the command line"
 PLACES = "Third parties have a place of their own"
 ALONE = "The package runs without its tests and tools"
-# file, what is added at its end, the contract that it breaks, what names it
+# (file, lines to append, the broken contract, a part of the report)
 BROKEN = (
     ("config.py", "import qwen_vit.encoder", DIRECTIONS, "config -> qwen_vit.encoder"),
     ("layout.py", "from qwen_vit.model import VisionTower", DIRECTIONS, "layout -> qwen_vit.model"),
@@ -86,10 +86,10 @@ BROKEN = (
 
 
 def test_the_package_keeps_its_contracts() -> None:
-    code, said = run(ROOT, "lint-imports", "--no-cache", "--no-logo")
-    assert code == 0, said
+    code, output = run(ROOT, "lint-imports", "--no-cache", "--no-logo")
+    assert code == 0, output
     for contract in (DIRECTIONS, CYCLES, PUBLIC, PLACES, ALONE):
-        assert f"{contract} KEPT" in said
+        assert f"{contract} KEPT" in output
 
 
 @pytest.mark.parametrize(("file", "added", "contract", "named"), BROKEN, ids=lambda text: text[:40])
@@ -97,13 +97,13 @@ def test_an_import_that_breaks_a_contract_is_found(
     copy: Path, file: str, added: str, contract: str, named: str
 ) -> None:
     append(copy / "qwen_vit" / file, added)
-    code, said = run(copy, "lint-imports", "--no-cache", "--no-logo")
-    assert code == 1, said
-    assert f"{contract} BROKEN" in said
-    assert named in said
+    code, output = run(copy, "lint-imports", "--no-cache", "--no-logo")
+    assert code == 1, output
+    assert f"{contract} BROKEN" in output
+    assert named in output
 
 
-# file, what is added at its end, the rule that it breaks, what the message says
+# (file, lines to append, the broken rule, a part of the message)
 BANNED = (
     ("integrations/hf.py", "import transformers", "TID253", "transformers"),
     ("integrations/hf.py", "import torchvision.transforms", "TID253", "torchvision"),
@@ -135,26 +135,26 @@ BANNED = (
 
 
 @pytest.mark.parametrize(("file", "added", "rule", "named"), BANNED, ids=lambda text: text[:40])
-def test_what_is_banned_is_found_with_its_line(
+def test_a_banned_construct_is_found_with_its_line(
     copy: Path, file: str, added: str, rule: str, named: str
 ) -> None:
     first = append(copy / "qwen_vit" / file, added)
-    code, said = run(copy, "ruff", "check", "--no-cache", "--output-format=concise", "qwen_vit")
+    code, output = run(copy, "ruff", "check", "--no-cache", "--output-format=concise", "qwen_vit")
     assert code == 1
-    found = [line for line in said.splitlines() if f": {rule} " in line]
-    assert any(named in line for line in found), said
+    found = [line for line in output.splitlines() if f": {rule} " in line]
+    assert any(named in line for line in found), output
     lines = {int(line.split(":")[1]) for line in found if line.startswith(f"qwen_vit/{file}:")}
     assert lines
     assert lines <= set(range(first, first + 1 + added.count("\n")))
 
 
-def test_what_is_allowed_is_not_reported(copy: Path) -> None:
+def test_allowed_code_is_not_reported(copy: Path) -> None:
     path = copy / "qwen_vit" / "integrations" / "hf.py"
     append(path, '\n\ndef f():\n    import transformers\n    """assert, pickle, flash_attn."""\n')
     rules = "--select=E722,S101,TID251,TID252,TID253"
     assert run(copy, "ruff", "check", "--no-cache", "--quiet", rules, "qwen_vit") == (0, "")
-    code, said = run(copy, "lint-imports", "--no-cache", "--no-logo")
-    assert code == 0, said
+    code, output = run(copy, "lint-imports", "--no-cache", "--no-logo")
+    assert code == 0, output
 
 
 @cache
@@ -197,11 +197,11 @@ def other_attentions(tree: ast.Module) -> list[str]:
         "class MultiHeadAttention: ...",
     ],
 )
-def test_the_name_of_another_attention_is_seen(text: str) -> None:
+def test_the_name_of_another_attention_is_detected(text: str) -> None:
     assert other_attentions(ast.parse(text))
 
 
-def test_no_name_in_the_package_is_that_of_another_attention() -> None:
+def test_the_package_names_no_other_attention() -> None:
     assert {path: found for path, tree in trees() if (found := other_attentions(tree))} == {}
 
 
@@ -219,7 +219,7 @@ def eager_imports(node: ast.AST) -> Iterator[str]:
                 yield from eager_imports(child)
 
 
-def test_an_import_in_a_branch_is_seen_and_one_in_a_function_is_not() -> None:
+def test_only_imports_outside_functions_are_detected() -> None:
     text = "try:\n  import ray.util\nexcept ImportError:\n  pass\ndef f():\n  import pyarrow"
     assert list(eager_imports(ast.parse(text))) == ["ray"]
 
@@ -248,7 +248,7 @@ def test_modules_are_imported_by_name_only_where_the_contracts_need_not_see_it()
         assert not found or path in MAY_IMPORT_BY_NAME, path
 
 
-# What the package is built on is imported first: what those libraries do is theirs.
+# Import the package's dependencies first, to exclude their own effects.
 WATCH = """
 import json, os, sys, threading, warnings
 import click, einops, huggingface_hub.errors, numpy, packaging.version, PIL.Image, PIL.ImageFile
@@ -272,14 +272,14 @@ def state():
 WATCHED = ("socket.", "subprocess.", "os.system", "os.exec", "os.putenv")
 events = []
 sys.addaudithook(lambda name, _: events.append(name) if name.startswith(WATCHED) else None)
-before, there = state(), set(sys.modules)
+before, loaded = state(), set(sys.modules)
 with warnings.catch_warnings(record=True) as caught:
     import qwen_vit
-    from qwen_vit import *  # each name's own module, too
+    from qwen_vit import *  # also imports the module of each name
 print(json.dumps({
     "before": before, "after": state(), "events": events, "file": qwen_vit.__file__,
     "warnings": [str(warning.message) for warning in caught],
-    "new": sorted({name.partition(".")[0] for name in set(sys.modules) - there}),
+    "new": sorted({name.partition(".")[0] for name in set(sys.modules) - loaded}),
 }))
 """
 
@@ -295,7 +295,7 @@ def test_importing_touches_no_gpu_network_or_environment() -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert run.returncode == 0, run.stderr
-    seen = json.loads(run.stdout)  # and so nothing else was printed
+    seen = json.loads(run.stdout)  # fails if the process printed anything else
     assert Path(seen["file"]).parent == PACKAGE
     assert seen["after"] == seen["before"]
     assert seen["events"] == seen["warnings"] == []
@@ -316,7 +316,7 @@ print(encoder.encode([np.zeros((56, 84, 3), np.uint8)])[0].embeds.shape)
 """
 
 
-def test_a_triton_whose_lower_level_is_unknown_serves_without_it() -> None:
+def test_the_package_works_with_a_triton_of_unknown_gluon() -> None:
     """Gluon is experimental, so a later Triton may change or remove it."""
     done = subprocess.run(
         [sys.executable, "-c", UNKNOWN_TRITON],

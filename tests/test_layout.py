@@ -20,7 +20,7 @@ from tests.support.layouts import assert_equals_transformers
 from tests.support.towers import GridTuple, as_grids, n_patches
 
 EXAMPLES, GRIDS_EACH = 200, 50  # 10,000 grids
-# Merged sides: all remainders of every window, and now and then many windows.
+# Merged sides with every remainder of a window. Some sides have many windows.
 SIDES = st.one_of(st.integers(1, 10), st.integers(1, 10), st.integers(1, 24))
 GRIDS = st.tuples(st.sampled_from((1, 1, 2, 3)), SIDES, SIDES)
 WINDOWS_PX = (56, 84, 112, 140, 168, 196, 224)
@@ -48,14 +48,14 @@ def assert_undoes_itself(layout: Layout, grids: Sequence[GridTuple], merge: int 
     raster_order is raster."""
     unit = merge * merge
     assert torch.equal(layout.grid_index.long().sort().values, torch.arange(layout.n_patches))
-    units = layout.grid_index[::unit].long() // unit  # grid-order unit of each window-order one
+    units = layout.grid_index[::unit].long() // unit  # window-order unit -> grid-order unit
     assert torch.equal(units[layout.merged_order.long()], torch.arange(len(units)))
     in_raster_order = layout.positions[layout.raster_order.long()]
     cells = [
         torch.cartesian_prod(torch.arange(h), torch.arange(w)).repeat(t, 1) for t, h, w in grids
     ]
     assert torch.equal(in_raster_order.long(), torch.cat(cells))
-    # and each frame of each image stays in its own place
+    # Each frame keeps its place in the batch.
     frame_of_row = torch.repeat_interleave(layout.frames.cu_seqlens.diff().long())
     assert torch.equal(frame_of_row[layout.raster_order.long()], frame_of_row)
 
@@ -78,12 +78,12 @@ def assert_tiles_cover(segments: Segments, tiling: SegmentTiling, n_rows: int) -
     assert (k_start <= q_start).all()
     assert (q_end <= k_end).all()
 
-    first = np.searchsorted(cu, k_start)  # of the segments that a tile's keys come from
+    first = np.searchsorted(cu, k_start)  # the segments of a tile's keys
     last = np.searchsorted(cu, k_end)
     assert np.array_equal(cu[first], k_start)
     assert np.array_equal(cu[last], k_end)
     assert (last - first == 1).all()
-    assert (np.diff(k_end - k_start) <= 0).all()  # longest first
+    assert (np.diff(k_end - k_start) <= 0).all()  # tiles with many keys come first
 
 
 @pytest.mark.slow
@@ -146,7 +146,7 @@ def test_a_batch_is_its_images_one_after_the_other() -> None:
 
 
 @pytest.mark.parametrize("padding", [0, 4, 60, 64, 68, 1000])
-def test_filler_rows_attend_among_themselves_and_change_no_index(padding: int) -> None:
+def test_padding_rows_attend_among_themselves_and_change_no_index(padding: int) -> None:
     grids = as_grids(in_patches([(1, 5, 9), (3, 2, 3)]))
     n, tiling = n_patches(grids), SegmentTiling(64)
     tilings: dict[str, Any] = {"window_tiling": tiling, "full_tiling": tiling}
@@ -157,14 +157,14 @@ def test_filler_rows_attend_among_themselves_and_change_no_index(padding: int) -
         assert torch.equal(getattr(filled, name)[:n], getattr(plain, name))
         assert len(getattr(filled, name)) == n + padding
     assert filled.grid_index.min() >= 0
-    assert filled.grid_index.max() < n  # a padding row computes on a patch that is there
+    assert filled.grid_index.max() < n  # a padding row reads an existing patch
     for name in ("merged_order", "raster_order"):
         assert torch.equal(getattr(filled, name), getattr(plain, name))
     for name in ("windows", "frames"):
         segments, before = getattr(filled, name), getattr(plain, name)
         cu = segments.cu_seqlens
         assert torch.equal(cu[: len(before.cu_seqlens)], before.cu_seqlens)
-        own = cu[len(before.cu_seqlens) - 1 :]  # starts where the last patch ends
+        own = cu[len(before.cu_seqlens) - 1 :]  # starts after the last patch
         assert own[0] == n
         assert (own.diff() <= PADDING_ROWS).all()
         assert_tiles_cover(segments, tiling, n + padding)
@@ -229,7 +229,7 @@ def test_an_impossible_grid_is_refused_by_its_place(grid: GridTuple, rule: str) 
 
 
 @pytest.mark.parametrize("budget", [0, 56, 59, 62])
-def test_a_budget_that_does_not_fit_is_refused_with_both_numbers(budget: int) -> None:
+def test_n_rows_that_do_not_fit_are_refused_with_both_numbers(budget: int) -> None:
     with pytest.raises(ImageError, match=rf"n_rows is {budget} for 60 patches") as caught:
         Layout.from_grids([Grid(1, 6, 10)], SMALL, n_rows=budget)
     assert caught.value.code == "too-many-patches"

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from tests.support import ROOT
 
-MAX_FILE_LINES = 400  # of a file that is no kernel
-MAX_FUNCTION_LINES = 60  # of a function that is no kernel, its docstring not counted
-MAX_PARAMETERS, MAX_KERNEL_PARAMETERS = 6, 12  # that may be given by position
+MAX_FILE_LINES = 400  # except kernels
+MAX_FUNCTION_LINES = 60  # except kernels; without the docstring
+MAX_PARAMETERS, MAX_KERNEL_PARAMETERS = 6, 12  # positional parameters
 
-# torch's own signature, and one in work
+# torch sets the signature of a method that overrides a method of torch.
 OVERRIDES = {
     ("qwen_vit/integrations/hf_tower.py", "_load_from_state_dict"),
 }
@@ -87,7 +87,7 @@ def test_functions_have_few_parameters() -> None:
     assert [each for each in others if each.n_parameters > MAX_PARAMETERS] == []
 
 
-def test_what_is_counted() -> None:
+def test_lines_and_parameters_are_counted() -> None:
     source = """
 class Thing:
     def method(self, a, b=1, /, c=2, *rest, d, e=5, **more):

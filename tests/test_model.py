@@ -131,7 +131,7 @@ def test_a_random_small_tower_agrees_with_transformers(name: str) -> None:
 
 
 def test_a_random_architecture_agrees_with_transformers() -> None:
-    """Return a random case that no test names."""
+    """Each run draws another architecture, and pytest prints the seed of a failure."""
     seed = new_seed()
     generator = random.Random(seed)
     heads, depth = generator.randint(1, 4), generator.randint(2, 4)
@@ -155,7 +155,7 @@ def test_a_random_architecture_agrees_with_transformers() -> None:
 
 
 @torch.no_grad()
-def test_an_embedding_alone_is_as_near_as_rounding_to_the_one_in_a_batch() -> None:
+def test_an_embedding_alone_differs_from_a_batch_by_rounding_only() -> None:
     """The error is at most transformers' own fp32 error, because the BLAS decides the order of
     sums."""
     tower = tiny_tower()
@@ -173,7 +173,7 @@ def test_an_embedding_alone_is_as_near_as_rounding_to_the_one_in_a_batch() -> No
 
 
 @pytest.mark.parametrize("padding", [4, 260])
-def test_filler_rows_change_nothing(padding: int) -> None:
+def test_padding_rows_change_nothing(padding: int) -> None:
     rows = random_rows(n_patches(MIXED), 0)
     plain = tower_trace(tiny_tower(), rows, MIXED)
     filled = tower_trace(tiny_tower(), rows, MIXED, n_rows=len(rows) + padding)
@@ -222,7 +222,7 @@ def test_patches_see_their_window_in_window_blocks_and_their_frame_in_full_ones(
     grids = [(1, 4, 4), (2, 12, 20), (1, 8, 8)]
     rows = random_rows(n_patches(grids), 0)
     before = tower_trace(tower, rows, grids)
-    rows[16] += 1.0  # the first patch of the clip's first frame: window order has it there as well
+    rows[16] += 1.0  # the clip's first patch, in grid order and in window order
     after = tower_trace(tower, rows, grids)
 
     def changed(stage: str) -> list[int]:
@@ -231,7 +231,7 @@ def test_patches_see_their_window_in_window_blocks_and_their_frame_in_full_ones(
     window, frame = list(range(16, 16 + 64)), list(range(16, 16 + 240))
     assert changed("patch_embed") == [16]
     assert changed("block.0") == window
-    assert changed("block.1") == frame  # not the clip's second frame, nor another image
+    assert changed("block.1") == frame  # neither the clip's second frame nor another image
     assert changed("block.2") == frame
     assert changed("merger") == list(range(4, 64))
 
@@ -250,12 +250,12 @@ def test_each_full_block_of_the_tiny_tower_differs_from_a_window_block(index: in
 
 @torch.no_grad()
 def test_positions_beyond_the_first_table_are_rotated_right() -> None:
-    """A strip of more patches than the table of angles has rows."""
+    """The strip has more patches than the first table of angles has rows."""
     config = replace(SMALL, depth=1, fullatt_block_indexes=())
     tensors, grids = peaked_tensors(config, 0), [(1, 2, 4200)]
     rows = random_rows(8400, 0)
     tower = build_tower(tensors, config)
-    tower(rows[:4], layout_for([(1, 2, 2)], config))  # the small table comes first
+    tower(rows[:4], layout_for([(1, 2, 2)], config))  # creates a small table first
     oracle = vision_oracle(tensors, config, rows, grids)
     assert relative_error(tower_trace(tower, rows, grids)["merger"], oracle["merger"]) < 1e-5
 
@@ -316,7 +316,7 @@ def test_fp32_on_a_gpu_agrees_with_transformers() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("output", ["merged", "patch"])
-def test_an_embedding_on_a_gpu_has_the_same_bits_in_any_company(
+def test_an_embedding_on_a_gpu_has_the_same_bits_in_any_batch(
     dtype: torch.dtype, output: Any
 ) -> None:
     """Test images alone, in any batch, in any order and with padding rows, with 50 random batches

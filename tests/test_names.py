@@ -14,7 +14,7 @@ import pytest
 
 from tests.support import ROOT
 
-# however they are defined: as a function, class, method, variable, attribute, parameter or module
+# Names retired in every definition: function, class, variable, attribute, parameter or module.
 RETIRED = {
     # faults, other processes, fakes
     *("planted", "Planted", "with_fault", "sm90", "own_process", "rope_apart", "Apart"),
@@ -33,13 +33,13 @@ RETIRED = {
     # figures and text
     *("LANDMARK", "_take_turns", "_shown"),
 }
-# As functions, methods and classes; `told`, `shown`, `product` and the like are good variables.
-# Left out: `do`, `take` and `rest`, which standard interfaces have, and `show`, a command.
+# Names retired only for functions, methods and classes; `shown` is a good variable name.
+# Allowed: `do`, `take` and `rest`, which standard interfaces have, and the command `show`.
 RETIRED_AS_DEFINITIONS = {
     *("told", "shown", "counted", "place", "product", "apart", "holds", "serves", "rested"),
     *("_fetch", "_multiply", "_attend", "Plan", "Tile"),
 }
-# As modules; a fixture may well be called `comparison`.
+# Names retired only for modules; a fixture may have the name `comparison`.
 RETIRED_MODULES = {
     *("consumers", "guarded", "distributed", "comparison", "comparison_text", "hub_client"),
 }
@@ -100,10 +100,10 @@ def test_no_retired_name_is_defined() -> None:
         ("x = y.regime(_cut)", []),
     ],
 )
-def test_a_retired_name_is_seen_where_it_is_defined(text: str, found: list[str]) -> None:
+def test_the_definition_of_a_retired_name_is_detected(text: str, found: list[str]) -> None:
     assert [line.rpartition(" ")[2] for line in retired(Path("x.py"), text)] == found
 
 
-def test_a_retired_module_is_seen() -> None:
+def test_a_retired_module_is_detected() -> None:
     assert retired(Path("tests/sm90.py"), "") == ["tests/sm90.py:1: sm90"]
     assert retired(Path("export/distributed.py"), "") == ["export/distributed.py:1: distributed"]

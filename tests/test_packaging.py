@@ -22,7 +22,7 @@ from tests.support import ROOT
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 PHOTOGRAPH = ROOT / "tests" / "photographs" / "chelsea.png"
-IMPORT_NAMES = {"pillow": "PIL", "azure-core": "azure"}  # where it is not the name with underscores
+IMPORT_NAMES = {"pillow": "PIL", "azure-core": "azure"}  # where the names differ
 
 
 def run(command: list[str], folder: Path, **environment: str) -> str:
@@ -58,7 +58,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_wheel_holds_the_package_its_licence_and_its_weights(wheel: Path) -> None:
+def test_the_wheel_contains_the_package_its_licence_and_its_weights(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (info,) = {name.partition("/")[0] for name in names if ".dist-info/" in name}
@@ -69,17 +69,17 @@ def test_the_wheel_holds_the_package_its_licence_and_its_weights(wheel: Path) ->
     package = ROOT / "qwen_vit"
     sources = {str(path.relative_to(ROOT)) for path in package.rglob("*.py")}
     weights = {str(Path("qwen_vit") / path.relative_to(ROOT)) for path in weight_files()}
-    there = {name for name in names if not name.startswith(info)}
+    packaged = {name for name in names if not name.startswith(info)}
     templates = {str(path.relative_to(ROOT)) for path in package.rglob("*.jinja")}
     assert {Path(name).stem for name in templates} == {"base.html", "page.html", "report.html"}
-    assert there == sources | weights | templates | {"qwen_vit/py.typed"}
+    assert packaged == sources | weights | templates | {"qwen_vit/py.typed"}
 
 
 def weight_files() -> list[Path]:
     return [path for path in (ROOT / "weights").rglob("*") if path.is_file()]
 
 
-def test_the_wheel_declares_what_it_needs(wheel: Path) -> None:
+def test_the_wheel_declares_its_requirements(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         metadata = Parser().parsestr(archive.read(name).decode())
@@ -109,8 +109,8 @@ def test_everything_the_package_imports_is_declared() -> None:
     ]
     names = [Requirement(line).name for line in lines]
     declared = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
-    engines = {"sglang", "vllm"}  # each imports the module that imports it
-    chosen = {"qwen_vl_utils"}  # judges a video's frames where somebody has installed it
+    engines = {"sglang", "vllm"}  # an engine itself imports these modules
+    chosen = {"qwen_vl_utils"}  # `compare` uses it only if it is installed
     assert imported - set(sys.stdlib_module_names) - {"qwen_vit"} - engines - chosen <= declared
 
 
@@ -122,7 +122,7 @@ def names_for_type_checkers() -> dict[str, str]:
     assert ast.unparse(block.test) == "TYPE_CHECKING"
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     assert len(imports) == len(block.body)
-    for node in imports:  # `import X as X` is how a type checker knows that X is public
+    for node in imports:  # type checkers treat X as public in `import X as X`
         assert all(alias.name == alias.asname for alias in node.names), ast.unparse(node)
     return {alias.name: str(node.module) for node in imports for alias in node.names}
 
@@ -151,7 +151,7 @@ PUBLIC = {
 
 
 @pytest.mark.parametrize("module", PUBLIC)
-def test_a_public_name_stays_where_it_was(module: str) -> None:
+def test_public_names_exist_in_their_modules(module: str) -> None:
     found = import_module(module)
     names = PUBLIC[module].split()
     assert [name for name in names if not hasattr(found, name)] == []
@@ -167,7 +167,7 @@ def test_importing_the_package_imports_nothing_else() -> None:
     assert third_party == {"qwen_vit"}
 
 
-# `opened` shows that nothing was read from the checkout but the photograph.
+# `opened` shows that the process reads only the photograph from the checkout.
 ENCODE = """
 import json, sys
 opened = []
@@ -188,7 +188,7 @@ def test_the_installed_wheel_encodes_a_photograph_outside_the_checkout(
     command = [sys.executable, "-c", ENCODE, str(PHOTOGRAPH)]
     seen = json.loads(run(command, tmp_path, PYTHONPATH=str(installed)))
     assert Path(seen["file"]).is_relative_to(installed)
-    # 451x300 px become 448x308: each side rounded to 28 px, a token for each 28x28 px
+    # Sides are rounded to 28 px: 451x300 becomes 448x308, with one token per 28x28 px.
     assert seen["grid"] == [1, 22, 32]
     assert seen["shape"] == [11 * 16, 192]
     assert seen["finite"]
@@ -199,7 +199,7 @@ def test_the_installed_wheel_encodes_a_photograph_outside_the_checkout(
 
 
 @pytest.mark.parametrize("command", ["module", "script"])
-def test_the_installed_command_knows_the_weights_it_came_with(
+def test_the_installed_command_finds_its_packaged_weights(
     installed: Path, tmp_path: Path, command: str
 ) -> None:
     start = {
@@ -207,10 +207,10 @@ def test_the_installed_command_knows_the_weights_it_came_with(
         "script": [sys.executable, str(installed / "bin" / "qwen-vit")],
     }[command]
     output = run([*start, "info", "tiny", "--json"], tmp_path, PYTHONPATH=str(installed))
-    assert "192" in json.dumps(json.loads(output))  # out_hidden_size
+    assert "192" in json.dumps(json.loads(output))  # 192 is out_hidden_size
 
 
-def test_every_pin_satisfies_what_is_declared() -> None:
+def test_every_pin_satisfies_its_requirement() -> None:
     pins = constraints()
     extras = PROJECT["optional-dependencies"]
     for line in PROJECT["dependencies"] + [line for each in extras.values() for line in each]:

@@ -36,14 +36,14 @@ def test_the_weights_are_small_enough_to_ship() -> None:
     assert (TINY_FOLDER / "model.safetensors").stat().st_size <= 6_000_000
 
 
-def test_the_config_covers_what_the_published_towers_do() -> None:
+def test_the_config_has_the_features_of_published_towers() -> None:
     head_dim = VISION["hidden_size"] / VISION["num_heads"]
     full = VISION["fullatt_block_indexes"]
     assert CONFIG["model_type"] == "qwen2_5_vl"
     assert (head_dim, VISION["patch_size"], VISION["window_size"]) == (80, 14, 112)
     assert VISION["num_heads"] >= 2
     assert VISION["depth"] >= 4
-    assert VISION["intermediate_size"] % 8 == 4  # as 3420: rows that are not 16-byte aligned
+    assert VISION["intermediate_size"] % 8 == 4  # like 3420, so rows are not 16-byte aligned
     assert len(full) == 2
     assert VISION["depth"] - 1 not in full
 
@@ -67,7 +67,7 @@ def test_no_bias_or_norm_weight_is_trivial() -> None:
     vectors = {name: tensor.float() for name, tensor in tensors.items() if tensor.ndim == 1}
     assert len(vectors) == 7 * VISION["depth"] + 3
     for name, vector in vectors.items():
-        # a constant vector, zeros or ones, would hide one that is dropped or misplaced
+        # A constant vector would not show that a tower drops or moves it.
         assert vector.std() > 0.1 * vector.abs().max() / 3, name
 
 

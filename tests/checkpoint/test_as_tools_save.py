@@ -44,7 +44,9 @@ def renamed(change: Callable[[str], str]) -> Weights:
     ],
     ids=["DDP", "compile", "a compiled tower", "FSDP", "activation checkpointing"],
 )
-def test_wrappers_of_modules_are_read_through(tmp_path: Path, change: Callable[[str], str]) -> None:
+def test_name_prefixes_of_module_wrappers_are_ignored(
+    tmp_path: Path, change: Callable[[str], str]
+) -> None:
     weights = renamed(change)
     expected = load_checkpoint(written(tmp_path / "a", PUBLISHED)).weights_sha256()
     assert load_checkpoint(written(tmp_path / "b", weights)).weights_sha256() == expected
@@ -88,7 +90,7 @@ def channels_last() -> Weights:
     ],
     ids=["LoRA", "LoRA at the patches", "modules_to_save", "ZeRO-3", "MLX", "FSDP flat"],
 )
-def test_what_is_not_a_whole_tower_is_named(
+def test_the_error_names_why_a_tower_is_incomplete(
     tmp_path: Path, make: Callable[[], Weights], fact: str, remedy: str
 ) -> None:
     """The error must blame neither config.json nor the download."""
@@ -103,7 +105,7 @@ def test_what_is_not_a_whole_tower_is_named(
 
 
 @pytest.mark.parametrize("below", ["text_encoder", "checkpoint-500"])
-def test_a_tower_one_folder_down_is_found_or_named(tmp_path: Path, below: str) -> None:
+def test_a_tower_in_a_subfolder_is_found_or_named(tmp_path: Path, below: str) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     write_checkpoint(tmp_path / below, SMALL)
     source = find_checkpoint(tmp_path, subfolder=below)
@@ -114,7 +116,7 @@ def test_a_tower_one_folder_down_is_found_or_named(tmp_path: Path, below: str) -
 
 
 @pytest.mark.parametrize("subfolder", ["", "/", "..", "a/../..", "/etc", "a//b", "a\n", 3])
-def test_a_subfolder_lies_below(tmp_path: Path, subfolder: Any) -> None:
+def test_an_invalid_subfolder_is_refused(tmp_path: Path, subfolder: Any) -> None:
     with pytest.raises(ArgumentError, match="subfolder is"):
         find_checkpoint(tmp_path, subfolder=subfolder)
     with pytest.raises(ArgumentError, match="no subfolder"):
@@ -145,7 +147,7 @@ def test_a_subfolder_of_a_repository_is_fetched_alone(tmp_path: Path) -> None:
             assert "org/pipe/model_index.json" not in files
 
 
-def test_missing_image_settings_are_said_aloud(
+def test_missing_image_settings_cause_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_checkpoint(tmp_path, SMALL)
@@ -165,7 +167,9 @@ def test_missing_image_settings_are_said_aloud(
         {"max_height": 980, "max_width": 980},
     ],
 )
-def test_the_size_of_another_processor_is_refused(tmp_path: Path, size: dict[str, int]) -> None:
+def test_a_size_in_the_format_of_another_processor_is_refused(
+    tmp_path: Path, size: dict[str, int]
+) -> None:
     """CLIP's shortest_edge is a length. In our config it would be an area of 224 pixels."""
     write_checkpoint(tmp_path, SMALL)
     path = tmp_path / "preprocessor_config.json"

@@ -79,7 +79,7 @@ def test_an_endless_document_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         fetch_json(url, None, deadline_s=5.0)
 
 
-def test_a_byte_every_moment_meets_the_deadline() -> None:
+def test_a_server_that_drips_bytes_reaches_the_deadline() -> None:
     def drip() -> Iterator[bytes]:
         while True:
             time.sleep(0.02)
@@ -92,7 +92,7 @@ def test_a_byte_every_moment_meets_the_deadline() -> None:
 
 
 @pytest.mark.parametrize(("limit", "total"), [(100, 4 * 10**10), (100, None), (None, 100)])
-def test_a_file_larger_than_it_may_be_is_not_written(limit: int | None, total: int | None) -> None:
+def test_a_file_above_the_size_limit_is_not_written(limit: int | None, total: int | None) -> None:
     def download() -> None:
         with bounded_progress("config.json", limit)(total=total, disable=True) as bar:
             for _ in range(5):
@@ -104,7 +104,7 @@ def test_a_file_larger_than_it_may_be_is_not_written(limit: int | None, total: i
         bar.update(90)
 
 
-def test_a_pace_of_a_few_bytes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rate_of_a_few_bytes_a_second_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     slow, fast = Pace("slow"), Pace("fast")
@@ -118,7 +118,9 @@ def test_a_pace_of_a_few_bytes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
         slow.count(1)
 
 
-def test_a_slow_server_is_left_after_three_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_from_a_slow_server_ends_after_three_attempts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(ranges, "PATIENCE_S", -1.0)
     monkeypatch.setattr(ranges, "MIN_BYTES_A_SECOND", 10**12)
     opened = []

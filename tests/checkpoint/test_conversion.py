@@ -45,17 +45,17 @@ def marked_tensors(config: VisionConfig) -> tuple[dict[str, torch.Tensor], int]:
     return tensors, start - 1
 
 
-def test_every_published_weight_lands_exactly_once_and_all_padding_is_zero() -> None:
+def test_every_published_weight_is_copied_exactly_once_and_all_padding_is_zero() -> None:
     tensors, count = marked_tensors(SMALL)
     state = convert(tensors, SMALL, IMAGE_CONFIG, torch.float32)
-    landed = torch.cat([v.flatten() for k, v in state.items() if "pixel" not in k])
-    marks = landed[landed != 0].long().sort().values
+    converted = torch.cat([v.flatten() for k, v in state.items() if "pixel" not in k])
+    marks = converted[converted != 0].long().sort().values
     assert torch.equal(marks, torch.arange(1, count + 1))
     padding = SMALL.depth * (128 - 12) * (2 * 32 + 2 + 32)
-    assert int((landed == 0).sum()) == padding
+    assert int((converted == 0).sum()) == padding
 
 
-def test_padding_lies_behind_gate_behind_up_and_behind_down() -> None:
+def test_padding_follows_the_rows_of_gate_and_up_and_the_columns_of_down() -> None:
     tensors = random_tensors(SMALL, dtype=torch.float32)
     state = convert(tensors, SMALL, IMAGE_CONFIG, torch.float32)
     I, I_padded = 12, padded_mlp_size(SMALL)  # noqa: E741
@@ -77,7 +77,7 @@ def test_padding_lies_behind_gate_behind_up_and_behind_down() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_weights_of_a_blocks_norms_are_multiplied_in_with_one_rounding(
+def test_the_norm_weights_of_a_block_are_folded_with_one_rounding(
     dtype: torch.dtype,
 ) -> None:
     """W (g x) = (W g) x, so the remaining norm has no weight."""
@@ -88,7 +88,7 @@ def test_the_weights_of_a_blocks_norms_are_multiplied_in_with_one_rounding(
         if NORM_OF_A_BLOCK.search(name)
     }
     state = convert(tensors, SMALL, IMAGE_CONFIG, dtype)
-    values = state["blocks.1.attn.qkv.weight"][2 * 32 :]  # V's rows keep their places
+    values = state["blocks.1.attn.qkv.weight"][2 * 32 :]  # V's rows are not permuted
     expected = tensors["blocks.1.attn.qkv.weight"][2 * 32 :].double()
     expected = (expected * tensors["blocks.1.norm1.weight"].double()).to(dtype)
     assert torch.equal(values, expected)
@@ -134,7 +134,7 @@ def test_the_permutation_makes_rotary_pairs_adjacent_and_keeps_attention_scores(
 
     q, k, v = project(tensors)
     q_new, k_new, v_new = project(state)
-    # sums of the same 160 products in float64, in the same order: equal but for the BLAS' blocking
+    # Both sum the same 160 products in float64. Only the BLAS's blocking may change the order.
     assert torch.allclose(q_new[..., 0::2], q[..., : D // 2], rtol=0, atol=1e-13)
     assert torch.allclose(q_new[..., 1::2], q[..., D // 2 :], rtol=0, atol=1e-13)
     assert torch.allclose(v_new, v, rtol=0, atol=1e-13)
@@ -143,7 +143,7 @@ def test_the_permutation_makes_rotary_pairs_adjacent_and_keeps_attention_scores(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_uint8_pixels_give_what_published_float_rows_give(dtype: torch.dtype) -> None:
+def test_uint8_pixels_and_published_float_rows_give_equal_results(dtype: torch.dtype) -> None:
     """The folded weights equal the published weights to half a unit in the last place. Every
     product and sum below is in float64. The differences are therefore the rounding of pixel_weight
     and the rounding of the bias to float32. The rounding of pixel_weight (24 bits, or 11 bits in
@@ -203,7 +203,7 @@ def test_the_state_has_the_types_that_the_model_expects() -> None:
     }  # fmt: skip
 
 
-def test_the_state_outlives_the_file(tmp_path: Path) -> None:
+def test_the_state_is_unchanged_after_the_file_is_overwritten(tmp_path: Path) -> None:
     tensors = write_checkpoint(tmp_path, SMALL)
     state = convert(load_checkpoint(tmp_path).tensors, SMALL, IMAGE_CONFIG, torch.bfloat16)
     path = tmp_path / "model.safetensors"

@@ -49,7 +49,7 @@ def test_a_copy_or_a_pickle_reads_the_same_tensors(
         checkpoint.weights_sha256()
     twin = duplicate(checkpoint)
     assert_same_tensors(twin.tensors, tensors)
-    assert_same_tensors(checkpoint.tensors, tensors)  # the first one still holds its files
+    assert_same_tensors(checkpoint.tensors, tensors)  # the original still has its files open
     for field in ("config", "image_config", "files", "prefix", "dtypes"):
         assert getattr(twin, field) == getattr(checkpoint, field)
     assert twin.locate(QKV) == checkpoint.locate(QKV)
@@ -63,7 +63,7 @@ def test_a_pickle_keeps_the_hash_that_was_computed(
     checkpoint = load_checkpoint(tmp_path)
     checkpoint.weights_sha256()
     twin = pickle.loads(pickle.dumps(checkpoint))
-    monkeypatch.setattr(published_tensors, "weights_hash", None)  # calling it fails
+    monkeypatch.setattr(published_tensors, "weights_hash", None)  # a second computation would fail
     assert twin.weights_sha256() == weights_hash(tensors)
 
 

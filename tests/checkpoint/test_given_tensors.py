@@ -53,16 +53,16 @@ def test_given_tensors_make_the_checkpoint_that_their_files_make(
 
 
 @pytest.mark.parametrize("image_config", [None, {}, IMAGE_CONFIG])
-def test_configs_are_objects_or_what_their_files_say(image_config: Any) -> None:
+def test_configs_are_objects_or_the_json_of_their_files(image_config: Any) -> None:
     for config in (SMALL, SMALL.to_json(), {"model_type": "qwen2_5_vl", **SMALL.to_json()}):
         checkpoint = Checkpoint.from_tensors(given(), config, image_config)
         assert (checkpoint.config, checkpoint.image_config) == (SMALL, IMAGE_CONFIG)
 
 
-def test_given_parameters_and_views_will_do_and_nothing_is_copied() -> None:
+def test_parameters_and_views_are_accepted_without_a_copy() -> None:
     tensors = random_tensors(SMALL, dtype=torch.float32)
     views = {
-        name: torch.stack([tensor, tensor], 1)[:, 0]  # of every other value
+        name: torch.stack([tensor, tensor], 1)[:, 0]  # a view of every second value
         for name, tensor in tensors.items()
         if tensor.ndim == 1
     }
@@ -127,7 +127,7 @@ def test_a_checkpoint_of_given_tensors_is_copied_and_pickled() -> None:
         ),
     ],
 )
-def test_given_tensors_that_do_not_fit_are_named(
+def test_given_tensors_of_wrong_shapes_are_named(
     changes: dict[str, Any], name: str, fact: str, expected: str
 ) -> None:
     error = rejection(given(**changes), SMALL)
@@ -173,6 +173,6 @@ def test_a_given_tower_that_is_incomplete_or_of_another_config_is_refused() -> N
         ),
     ],
 )
-def test_what_is_no_tensor_or_no_config_is_refused(arguments: Any, words: str) -> None:
+def test_a_wrong_type_of_tensors_or_config_is_refused(arguments: Any, words: str) -> None:
     with pytest.raises(ArgumentError, match=words):
         Checkpoint.from_tensors(*arguments)

@@ -18,7 +18,7 @@ from tests.support.hub_cases import MOVED, OURS, edit_tensors, hash_of, own_fold
 from tests.support.hub_server import COMMIT, Hub
 from tests.support.hub_worker import Worker, running_worker
 
-# What is fetched
+# Download
 
 
 def test_a_shard_in_the_cache_is_used_and_only_the_others_are_fetched(
@@ -33,7 +33,7 @@ def test_a_shard_in_the_cache_is_used_and_only_the_others_are_fetched(
     assert loaded["weights"] == hash_of(repo)
     assert [name for name in hub.fetched() if name in shards] == shards[1:]
     assert loaded["files"] == OURS
-    # damaged in the meantime: it is hashed before it is used
+    # The cached shard is now damaged. The loader must hash it before use.
     shutil.rmtree(own_folder(call))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -45,7 +45,7 @@ def test_a_shard_in_the_cache_is_used_and_only_the_others_are_fetched(
     assert any("corrupt: its hash is" in line for line in loaded["log"])
 
 
-def test_a_whole_checkpoint_in_the_cache_is_used_as_it_lies(
+def test_a_complete_checkpoint_in_the_hub_cache_is_used_in_place(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL, shards=2)
@@ -60,17 +60,17 @@ def test_a_whole_checkpoint_in_the_cache_is_used_as_it_lies(
     assert not own_folder(call).exists()
 
 
-# What is kept
+# Cached files
 
 
-def test_damage_of_what_is_kept_is_found_and_mended(
+def test_damaged_cached_files_are_found_and_repaired(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL)
     worker("find", **call)
     folder = own_folder(call)
-    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
-    header_end = 8 + int.from_bytes(whole["vision.safetensors"][:8], "little")
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    header_end = 8 + int.from_bytes(contents["vision.safetensors"][:8], "little")
     damage: list[tuple[str, Callable[[bytes], bytes]]] = [
         ("vision.safetensors", lambda content: content[:-1]),
         ("vision.safetensors", lambda content: content + b"\0"),
@@ -82,23 +82,23 @@ def test_damage_of_what_is_kept_is_found_and_mended(
         ("manifest.json", lambda content: b""),
     ]
     for name, change in damage:
-        (folder / name).write_bytes(change(whole[name]))
+        (folder / name).write_bytes(change(contents[name]))
         offline = worker("load", **call, revision=COMMIT, local_files_only=True)
         assert offline.get("kind") == "CheckpointError", (name, offline)
         assert str(folder / name) in offline["message"]
         assert f"Delete {folder}, and download it again" in offline["message"]
         mended = worker("load", **call, revision=COMMIT)
         assert mended.get("weights") == hash_of(repo), mended
-        assert (folder / name).read_bytes() == whole[name]
-    for name in whole:  # inside the data only the hash can tell
+        assert (folder / name).read_bytes() == contents[name]
+    for name in contents:  # only the hash shows damage inside the data
         if name == "manifest.json":
             continue
-        (folder / name).write_bytes(flipped(whole[name], len(whole[name]) - 3))
+        (folder / name).write_bytes(flipped(contents[name], len(contents[name]) - 3))
         arguments = ["info", "org/tiny", "--verify", "--cache-dir", str(call["cache_dir"])]
         found = worker("command", arguments=[*arguments, "--revision", COMMIT])
         assert found["code"] == 1
         assert str(folder / name) in found["out"]
-        (folder / name).write_bytes(whole[name])
+        (folder / name).write_bytes(contents[name])
     good = worker("command", arguments=[*arguments, "--json"])
     assert set(json.loads(good["out"])["verified"]) == set(OURS) - {"manifest.json"}
 
@@ -119,31 +119,31 @@ def test_nan_on_the_wire_is_not_kept(worker: Worker, repo: Path, call: dict[str,
     assert list(own_folder(call).parent.glob("[!.]*[!k]")) == []
 
 
-def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(
+def test_leftovers_of_killed_processes_are_removed_and_running_downloads_are_not(
     worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     """A cleanup once removed the files of a running download that took longer than a day."""
     write_checkpoint(repo, SMALL)
     parent = own_folder(call).parent
-    here, elsewhere = f".{COMMIT}.{store._process_space()}", f".{COMMIT}.0123abcd"
-    dead = parent / f"{here}-4194305.abc"  # above the largest process id
-    alive, unknown = parent / f"{here}-1.abc", parent / f".{COMMIT}.unknown-4194305.abc"
-    foreign, writing, silent = (parent / f"{elsewhere}-{process}.abc" for process in (1, 2, 3))
-    no_process = parent / f"{here}-{9**99}.abc"
-    for path in (dead, alive, unknown, foreign, writing, silent, no_process):
+    own_space, other_space = f".{COMMIT}.{store._process_space()}", f".{COMMIT}.0123abcd"
+    dead = parent / f"{own_space}-4194305.abc"  # no process has such a large id
+    alive, unknown = parent / f"{own_space}-1.abc", parent / f".{COMMIT}.unknown-4194305.abc"
+    foreign, downloading, stale = (parent / f"{other_space}-{process}.abc" for process in (1, 2, 3))
+    no_process = parent / f"{own_space}-{9**99}.abc"
+    for path in (dead, alive, unknown, foreign, downloading, stale, no_process):
         path.mkdir(parents=True)
         (path / "vision.safetensors").touch()
     two_days_ago = time.time() - 2 * 24 * 3600
-    for path in (alive, silent, silent / "vision.safetensors", writing):  # its file is new
+    for path in (alive, stale, stale / "vision.safetensors", downloading):  # its file stays new
         os.utime(path, (two_days_ago, two_days_ago))
     worker("find", **call)
     assert not dead.exists()
-    assert not silent.exists()
-    for path in (alive, unknown, foreign, writing, no_process):
+    assert not stale.exists()
+    for path in (alive, unknown, foreign, downloading, no_process):
         assert path.exists(), path
 
 
-def test_where_processes_cannot_be_told_apart_age_alone_counts(
+def test_leftovers_are_removed_by_age_if_their_process_is_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "_process_space", lambda: "unknown")
@@ -189,7 +189,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(hub: Hub, repo: Path, tmp_path:
         fact = f"org/tiny: does not fit on the disk ({disk / 'hub'}). Free some space"
         assert fact in refused["message"]
         sent = [r for r in hub.requests if r.range and r.sent > 10_000]
-        assert sent == []  # the space is taken before anything is fetched
+        assert sent == []  # the loader reserves the space before it downloads
         write_checkpoint(repo, SMALL)
         serve(hub, "org/tiny", repo, MOVED)
         assert worker("load", model="org/tiny").get("weights") == hash_of(repo)

@@ -43,10 +43,10 @@ def write_sharded(folder: Path, *, language: int = 9) -> int:
     return vision_bytes
 
 
-# What is fetched
+# Download
 
 
-def test_only_the_vision_tensors_cross_the_wire_and_serve_ever_after(
+def test_only_the_vision_tensors_are_downloaded_and_then_cached(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     vision_bytes = write_sharded(repo)
@@ -55,17 +55,17 @@ def test_only_the_vision_tensors_cross_the_wire_and_serve_ever_after(
     headers = sum(r.sent for r in hub.requests if r.range and r.range[0] < 64 + 8_000)
     print(f"{sent} bytes were sent for {vision_bytes} bytes of vision tensors")
     assert vision_bytes < sent <= 1.01 * vision_bytes + headers
-    assert abs(first["fetched_bytes"] - sent) < 2_000  # the listing is not counted
+    assert abs(first["fetched_bytes"] - sent) < 2_000  # fetched_bytes excludes the file listing
     assert first["saved_bytes"] == pytest.approx(9 * vision_bytes, rel=0.01)
     assert (first["commit"], first["licence"]) == (COMMIT, "apache-2.0")
     assert first["files"] == OURS
     assert (first["weights"], first["folder"]) == (hash_of(repo), str(own_folder(call)))
     spans = [r for r in hub.requests if r.range and r.sent > 50_000]
-    assert len(spans) > 10  # parts of 200,000 bytes, several at a time
+    assert len(spans) > 10  # the download has parallel parts of 200,000 bytes
 
     hub.requests.clear()
     again = worker("load", **call)
-    assert hub.fetched() == []  # one HEAD tells whether the branch moved
+    assert hub.fetched() == []  # the loader checks the branch with one HEAD request
     hub.requests.clear()
     pinned = worker("load", **call, revision=COMMIT)
     offline = worker("load", **call, local_files_only=True)
@@ -103,7 +103,7 @@ def test_types_of_different_width_stay_aligned(
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_of_a_single_file_and_an_index_the_file_is_taken_as_in_a_folder(
+def test_a_single_file_is_preferred_to_an_index_as_in_a_folder(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any], full: bool
 ) -> None:
     write_checkpoint(repo, SMALL, shards=2, seed=1)
@@ -113,7 +113,7 @@ def test_of_a_single_file_and_an_index_the_file_is_taken_as_in_a_folder(
     assert [name for name in hub.fetched() if name.endswith(".safetensors")] == [
         "model.safetensors"
     ]
-    for name in ("model.safetensors", INDEX):  # whatever else of it another program has cached
+    for name in ("model.safetensors", INDEX):  # another program may have cached both
         cached = {"repo_id": "org/tiny", "filename": name, "cache_dir": call["cache_dir"]}
         worker("whole", **cached)
     shutil.rmtree(own_folder(call), ignore_errors=True)
@@ -129,7 +129,7 @@ def test_a_single_file_of_another_name_is_found_in_the_listing(
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_weights_of_another_name_serve_offline_when_they_were_taken_whole(
+def test_whole_weight_files_of_another_name_are_used_offline(
     worker: Worker, repo: Path, call: dict[str, Any], shards: int
 ) -> None:
     """Without a file listing, the loader chooses among the names in the cache."""
@@ -142,7 +142,7 @@ def test_weights_of_another_name_serve_offline_when_they_were_taken_whole(
     assert (offline["weights"], offline["folder"]) == (hash_of(repo), online["folder"])
 
 
-def test_weights_in_a_folder_of_the_repository_are_not_its_own(
+def test_weights_in_a_folder_of_the_repository_are_ignored(
     worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL)
@@ -169,7 +169,7 @@ def test_a_cache_in_the_home_folder_is_the_same_for_each_function_of_the_client(
     assert "model.safetensors" not in hub.fetched()
 
 
-def test_a_mirror_without_a_listing_will_do(
+def test_a_mirror_without_a_file_listing_works(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL)
@@ -191,7 +191,7 @@ def test_a_total_that_is_no_size_is_not_needed(
     assert loaded["saved_bytes"] in (None, 0)
 
 
-def test_full_takes_whole_shards_and_checks_their_sha256(
+def test_full_downloads_whole_shards_and_checks_their_sha256(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_sharded(repo, language=1)
@@ -203,7 +203,7 @@ def test_full_takes_whole_shards_and_checks_their_sha256(
     assert facts["kept_bytes"] == sum((repo / name).stat().st_size for name in vision_shards)
     assert 0 < facts["saved_bytes"] < facts["fetched_bytes"]
     assert "snapshots" in facts["folder"]
-    # once one of them is damaged in the cache, the same command mends it
+    # The same command repairs a damaged shard in the cache.
     path = Path(facts["folder"], vision_shards[1]).resolve()
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -219,7 +219,7 @@ def test_full_takes_whole_shards_and_checks_their_sha256(
     assert json.loads(checked["out"])["verified"]["config.json"] == "the Hub's git sha1"
 
 
-def test_once_whole_shards_were_checked_they_serve_instead_of_earlier_ranges(
+def test_checked_whole_shards_replace_earlier_ranges(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL, shards=3)
@@ -232,7 +232,7 @@ def test_once_whole_shards_were_checked_they_serve_instead_of_earlier_ranges(
     assert pinned["folder"] == checked["folder"] != str(own_folder(call))
 
 
-def test_large_files_come_from_the_second_host_which_never_sees_the_token(
+def test_large_files_come_from_the_second_host_without_the_token(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL, shards=2)
@@ -241,12 +241,12 @@ def test_large_files_come_from_the_second_host_which_never_sees_the_token(
     assert "org/tiny: the repository is gated" in refused["message"]
     loaded = worker("load", **call, token="hf_secret")
     assert loaded["weights"] == hash_of(repo)
-    elsewhere = [request for request in hub.requests if request.cdn]
-    assert {request.status for request in elsewhere} == {206}
-    assert {request.authorization for request in elsewhere} == {None}
+    from_cdn = [request for request in hub.requests if request.cdn]
+    assert {request.status for request in from_cdn} == {206}
+    assert {request.authorization for request in from_cdn} == {None}
 
 
-def test_a_branch_that_moves_meanwhile_gives_one_commit_and_later_the_next(
+def test_a_load_uses_one_commit_while_its_branch_moves(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any], tmp_path: Path
 ) -> None:
     write_checkpoint(repo, SMALL, shards=2)
@@ -258,7 +258,7 @@ def test_a_branch_that_moves_meanwhile_gives_one_commit_and_later_the_next(
     second = worker("load", **call)
     assert (first["commit"], first["weights"]) == (COMMIT, hash_of(repo))
     assert (second["commit"], second["weights"]) == (MOVED, hash_of(tmp_path / "next"))
-    del hub.commits[f"org/tiny@{COMMIT}"]  # even when it is gone from the Hub
+    del hub.commits[f"org/tiny@{COMMIT}"]  # the cached commit works after the Hub deletes it
     pinned = worker("load", **call, revision=COMMIT)
     assert pinned["weights"] == first["weights"]
 
@@ -300,6 +300,6 @@ def test_the_command_reports_and_shows_progress_only_on_a_terminal(
     assert int(lines["fetched_bytes"].replace(",", "")) > 1_000_000
     assert int(lines["saved_bytes"].replace(",", "")) > 1_000_000
     shutil.rmtree(call["cache_dir"])
-    silent = worker("command", arguments=[*arguments, "--json"])
-    assert silent["err"] == ""
-    assert json.loads(silent["out"])["fetched_bytes"] > 1_000_000
+    as_json = worker("command", arguments=[*arguments, "--json"])
+    assert as_json["err"] == ""
+    assert json.loads(as_json["out"])["fetched_bytes"] > 1_000_000

@@ -29,10 +29,10 @@ def test_a_download_that_is_killed_leaves_nothing_corrupt(running: Chaos) -> Non
 
 def test_many_processes_at_once_end_with_one_good_file(running: Chaos) -> None:
     print(counted := crowd(running, 4, processes=6))
-    assert counted["most_bytes_with_locks"] < 1.1  # one fetches, the others wait
+    assert counted["most_bytes_with_locks"] < 1.1  # one process downloads, the others wait
 
 
-def test_faults_in_random_order_end_well_or_in_our_own_error(running: Chaos) -> None:
+def test_random_faults_end_in_success_or_in_our_own_error(running: Chaos) -> None:
     print(storm(running, 4))
 
 

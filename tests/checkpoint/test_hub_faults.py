@@ -12,7 +12,7 @@ from tests.support.hub_cases import INDEX, OURS, SETTINGS, hash_of, own_folder
 from tests.support.hub_server import COMMIT, Fault, Hub
 from tests.support.hub_worker import Worker, running_worker
 
-# Faults that pass
+# Temporary faults
 
 PASSING = {
     "cut-in-the-header": Fault("*-1-of*", ranges=True, times=1, cut=0.3),
@@ -32,7 +32,7 @@ PASSING = {
 
 
 @pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
-def test_a_fault_that_passes_is_waited_out(
+def test_a_temporary_fault_is_retried(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any], fault: Fault
 ) -> None:
     write_checkpoint(repo, SMALL, shards=2)
@@ -41,7 +41,7 @@ def test_a_fault_that_passes_is_waited_out(
     assert loaded.get("weights") == hash_of(repo), loaded
     assert loaded["files"] == OURS
     if fault.status == 429:
-        assert 8.0 in loaded["waits"]  # a second more than asked for
+        assert 8.0 in loaded["waits"]  # one second more than the server's Retry-After
 
 
 NO_RANGES = {
@@ -55,7 +55,7 @@ NO_RANGES = {
 
 
 @pytest.mark.parametrize("fault", NO_RANGES.values(), ids=NO_RANGES)
-def test_where_ranges_fail_whole_shards_come_with_a_warning(
+def test_whole_shards_are_downloaded_with_a_warning_if_ranges_fail(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any], fault: Fault
 ) -> None:
     write_checkpoint(repo, SMALL, shards=2)
@@ -65,10 +65,10 @@ def test_where_ranges_fail_whole_shards_come_with_a_warning(
     assert "snapshots" in loaded["folder"]
     assert any("downloading whole files instead: model-00001" in line for line in loaded["log"])
     assert not own_folder(call).exists()
-    assert list(own_folder(call).parent.glob(".*")) == []  # nothing half-filled is left
+    assert list(own_folder(call).parent.glob(".*")) == []  # no partial folder is left
 
 
-def test_wrong_bytes_of_a_whole_shard_are_found_and_fetched_once_more(
+def test_wrong_bytes_of_a_whole_shard_are_found_and_downloaded_again(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL, shards=2)
@@ -81,10 +81,10 @@ def test_wrong_bytes_of_a_whole_shard_are_found_and_fetched_once_more(
     refused = worker("load", **call)
     assert refused["kind"] == "HubError"
     assert "model-00002-of-00002.safetensors arrived damaged twice" in refused["message"]
-    assert list(Path(call["cache_dir"]).glob("**/model-00002*")) == []  # not kept either
+    assert list(Path(call["cache_dir"]).glob("**/model-00002*")) == []  # it is deleted
 
 
-def test_a_damaged_shard_does_not_stay_when_the_second_attempt_fails(
+def test_a_damaged_shard_is_removed_if_the_second_attempt_fails(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     """A damaged shard once kept its final name, and the next call used the shard without a
@@ -101,7 +101,7 @@ def test_a_damaged_shard_does_not_stay_when_the_second_attempt_fails(
 
 
 @pytest.mark.parametrize("name", ["config.json", SETTINGS, INDEX])
-def test_a_small_file_that_is_damaged_in_the_hubs_cache_is_mended(
+def test_a_damaged_small_file_in_the_hub_cache_is_repaired(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any], name: str
 ) -> None:
     """huggingface_hub uses an existing file by its name, so it would always use the same wrong
@@ -125,7 +125,7 @@ def test_a_small_file_that_is_damaged_in_the_hubs_cache_is_mended(
 
 
 @pytest.mark.slow
-def test_a_cache_of_copies_instead_of_links_serves_without_a_network(
+def test_a_cache_of_copies_instead_of_links_works_without_a_network(
     hub: Hub, repo: Path, tmp_path: Path
 ) -> None:
     """After `cp -rL`, or on a disk without links, the cache records no checksums."""
@@ -137,13 +137,13 @@ def test_a_cache_of_copies_instead_of_links_serves_without_a_network(
         content = link.read_bytes()
         link.unlink()
         link.write_bytes(content)
-    for endpoint in ("http://127.0.0.1:9", "http://hub.invalid"):  # nobody listens; no such name
+    for endpoint in ("http://127.0.0.1:9", "http://hub.invalid"):  # a closed port; an unknown host
         with running_worker(home, endpoint) as worker:
             for revision in (None, COMMIT):
                 loaded = worker("load", model="org/tiny", revision=revision)
                 assert loaded.get("weights") == hash_of(repo), loaded
-                told = [line for line in loaded["log"] if "checksum unavailable" in line]
-                assert len(told) == len(set(told)) == 2  # one for each shard
+                warnings = [line for line in loaded["log"] if "checksum unavailable" in line]
+                assert len(warnings) == len(set(warnings)) == 2  # one for each shard
 
 
 def test_a_shard_that_another_program_left_damaged_is_not_used(
@@ -153,7 +153,7 @@ def test_a_shard_that_another_program_left_damaged_is_not_used(
     hub.faults = [Fault("*-00002-*", flip=-5, ranges=False, method="GET")]
     for path in repo.iterdir():
         cached = {"repo_id": "org/tiny", "filename": path.name, "cache_dir": call["cache_dir"]}
-        worker("whole", **cached)  # its client compares sizes alone
+        worker("whole", **cached)  # huggingface_hub compares only sizes
     offline = worker("load", **call, local_files_only=True)
     assert "model-00002-of-00002.safetensors (" in offline["message"]
     assert "corrupt: its hash is" in offline["message"]
@@ -162,7 +162,7 @@ def test_a_shard_that_another_program_left_damaged_is_not_used(
     assert loaded["files"] == OURS
 
 
-# Faults that stay: what is asked for, what is wrong, and words of the cause and of the remedy
+# Permanent faults: the request, the fault, and words of the cause and of the remedy
 
 FAILURES: dict[str, tuple[dict[str, Any], Fault | None, tuple[str, ...]]] = {
     "gated": (
@@ -231,15 +231,15 @@ def test_each_failure_of_the_hub_has_its_cause_and_its_remedy(
     for word in words:
         assert word in refused["message"]
     if fault is not None and fault.status == 403:
-        assert refused["waits"] == []  # asking again would not help
+        assert refused["waits"] == []  # a retry would not help
     assert not own_folder(call).exists()
     assert list(own_folder(call).parent.glob(".*")) == []
     hub.faults.clear()
-    if change == {}:  # nothing of the failure stays
+    if change == {}:  # the failure leaves no file
         assert worker("load", **call).get("weights") == hash_of(repo)
 
 
-def test_one_wrong_answer_that_a_file_is_not_there_does_not_last(
+def test_one_wrong_404_for_a_file_does_not_last(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     """The Hub's cache records such an answer. This once made a sharded checkpoint unreadable until

@@ -18,11 +18,11 @@ from tests.support.hub_cases import OURS, SETTINGS, hash_of
 from tests.support.hub_server import COMMIT, etag_of
 from tests.support.hub_worker import Worker
 
-# What is kept
+# Revisions
 
 
 @pytest.mark.parametrize("model", ["tiny", "folder"])
-def test_a_revision_of_what_is_here_is_refused(tmp_path: Path, model: str) -> None:
+def test_a_revision_of_a_local_model_is_refused(tmp_path: Path, model: str) -> None:
     name = str(tmp_path) if model == "folder" else model
     with pytest.raises(ArgumentError, match=r"revision is 'v2', but .*\. Omit revision") as caught:
         find_checkpoint(name, revision="v2")
@@ -41,7 +41,7 @@ def test_an_empty_revision_is_refused() -> None:
 
 
 @pytest.mark.parametrize("model", ["", "weights.safetensors", "a b/c", "seven"])
-def test_what_is_neither_a_folder_nor_a_repository_is_refused_without_the_network(
+def test_a_name_of_neither_a_folder_nor_a_repository_is_refused_without_the_network(
     model: str,
 ) -> None:
     with pytest.raises(HubError, match="does not exist") as caught:
@@ -60,7 +60,7 @@ def test_a_path_to_nothing_does_not_exist(model: str) -> None:
     assert (caught.value.name, caught.value.fact) == (model, "does not exist")
 
 
-def test_a_file_is_not_a_checkpoint_and_its_folder_is_asked_for(tmp_path: Path) -> None:
+def test_the_error_for_a_weight_file_asks_for_its_folder(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, SMALL)
     with pytest.raises(CheckpointError, match=r"a file\. Expected a checkpoint's folder") as caught:
         find_checkpoint(tmp_path / "model.safetensors")
@@ -74,7 +74,7 @@ def test_a_file_is_not_a_checkpoint_and_its_folder_is_asked_for(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"),
+    ("name", "suggestion"),
     [
         ("tinny", "tiny"),
         ("7B", "Qwen/Qwen2.5-VL-7B-Instruct or Qwen/Qwen2.5-Omni-7B"),
@@ -84,13 +84,13 @@ def test_a_file_is_not_a_checkpoint_and_its_folder_is_asked_for(tmp_path: Path) 
         ("Qwen2.5-VL-7B-Instuct", "Qwen/Qwen2.5-VL-7B-Instruct"),
     ],
 )
-def test_a_short_or_misspelt_name_gets_a_suggestion(name: str, meant: str) -> None:
+def test_a_short_or_misspelt_name_gets_a_suggestion(name: str, suggestion: str) -> None:
     with pytest.raises(HubError) as caught:
         find_checkpoint(name)
-    assert str(caught.value).endswith(f"Did you mean {meant}?")
+    assert str(caught.value).endswith(f"Did you mean {suggestion}?")
 
 
-def test_a_repository_that_is_not_found_gets_a_suggestion_too() -> None:
+def test_a_missing_repository_gets_a_suggestion() -> None:
     """The name looks like a repository's name, so only the Hub can report that it does not
     exist."""
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -103,14 +103,14 @@ def test_a_repository_that_is_not_found_gets_a_suggestion_too() -> None:
     assert remedy("qwen/Qwen2.5-VL-7B-instruct").startswith(f"Did you mean {known}? Otherwise ")
     assert "did you mean" not in remedy(known)
     assert "did you mean" not in remedy("someone/else")
-    assert "did you mean" not in remedy("someone/tiny")  # theirs, whatever ours is called
+    assert "did you mean" not in remedy("someone/tiny")  # "tiny" without an owner is our model
 
 
 @pytest.mark.parametrize("error", [errno.EACCES, errno.ENAMETOOLONG])
 def test_a_folder_that_may_not_be_read_is_named(
     error: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def is_dir(path: Path) -> bool:  # as Python 3.11's does; later ones return False
+    def is_dir(path: Path) -> bool:  # Python 3.11 raises; later versions return False
         raise OSError(error, os.strerror(error), str(path))
 
     monkeypatch.setattr(Path, "is_dir", is_dir)
@@ -121,14 +121,14 @@ def test_a_folder_that_may_not_be_read_is_named(
 
 
 def test_tiny_and_a_local_folder_need_no_hub(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it fails
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # its import would fail
     monkeypatch.chdir(tmp_path)
     assert find_checkpoint("tiny").folder == packaged_weights() / "tiny"
     found = find_checkpoint(tmp_path)
     assert (found.folder, found.name, found.commit) == (tmp_path, str(tmp_path), None)
 
 
-def test_a_folder_of_ours_is_a_local_checkpoint_too(
+def test_a_folder_in_our_cache_is_a_local_checkpoint(
     worker: Worker, repo: Path, call: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL)
@@ -142,7 +142,7 @@ def test_a_folder_of_ours_is_a_local_checkpoint_too(
     assert etag_of(repo / "config.json") == etag_of(folder / "config.json")
 
 
-def test_a_link_that_another_process_makes_anew_is_waited_for(
+def test_a_link_that_another_process_recreates_is_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sixteen processes run at once, and the client in each process removes and recreates a
@@ -170,6 +170,6 @@ def test_a_link_that_another_process_makes_anew_is_waited_for(
         repository._request_file("config.json", COMMIT)
     assert answers == []
     answers[:] = [LocalEntryNotFoundError("not in the cache"), None]
-    with pytest.raises(LocalEntryNotFoundError):  # an answer is not asked for again
+    with pytest.raises(LocalEntryNotFoundError):  # an answer of the Hub is not retried
         repository._request_file("config.json", COMMIT)
     assert answers == [None]

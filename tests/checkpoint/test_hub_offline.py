@@ -18,7 +18,7 @@ def test_offline_without_image_settings_is_refused_rather_than_guessed(
     limits than the checkpoint's limits, without a warning."""
     write_checkpoint(repo, SMALL)
     cached = {"repo_id": "org/tiny", "cache_dir": call["cache_dir"]}
-    for name in ("config.json", "model.safetensors"):  # as another program may have
+    for name in ("config.json", "model.safetensors"):  # as if another program had downloaded them
         worker("whole", **cached, filename=name)
     refused = worker("load", **call, local_files_only=True)
     assert refused["kind"] == "HubError", refused
@@ -28,11 +28,11 @@ def test_offline_without_image_settings_is_refused_rather_than_guessed(
     online = worker("load", **call)
     kept = worker("load", **call, local_files_only=True)
     assert "weights" in online
-    assert kept == online  # the cache remembers that the repository has none
+    assert kept == online  # the cache records that the repository has no image settings
 
 
 @pytest.mark.slow
-def test_the_environment_means_what_it_means_to_huggingface_hub(
+def test_environment_variables_work_as_in_huggingface_hub(
     hub: Hub, repo: Path, tmp_path: Path
 ) -> None:
     write_checkpoint(repo, SMALL)
@@ -54,7 +54,7 @@ def test_the_environment_means_what_it_means_to_huggingface_hub(
         assert later["weights"] == online["weights"]
     with running_worker(
         home, "http://127.0.0.1:9", HF_HUB_CACHE=str(cache)
-    ) as worker:  # nobody listens
+    ) as worker:  # a closed port
         away = worker("load", **plain)
         kept = worker("load", **plain, cache_dir=home / "hub")
     assert "not in the local cache, and the Hub could not be reached" in away["message"]
@@ -62,11 +62,9 @@ def test_the_environment_means_what_it_means_to_huggingface_hub(
 
 
 @pytest.mark.slow
-def test_without_a_network_nothing_is_tried_again_and_again(
-    hub: Hub, repo: Path, tmp_path: Path
-) -> None:
+def test_a_host_that_does_not_resolve_is_not_retried(hub: Hub, repo: Path, tmp_path: Path) -> None:
     write_checkpoint(repo, SMALL)
-    home, nowhere = tmp_path / "home", "http://hub.invalid"  # a name that nobody may register
+    home, nowhere = tmp_path / "home", "http://hub.invalid"  # never resolves
     with running_worker(home, hub.endpoint) as worker:
         online = worker("load", model="org/tiny")
         write_checkpoint(tmp_path / "sharded", SMALL, shards=2)
@@ -79,5 +77,5 @@ def test_without_a_network_nothing_is_tried_again_and_again(
         kept = worker("load", model="org/tiny")
     for refused in (away, begun):
         assert "not in the local cache, and the Hub could not be reached" in refused["message"]
-        assert refused["waits"] == refused["log"] == []  # between attempts: 25 s in all
+        assert refused["waits"] == refused["log"] == []  # retries would wait 25 s
     assert (kept["weights"], kept["waits"]) == (online["weights"], [])

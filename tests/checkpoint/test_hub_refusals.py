@@ -158,7 +158,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize(("edit", "words"), REFUSALS.values(), ids=REFUSALS)
-def test_what_cannot_be_used_is_refused_before_any_weight_is_fetched(
+def test_an_unsupported_repository_is_refused_before_any_weight_is_downloaded(
     hub: Hub,
     worker: Worker,
     repo: Path,
@@ -173,14 +173,14 @@ def test_what_cannot_be_used_is_refused_before_any_weight_is_fetched(
     for word in words:
         assert word in refused["message"]
     weights = [r for r in hub.requests if r.method == "GET" and r.file.endswith(".safetensors")]
-    assert sum(request.sent for request in weights) < 8_000  # a header at most
+    assert sum(request.sent for request in weights) < 8_000  # at most a header
     assert not own_folder(call).exists()
 
 
 @pytest.mark.parametrize(
     "changes", [{"model_type": "qwen2_vl"}, {"model_type": "llava"}, {"auto_map": {"a": "b.c"}}]
 )
-def test_another_model_is_refused_before_any_weight_file_is_asked_for(
+def test_another_model_is_refused_before_any_request_for_a_weight_file(
     hub: Hub, worker: Worker, repo: Path, call: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     write_checkpoint(repo, SMALL)

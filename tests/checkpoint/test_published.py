@@ -57,7 +57,7 @@ def test_the_official_checkpoints_are_listed_once() -> None:
 
 
 @pytest.mark.parametrize("entry", PUBLISHED, ids=lambda entry: entry["repo"])
-def test_an_entry_says_what_it_knows_and_what_the_hub_should_confirm(entry: dict[str, Any]) -> None:
+def test_an_entry_marks_unverified_and_unconfirmed_fields(entry: dict[str, Any]) -> None:
     assert set(entry) == FIELDS | {"vision"}
     assert REPOSITORY.fullmatch(entry["repo"])
     assert entry["seen_in"]
@@ -76,12 +76,12 @@ def test_an_entry_says_what_it_knows_and_what_the_hub_should_confirm(entry: dict
 
 
 class Watch(TorchDispatchMode):
-    """Track the published tensors of each tensor through any operation."""
+    """Track, through any operation, the published tensors from which each tensor is computed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.made_of: dict[int, frozenset[str]] = {}
-        self.alive: list[Tensor] = []  # so that no id is used twice
+        self.alive: list[Tensor] = []  # a live tensor's id is unique
 
     def mark(self, tensor: Tensor, names: frozenset[str]) -> None:
         self.made_of[id(tensor)] = names
@@ -128,7 +128,7 @@ def test_the_names_map_one_to_one_onto_the_model(
     monkeypatch.setattr(LazyTensors, "_read", read)
     monkeypatch.setattr(convert_module, "check_finite", lambda tensor, name: tensor)
     monkeypatch.setattr(Tensor, "isfinite", lambda tensor: torch.ones(tensor.shape, device="cpu"))
-    monkeypatch.setattr(Tensor, "cpu", lambda tensor: tensor)  # nothing to copy from meta
+    monkeypatch.setattr(Tensor, "cpu", lambda tensor: tensor)  # meta tensors have no data to copy
     meta = torch.device("meta")
     with meta:
         model = VisionTower(config, torch.bfloat16)
@@ -139,23 +139,23 @@ def test_the_names_map_one_to_one_onto_the_model(
     assert {name: tensor.shape for name, tensor in state.items()} == expected
     model.load_state_dict(state, strict=True, assign=True)
 
-    homes: dict[str, list[str]] = {name: [] for name in shapes}
+    places_of: dict[str, list[str]] = {name: [] for name in shapes}
     for ours, tensor in state.items():
         made_of = watch.made_of[id(tensor)]
         assert made_of, f"{ours} holds no published tensor"
         for name in made_of:
-            homes[name].append(ours)
+            places_of[name].append(ours)
     patch = entry["prefix"] + "patch_embed.proj.weight"
-    assert len(homes.pop(patch)) == 3  # its rows, its folded pixels and their bias
-    assert {name: places for name, places in homes.items() if len(places) != 1} == {}
-    # of a block: q, k, v and the norm before them; gate, up and theirs; everything else alone
-    shared = Counter(places[0] for places in homes.values())
+    assert len(places_of.pop(patch)) == 3  # weights for rows and for pixels, and a bias
+    assert {name: places for name, places in places_of.items() if len(places) != 1} == {}
+    # Per block, q, k, v and norm1 share a parameter, and gate, up and norm2 share one.
+    shared = Counter(places[0] for places in places_of.values())
     together = {n: c for n, c in shared.items() if not re.search(r"attn\.qkv|gate_up", n)}
     assert set(together.values()) == {1}
     assert set(reads) == set(shapes)
 
 
-def test_the_table_of_the_documentation_says_the_same() -> None:
+def test_the_table_in_the_documentation_matches() -> None:
     text = (ROOT / "docs" / "checkpoints.md").read_text("utf-8")
     for entry in PUBLISHED[:4]:
         [row] = [line for line in rows(text) if f"`{entry['repo']}`" in line]

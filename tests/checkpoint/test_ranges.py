@@ -66,7 +66,7 @@ def arrangements(draw: st.DrawFn) -> list[tuple[str, int, int]]:
         name = draw(st.sampled_from(sorted(FILES)))
         start = draw(st.integers(0, len(FILES[name])))
         spans.append((name, start, draw(st.integers(start, len(FILES[name])))))
-        if draw(st.booleans()):  # and what follows it
+        if draw(st.booleans()):  # and the bytes after it
             name, _, end = spans[-1]
             spans.append((name, end, draw(st.integers(end, len(FILES[name])))))
     return spans
@@ -74,7 +74,7 @@ def arrangements(draw: st.DrawFn) -> list[tuple[str, int, int]]:
 
 @settings(max_examples=60, deadline=None)
 @given(arrangements(), st.lists(st.integers(0, 900), max_size=8))
-def test_every_byte_arrives_where_it_belongs_through_any_breaks(
+def test_every_byte_is_written_to_its_place_after_any_interruptions(
     spans: list[tuple[str, int, int]], breaks: list[int]
 ) -> None:
     pieces, expected = [], b""
@@ -93,14 +93,14 @@ def test_every_byte_arrives_where_it_belongs_through_any_breaks(
     assert sum(arrived) == len(expected)
 
 
-def test_neighbours_become_one_request_and_others_do_not() -> None:
+def test_only_adjacent_ranges_become_one_request() -> None:
     pieces = [Piece("a", 0, 4, 9), Piece("a", 4, 6, 13), Piece("a", 6, 6, 15), Piece("b", 6, 8, 15)]
     assert merge(pieces) == [Piece("a", 0, 6, 9), Piece("b", 6, 8, 15)]
-    elsewhere = [Piece("a", 0, 4, 0), Piece("a", 4, 6, 5)]
-    assert merge(elsewhere) == elsewhere
+    scattered = [Piece("a", 0, 4, 0), Piece("a", 4, 6, 5)]
+    assert merge(scattered) == scattered
 
 
-def test_a_break_goes_on_where_it_stopped_and_waits_longer_each_time(waits: list[float]) -> None:
+def test_a_range_resumes_after_an_interruption_with_growing_waits(waits: list[float]) -> None:
     source = Source(breaks=[0, 0, 0, 300])
     content, size = read(source.open, "a", 100, 900)
     assert (content, size) == (FILES["a"][100:900], 5_000)
@@ -108,7 +108,7 @@ def test_a_break_goes_on_where_it_stopped_and_waits_longer_each_time(waits: list
     assert waits == [1.0, 2.0, 4.0, 8.0]
 
 
-def test_breaks_that_bring_nothing_end_it_after_six(waits: list[float]) -> None:
+def test_six_interruptions_without_progress_are_an_error(waits: list[float]) -> None:
     source = Source(breaks=[0] * 9)
     with pytest.raises(TransferError, match="cut"):
         read(source.open, "a", 0, 10)
@@ -116,23 +116,23 @@ def test_breaks_that_bring_nothing_end_it_after_six(waits: list[float]) -> None:
     assert sum(waits) == 31.0
 
 
-def test_breaks_that_bring_something_never_end_it(waits: list[float]) -> None:
+def test_interruptions_with_progress_are_always_retried(waits: list[float]) -> None:
     content, _ = read(Source(breaks=[100] * 20).open, "a", 0, 3_000)
     assert content == FILES["a"][:3_000]
     assert waits == [1.0] * 20
 
 
-def test_a_source_that_ends_early_without_a_word_is_a_break() -> None:
-    asked: list[int] = []
+def test_a_source_that_ends_early_without_an_error_is_an_interruption() -> None:
+    starts: list[int] = []
 
     @contextmanager
     def short(name: str, start: int, end: int) -> Iterator[RangeResponse]:
-        asked.append(start)
+        starts.append(start)
         yield RangeResponse([] if start else [b"x" * 4], 5_000)
 
     with pytest.raises(TransferError, match="closed 6 bytes early"):
         read(short, "a", 0, 10)
-    assert asked == [0, *[4] * 5]
+    assert starts == [0, *[4] * 5]
 
 
 def test_a_range_beyond_the_end_is_cut_off_there() -> None:
@@ -158,7 +158,7 @@ def test_the_first_refusal_stops_the_others(tmp_path: Path) -> None:
     assert [t for t in threading.enumerate() if t.name.startswith("qwen-vit-download")] == []
 
 
-def test_the_end_is_not_put_off_by_a_part_that_rests_before_its_next_attempt(
+def test_a_part_that_waits_for_its_next_attempt_does_not_delay_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranges, "_rest", REST)
@@ -180,7 +180,7 @@ def test_the_end_is_not_put_off_by_a_part_that_rests_before_its_next_attempt(
     assert time.monotonic() - begin < 10
 
 
-def test_more_bytes_than_asked_for_are_refused() -> None:
+def test_more_bytes_than_requested_are_refused() -> None:
     @contextmanager
     def generous(name: str, start: int, end: int) -> Iterator[RangeResponse]:
         yield RangeResponse([b"x" * (end - start + 1)], 5_000)

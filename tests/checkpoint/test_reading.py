@@ -18,7 +18,7 @@ from tests.support.checkpoints import (
     write_checkpoint,
 )
 
-# What is read
+# Tensors and settings
 
 
 def test_the_published_tower_has_390_tensors() -> None:
@@ -42,7 +42,7 @@ def test_expected_tensors_are_those_of_transformers() -> None:
 @pytest.mark.parametrize(
     "prefix", ["visual.", "model.visual.", "thinker.visual.", "", "base_model.model.visual."]
 )
-def test_every_key_layout_and_file_layout_reads_alike(
+def test_every_key_layout_and_file_layout_gives_the_same_tensors(
     tmp_path: Path, prefix: str, shards: int
 ) -> None:
     tensors = write_checkpoint(tmp_path, SMALL, prefix=prefix, shards=shards)

@@ -19,7 +19,7 @@ from tests.support.checkpoints import (
 )
 
 
-def test_folders_without_weights_say_what_they_hold(tmp_path: Path) -> None:
+def test_the_error_for_a_folder_without_weights_names_its_files(tmp_path: Path) -> None:
     assert "nothing: not a folder. Expected a folder with" in refusal(tmp_path / "nothing")
     assert "no weights (the folder contains nothing). Expected model.safetensors" in refusal(
         tmp_path
@@ -206,7 +206,7 @@ def test_damaged_files_name_their_path_size_and_remedy(
     assert any(x in message for x in ("download MODEL)", "git lfs pull", "Use the safetensors"))
 
 
-def test_a_header_length_that_spells_markup_is_no_impostor(tmp_path: Path) -> None:
+def test_a_header_length_whose_bytes_look_like_markup_is_accepted(tmp_path: Path) -> None:
     """The bytes of the length 0x3C20 are a space and "<"."""
     write_checkpoint(tmp_path, SMALL, prefix="")
     path = tmp_path / "model.safetensors"

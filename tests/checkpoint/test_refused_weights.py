@@ -30,7 +30,7 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> N
     save_file(tensors, folder / "model.safetensors")
 
 
-# What is refused: weights that do not fit
+# Weights that do not fit the tower
 
 
 def test_missing_and_extra_tensors_are_counted_and_named(tmp_path: Path) -> None:
@@ -72,8 +72,8 @@ def test_a_block_of_the_other_qkv_layout_is_refused(tmp_path: Path, prefix: str)
     def edit(tensors: dict[str, Tensor]) -> None:
         if prefix == "visual.":
             for part in ("weight", "bias"):
-                whole = tensors.pop(f"visual.blocks.2.attn.qkv.{part}")
-                for letter, third in zip("qkv", whole.chunk(3), strict=True):
+                qkv = tensors.pop(f"visual.blocks.2.attn.qkv.{part}")
+                for letter, third in zip("qkv", qkv.chunk(3), strict=True):
                     tensors[f"visual.blocks.2.attn.{letter}.{part}"] = third.clone()
         else:
             del tensors["thinker.visual.blocks.2.attn.k.bias"]
@@ -137,7 +137,7 @@ def test_towers_of_other_models_are_refused_by_name(tmp_path: Path, name: str, m
     assert f": visual.{name}). Expected Qwen2.5-VL. Use transformers for this model." in message
 
 
-def test_two_towers_and_none_are_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_two_towers_or_no_tower_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, SMALL)
     edit_weights(
         tmp_path,

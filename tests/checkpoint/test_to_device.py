@@ -39,41 +39,42 @@ def mixed_tensors(seed: int, n: int = 40) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("threads", "piece_bytes"), [(1, 1), (1, 64), (3, 7), (2, 100), (2, 4096)])
-def test_every_tensor_arrives_whole_and_in_order(
+def test_every_tensor_arrives_complete_and_in_order(
     device: torch.device, threads: int, piece_bytes: int
 ) -> None:
     for seed in range(5):
         tensors = mixed_tensors(seed)
         arrived = list(_through_slots(tensors, device, threads, piece_bytes))
         assert len(arrived) == len(tensors)
-        for there, here in zip(arrived, tensors, strict=True):
-            assert (there.device, there.dtype, there.shape) == (device, here.dtype, here.shape)
-            assert there.is_contiguous()
-            assert torch.equal(there.cpu(), here)
+        for copied, original in zip(arrived, tensors, strict=True):
+            assert copied.device == device
+            assert (copied.dtype, copied.shape) == (original.dtype, original.shape)
+            assert copied.is_contiguous()
+            assert torch.equal(copied.cpu(), original)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_arrived_stays_when_its_slot_is_used_again(device: torch.device) -> None:
+def test_a_copied_tensor_does_not_change_when_its_slot_is_reused(device: torch.device) -> None:
     tensors = [torch.full((50,), float(i)) for i in range(60)]
     arrived = list(_through_slots(tensors, device, 2, 40))
     assert [set(tensor.tolist()) for tensor in arrived] == [{float(i)} for i in range(60)]
 
 
-def test_tensors_are_asked_for_ahead_by_the_slots_and_no_more() -> None:
-    asked = []
+def test_the_number_of_slots_bounds_the_prefetched_tensors() -> None:
+    requested = []
 
     def ask() -> Iterator[Tensor]:
         for i in range(100):
-            asked.append(i)
-            yield torch.zeros(25)  # a piece each
+            requested.append(i)
+            yield torch.zeros(25)  # each tensor fills one slot
 
     arriving = _through_slots(ask(), CPU, 3, 100)
-    ahead = [len(asked) - i - 1 for i, _ in enumerate(arriving)]
-    # 3 threads with 2 slots each, and the one that waits for a slot
+    ahead = [len(requested) - i - 1 for i, _ in enumerate(arriving)]
+    # The 3 threads have 2 slots each. The next tensor waits for a slot.
     assert ahead[:90] == [6] * 90
 
 
-def test_an_error_of_the_source_comes_out_and_the_threads_end() -> None:
+def test_an_error_of_the_source_is_raised_and_the_threads_end() -> None:
     def ask() -> Iterator[Tensor]:
         yield torch.zeros(10)
         raise CheckpointError("gone")
@@ -89,7 +90,7 @@ def test_an_error_of_the_source_comes_out_and_the_threads_end() -> None:
     assert threading.active_count() == before
 
 
-def test_on_a_cpu_tensors_stay_what_they_are() -> None:
+def test_tensors_on_a_cpu_are_not_copied() -> None:
     tensors = mixed_tensors(0)
     assert all(a is b for a, b in zip(to_device(tensors, CPU), tensors, strict=True))
 
@@ -103,17 +104,17 @@ def test_a_gpu_makes_the_same_bits_of_a_checkpoint_as_a_cpu(
 ) -> None:
     write_checkpoint(tmp_path, WIDE, prefix=prefix, dtype=stored)
     tensors = load_checkpoint(tmp_path).tensors
-    here, there = (
+    on_cpu, on_gpu = (
         convert(tensors, WIDE, ImageConfig.from_json({}), dtype, device) for device in (CPU, CUDA)
     )
-    assert list(here) == list(there)
-    for name, tensor in there.items():
-        assert (tensor.device, tensor.dtype) == (CUDA, here[name].dtype), name
-        bits, expected = (t.contiguous().view(torch.uint8) for t in (tensor.cpu(), here[name]))
+    assert list(on_cpu) == list(on_gpu)
+    for name, tensor in on_gpu.items():
+        assert (tensor.device, tensor.dtype) == (CUDA, on_cpu[name].dtype), name
+        bits, expected = (t.contiguous().view(torch.uint8) for t in (tensor.cpu(), on_cpu[name]))
         assert torch.equal(bits, expected), name
     encoder = VisionEncoder.from_pretrained(tmp_path, device="cuda", dtype=dtype)
     for name, tensor in encoder.tower.state_dict().items():
-        assert torch.equal(tensor.cpu(), here[name]), name
+        assert torch.equal(tensor.cpu(), on_cpu[name]), name
 
 
 @gpu

@@ -32,7 +32,7 @@ def assert_same(tower: VisionTower, expected: VisionTower) -> None:
 
 @pytest.mark.parametrize("pieces", [1, 3, 1000])
 @pytest.mark.parametrize("seed", range(3))
-def test_any_order_and_any_pieces_give_the_parameters_of_a_whole_load(
+def test_any_order_and_any_pieces_give_the_parameters_of_a_complete_load(
     pieces: int, seed: int
 ) -> None:
     encoder = tiny()
@@ -48,7 +48,7 @@ def test_any_order_and_any_pieces_give_the_parameters_of_a_whole_load(
     assert_same(tower, encoder.tower)
 
 
-def test_pieces_are_copied_where_they_wait() -> None:
+def test_waiting_pieces_are_copied() -> None:
     """A trainer sends weights through one buffer, which it fills again after each call."""
     encoder = tiny()
     tower = empty_tower(encoder)
@@ -77,21 +77,21 @@ def test_new_weights_replace_old_ones_in_the_same_memory() -> None:
     assert {name: tensor.data_ptr() for name, tensor in tower.state_dict().items()} == addresses
 
 
-def test_q_k_and_v_stored_apart_are_joined() -> None:
+def test_separately_stored_q_k_and_v_are_joined() -> None:
     encoder = tiny()
     tower = empty_tower(encoder)
     updates = WeightUpdates(tower, encoder.config, encoder.image_config)
-    apart: dict[str, Tensor] = {}
+    split: dict[str, Tensor] = {}
     for name, tensor in encoder.checkpoint.tensors.items():
         if ".attn.qkv." in name:
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                apart[name.replace(".qkv.", f".{letter}.")] = part
+                split[name.replace(".qkv.", f".{letter}.")] = part
         else:
-            apart[name] = tensor
+            split[name] = tensor
     last = "blocks.0.attn.k.weight"
-    updates.load((name, tensor) for name, tensor in apart.items() if name != last)
+    updates.load((name, tensor) for name, tensor in split.items() if name != last)
     assert updates.missing == ("blocks.0.attn.qkv.weight",)
-    updates.load([(last, apart[last])])
+    updates.load([(last, split[last])])
     assert not updates.missing
     assert_same(tower, encoder.tower)
 

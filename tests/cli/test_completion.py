@@ -45,7 +45,7 @@ def test_a_checkpoint_is_completed_at_once(words: str) -> None:
     assert seconds < 0.6
 
 
-def test_what_is_in_the_cache_is_completed_too(tmp_path: Path) -> None:
+def test_cached_checkpoints_are_completed(tmp_path: Path) -> None:
     for name in ("models--me--my-tower", "models--other--x", "datasets--me--d", "models--odd"):
         (tmp_path / name).mkdir()
     found, _, _ = completed("qwen-vit info me/", HF_HUB_CACHE=str(tmp_path))
@@ -58,11 +58,11 @@ def test_commands_and_options_are_completed() -> None:
     assert "plain,--point" in completed("qwen-vit show --po")[0]
 
 
-def test_help_says_how_to_turn_it_on(run: Any) -> None:
+def test_help_explains_how_to_enable_completion(run: Any) -> None:
     words, page = run("--help").out, (ROOT / "docs" / "install.md").read_text("utf-8")
     for line in (
         'eval "$(_QWEN_VIT_COMPLETE=bash_source qwen-vit)"',
         "_QWEN_VIT_COMPLETE=fish_source qwen-vit | source",
     ):
         assert line in words
-        assert line in page  # once `source <(...)`
+        assert line in page  # a page once had `source <(...)`

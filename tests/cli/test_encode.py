@@ -71,7 +71,7 @@ def test_nothing_on_standard_input_is_no_image(
     assert "error: no image found in -." in done.err
 
 
-def test_a_column_says_what_was_done_to_each_image(folder: Path, run: Any) -> None:
+def test_a_column_has_the_notes_of_each_image(folder: Path, run: Any) -> None:
     frames = [Image.new("RGB", (56, 56), colour) for colour in ("red", "green", "blue")]
     frames[0].save("three.gif", save_all=True, append_images=frames[1:])
     exif = Image.Exif()
@@ -87,13 +87,13 @@ def test_a_column_says_what_was_done_to_each_image(folder: Path, run: Any) -> No
     assert "16" in notes["deep.png"]
     assert notes["broken.png"] == "skipped: truncated"
     plain = run("encode", "a.png", *AGAIN)
-    assert "notes" not in plain.out  # a column of nothing is none
+    assert "notes" not in plain.out  # an empty column is omitted
 
 
-@pytest.mark.parametrize(("given", "meant"), [("fp32", "float32"), ("float32", "float32")])
-def test_a_dtype_has_a_short_name(folder: Path, run: Any, given: str, meant: str) -> None:
+@pytest.mark.parametrize(("given", "full_name"), [("fp32", "float32"), ("float32", "float32")])
+def test_a_dtype_has_a_short_name(folder: Path, run: Any, given: str, full_name: str) -> None:
     done = run("encode", "a.png", *AGAIN, "--dtype", given, "--json")
-    assert json.loads(done.out)["dtype"] == meant
+    assert json.loads(done.out)["dtype"] == full_name
 
 
 def test_bf16_is_bfloat16(folder: Path, run: Any) -> None:
@@ -107,9 +107,9 @@ def test_quiet_logs_errors_alone_and_verbose_more(folder: Path, run: Any) -> Non
     assert [each.code for each in (plain, quiet, verbose)] == [1, 1, 1]
     assert "skipped: broken.png" in plain.err
     assert quiet.err == ""
-    assert "skipped: truncated" in quiet.out  # results stay
+    assert "skipped: truncated" in quiet.out  # --quiet keeps results
     assert "loaded VisionEncoder('tiny', float32, on cpu) in" in verbose.err
-    assert "loaded" not in plain.err + run(*words).err  # -v of one command is not kept
+    assert "loaded" not in plain.err + run(*words).err  # -v does not affect later commands
     assert run("encode", "a.png", "-q", *TO_FILE).err.startswith("error: f.safetensors: alre")
 
 
@@ -127,22 +127,22 @@ def test_encode_prints_a_row_for_each_image_and_writes_the_file(folder: Path, ru
         ["b.jpg", "84 x 56", "(1, 4, 6)", "6", "192"],
     ]
     assert all(row[5].isdigit() for row in cells)
-    assert len({len(line) for line in (head, rule, *rows)}) == 1  # aligned
+    assert len({len(line) for line in (head, rule, *rows)}) == 1  # the columns are aligned
     size = os.stat("f.safetensors").st_size
     assert last == f"wrote f.safetensors ({size:,} bytes)"
 
 
-def test_the_file_holds_what_encode_returns(folder: Path, run: Any) -> None:
+def test_the_file_has_the_features_that_encode_returns(folder: Path, run: Any) -> None:
     assert run("encode", "a.png", "b.jpg", *TO_FILE).code == 0
     written = load_features("f.safetensors")
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
-    for there, name in zip(written, ["a.png", "b.jpg"], strict=True):
+    for stored, name in zip(written, ["a.png", "b.jpg"], strict=True):
         [expected] = encoder.encode([name])
-        assert there.id == name
-        assert there.grid_thw == expected.grid_thw
-        assert there.embeds is not None
+        assert stored.id == name
+        assert stored.grid_thw == expected.grid_thw
+        assert stored.embeds is not None
         assert expected.embeds is not None
-        assert torch.equal(there.embeds, expected.embeds)
+        assert torch.equal(stored.embeds, expected.embeds)
     assert written.metadata["model"] == "tiny"
 
 
@@ -156,7 +156,7 @@ def test_a_broken_image_is_skipped_and_ends_with_1(folder: Path, run: Any) -> No
     assert load_features("f.safetensors").ids == ["a.png", "b.jpg"]
 
 
-def test_an_image_that_may_not_be_read_is_skipped_like_any_other(
+def test_an_image_without_read_permission_is_skipped(
     folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bad name once counted as bad usage, so the command also rejected the good images."""

@@ -27,12 +27,12 @@ OPTIONS = [
 FLAGS = {flag for option in OPTIONS for flag in option.opts}
 NAMES = {flag[2:].replace("-", "_") for flag in FLAGS if flag.startswith("--")}
 FLAG = re.compile(r"--[a-z][a-z-]*[a-z]")
-# a name with an underscore is no English word, and `fps=` is Python
+# A name with an underscore is an option, and so is `fps=`.
 OPTION = re.compile(r"(?<![.\w])(?:[a-z]+_[a-z_]+|[a-z]+(?==))")
 SPELLED = ("with_options", "Wording", "_wrong")
-# these serve Python alone, or a shell alone
+# These modules have readers in Python only, or in a shell only.
 ONE_READER = ("cli/", "integrations/", "benchmark.py", "encoder.py", "loaded_tower.py")
-KEYS = ("config.py", "export/settings.py")  # they name keys of JSON files
+KEYS = ("config.py", "export/settings.py")  # their errors name keys of JSON files
 
 
 @cache
@@ -70,7 +70,7 @@ def literals(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.Call) and getattr(node.func, "id", "") in SPELLED:
         return
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        yield re.sub(r"`[^`]*`|\(qwen-vit [^)]*\)", "", node.value)  # commands are for a shell
+        yield re.sub(r"`[^`]*`|\(qwen-vit [^)]*\)", "", node.value)  # a command is shell text
     for child in ast.iter_child_nodes(node):
         yield from literals(child)
 

@@ -46,9 +46,9 @@ def test_a_feature_file_is_described_and_verified(folder: Path, run: Any) -> Non
     assert facts["model"] == "tiny"
     lines = facts_of(run("info", "f.safetensors").out)
     assert (lines["images"], lines["rows"]) == ("2", "10 of 192 values, float32")
-    whole = run("verify", "f.safetensors")
-    assert whole.code == 0
-    assert whole.out.startswith("whole: 2 images, 10 rows read")
+    verified = run("verify", "f.safetensors")
+    assert verified.code == 0
+    assert verified.out.startswith("whole: 2 images, 10 rows read")
     poison(Path("f.safetensors"), row=7)
     broken = run("verify", "f.safetensors", "--json")
     document = json.loads(broken.out)
@@ -167,8 +167,8 @@ def test_a_checkpoint_is_verified(folder: Path, run: Any) -> None:
         assert "blocks.0.norm1.weight: 1 NaN and 0 infinite values" in done.out
 
 
-def test_what_is_not_there_is_an_error(folder: Path, run: Any) -> None:
-    for words, said in (
+def test_a_missing_path_or_model_is_an_error(folder: Path, run: Any) -> None:
+    for words, message in (
         (("verify", "gone.safetensors"), "gone.safetensors: does not exist. Expected a feature"),
         (("verify", "./gone"), "./gone: does not exist. Expected a checkpoint's folder."),
         (("info", "7B"), "Did you mean Qwen/Qwen2.5-VL-7B-Instruct"),
@@ -176,7 +176,7 @@ def test_what_is_not_there_is_an_error(folder: Path, run: Any) -> None:
     ):
         done = run(*words)
         assert (done.code, done.out) == (2, "")
-        assert said in done.err
+        assert message in done.err
 
 
 def test_many_problems_are_counted() -> None:

@@ -33,12 +33,12 @@ def test_vectors_and_layers_are_written(run: Any, command: str) -> None:
     assert code == 0, err
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
     options: Any = {"output": "mean", "normalize": True, "layers": (1, 3)}
-    for there, name in zip(load_features("out"), ("a.png", "b.png"), strict=True):
+    for stored, name in zip(load_features("out"), ("a.png", "b.png"), strict=True):
         ours = encoder.encode(name, **options)
-        assert (there.id, there.output, there.normalized) == (name, "mean", True)
-        assert torch.allclose(there.embeds, ours.embeds, atol=1e-6)
-        assert list(there.layers) == [1, 3]
-        assert torch.allclose(there.layers[3], ours.layers[3], rtol=1e-4, atol=1e-4)
+        assert (stored.id, stored.output, stored.normalized) == (name, "mean", True)
+        assert torch.allclose(stored.embeds, ours.embeds, atol=1e-6)
+        assert list(stored.layers) == [1, 3]
+        assert torch.allclose(stored.layers[3], ours.layers[3], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_an_exports_report_names_its_rows(run: Any) -> None:
         (("--output", "max"), "Invalid value for '--output'"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_anything_is_written(
+def test_contradictory_options_are_refused_before_any_file_is_written(
     run: Any, command: str, options: tuple[str, ...], words: str
 ) -> None:
     code, out, err = run(command, "a.png", *COMMON, *options)

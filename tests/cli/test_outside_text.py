@@ -21,11 +21,11 @@ def test_every_error_is_one_printable_line(fact: str, name: str, want: str, reme
     error = QwenVitError(fact, name=name, expected=want, remedy=remedy)
     assert str(error).isprintable()
     assert repr(error).isprintable()
-    assert ImageError.of(error, code="damaged").fact == fact  # the data stays as it was
+    assert ImageError.of(error, code="damaged").fact == fact  # only the display is escaped
 
 
 @given(st.text())
-def test_escaping_keeps_what_is_printable_and_is_done_once(text: str) -> None:
+def test_escaping_keeps_printable_text_and_is_idempotent(text: str) -> None:
     assert one_line(text).isprintable()
     assert one_line(one_line(text)) == one_line(text)
     assert not text.isprintable() or one_line(text) == text

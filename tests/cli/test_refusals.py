@@ -64,7 +64,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("fault", REFUSED)
-def test_what_could_not_be_written_is_refused_before_any_work(
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     folder: Path, run: Any, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--overwrite once replaced /dev/null, and an input image, by a feature file."""
@@ -132,7 +132,7 @@ BAD_USAGE = {
     "float16": (("encode", "a.png", *TO_FILE, "--dtype", "float16"), "Use float32 on a CPU, or"),
     "device": (("encode", "a.png", *TO_FILE, "--device", "tpu"), "device is 'tpu'"),
     "limits": (("encode", "a.png", *TO_FILE, "--max-pixels", "9"), "Pass other --min-pixels"),
-    "bench on a CPU": (  # before any weights are looked for
+    "bench on a CPU": (  # the check precedes the search for weights
         ("bench", "--model", "no-such/model", "--local-files-only", "--device", "cpu"),
         "Use a GPU.",
     ),
@@ -143,7 +143,7 @@ BAD_USAGE = {
 
 
 @pytest.mark.parametrize("fault", BAD_USAGE)
-def test_bad_usage_ends_with_2_and_says_why(folder: Path, run: Any, fault: str) -> None:
+def test_wrong_usage_exits_with_2_and_names_the_cause(folder: Path, run: Any, fault: str) -> None:
     arguments, words = BAD_USAGE[fault]
     done = run(*arguments)
     assert (done.code, done.out) == (2, "")
@@ -151,7 +151,7 @@ def test_bad_usage_ends_with_2_and_says_why(folder: Path, run: Any, fault: str) 
     assert "Traceback" not in done.err
 
 
-def test_what_the_system_refuses_unforeseen_is_one_line(
+def test_an_unexpected_error_of_the_system_is_one_line(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: Any, **__: Any) -> None:
@@ -281,7 +281,7 @@ def test_a_missing_path_has_one_wording(
 
 def test_a_misspelt_model_is_refused_without_a_warning(folder: Path, run: Any) -> None:
     """The warning about the missing GPU once came first, and no name was suggested."""
-    device._warn_once.cache_clear()  # it warns once per process
+    device._warn_once.cache_clear()  # the warning appears once per process
     done = run("encode", "a.png", "--model", "tyni", "--out", "f")
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("error: tyni: does not exist.")
@@ -301,7 +301,7 @@ def test_a_folder_without_a_model_or_features_names_both(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "meant"),
+    ("arguments", "suggestion"),
     [
         (("encode", "a.png", "--mdel", "tiny"), "--model"),
         (("encod",), "encode"),
@@ -311,19 +311,19 @@ def test_a_folder_without_a_model_or_features_names_both(
     ],
 )
 def test_the_closest_option_or_command_is_suggested(
-    run: Any, arguments: tuple[str, ...], meant: str
+    run: Any, arguments: tuple[str, ...], suggestion: str
 ) -> None:
     """The suggestions once were in alphabetical order: --dtype, --help and --model."""
     done = run(*arguments)
     assert done.code == 2
-    assert f". Did you mean {meant}? See `qwen-vit" in done.err
+    assert f". Did you mean {suggestion}? See `qwen-vit" in done.err
 
 
 @pytest.mark.parametrize("name", ["list.txt", "list.jsonl"])
 def test_a_command_without_lists_names_those_that_read_them(
     folder: Path, run: Any, name: str
 ) -> None:
-    """The remedy once was to pass a list as .txt, which this file is."""
+    """The remedy once asked for a list in a .txt file, although this file is one."""
     Path(name).write_text('{"path": "a.png"}\n' if name.endswith("l") else "a.png\n")
     for arguments in (("info", "tiny", "--image", name), ("compare", name, "--model", "tiny")):
         done = run(*arguments)
@@ -340,7 +340,7 @@ def test_a_command_without_lists_names_those_that_read_them(
         ("list.txt", "Pass another path."),
     ],
 )
-def test_another_file_is_answered_with_what_info_describes(
+def test_the_error_for_another_kind_of_file_lists_what_info_describes(
     folder: Path, run: Any, command: str, name: str, remedy: str
 ) -> None:
     """The remedy once was to pass the image's folder."""

@@ -23,8 +23,8 @@ from tests.support import ROOT
 
 def test_no_argument_at_all_is_a_request_for_help(run: Any) -> None:
     """Newer versions of click raise the help as an error, which the command printed on one line."""
-    bare, asked = run(), run("--help")
-    assert bare == asked
+    bare, explicit = run(), run("--help")
+    assert bare == explicit
     assert bare.code == 0
     assert "\nCommands:\n" in bare.out
 
@@ -45,7 +45,7 @@ sys.stderr.write(f"\\n{code or 0} {sorted(slow & set(sys.modules))}")
 def cpu_seconds(*arguments: str) -> tuple[float, str]:
     """Return the user and system time of a Python process, as the minimum of three runs, and its
     stderr."""
-    least, said = float("inf"), ""
+    least, stderr = float("inf"), ""
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
@@ -54,8 +54,8 @@ def cpu_seconds(*arguments: str) -> tuple[float, str]:
         )  # fmt: skip
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        least, said = min(least, spent), done.stderr
-    return least, said
+        least, stderr = min(least, spent), done.stderr
+    return least, stderr
 
 
 @pytest.mark.parametrize(
@@ -72,11 +72,11 @@ def cpu_seconds(*arguments: str) -> tuple[float, str]:
     ],
     ids=lambda each: " ".join(each) if isinstance(each, list) else "",
 )
-def test_help_and_typos_answer_at_once(arguments: list[str], code: int) -> None:
+def test_help_and_typos_are_fast(arguments: list[str], code: int) -> None:
     """Usage errors once took 1.8 s, almost all of it for the import of torch."""
-    seconds, said = cpu_seconds("-c", STARTED, *arguments)
+    seconds, stderr = cpu_seconds("-c", STARTED, *arguments)
     print(f"{seconds:.3f} s")
-    assert said.splitlines()[-1] == f"{code} []"
+    assert stderr.splitlines()[-1] == f"{code} []"
     assert seconds < 0.4
 
 
@@ -86,7 +86,7 @@ def test_importing_the_package_takes_no_time() -> None:
     assert seconds < 0.1
 
 
-def test_a_typo_is_answered_with_the_commands_that_are_alike(run: Any) -> None:
+def test_the_error_for_a_typo_suggests_similar_commands(run: Any) -> None:
     """The group also knows the names of commands before their import."""
     done = run("encod")
     assert (done.code, done.out) == (2, "")
@@ -95,7 +95,7 @@ def test_a_typo_is_answered_with_the_commands_that_are_alike(run: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (
             "import no_such_package",
@@ -104,7 +104,9 @@ def test_a_typo_is_answered_with_the_commands_that_are_alike(run: Any) -> None:
         ("raise ImportError('torch is half there; install it again')", "torch is half there; "),
     ],
 )
-def test_a_package_that_does_not_import_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+def test_a_package_that_does_not_import_is_one_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
     (tmp_path / "torch.py").write_text(text)
     done = subprocess.run(
         [sys.executable, "-m", "qwen_vit", "info", "tiny"],
@@ -112,7 +114,7 @@ def test_a_package_that_does_not_import_is_one_line(tmp_path: Path, text: str, s
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {said}")
+    assert done.stderr.startswith(f"error: {message}")
     assert done.stderr.count("\n") == 1
 
 
@@ -147,19 +149,20 @@ except BaseException:  # as numpy takes it for a part that is missing, and goes 
 
 
 @pytest.fixture
-def heeded_interrupts() -> Iterator[None]:
+def default_interrupts() -> Iterator[None]:
     """Processes that a shell starts with `&` ignore interrupts, and so would their children."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("heeded_interrupts")
+@pytest.mark.usefixtures("default_interrupts")
 def test_an_interrupt_while_torch_is_imported_ends_with_130(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text(INTERRUPTED_TORCH)  # as Ctrl-C does, in the middle of it
+    (tmp_path / "torch.py").write_text(INTERRUPTED_TORCH)  # as Ctrl-C during the import
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     module, _, function = project["scripts"]["qwen-vit"].partition(":")
-    installed = f"import sys; from {module} import {function}; sys.exit({function}())"  # pip's
+    # the code of the script that pip installs
+    installed = f"import sys; from {module} import {function}; sys.exit({function}())"
     for command in (["-m", "qwen_vit", "info", "tiny"], ["-c", installed, "info", "tiny"]):
         done = subprocess.run(
             [sys.executable, *command],
@@ -187,7 +190,7 @@ sys.exit(main())
 """
 
 
-@pytest.mark.usefixtures("heeded_interrupts")
+@pytest.mark.usefixtures("default_interrupts")
 @pytest.mark.parametrize(
     "module",
     ["qwen_vit.cli.imports", "qwen_vit.errors", "qwen_vit.cli.main", "click", "qwen_vit.cli.info"],
@@ -213,7 +216,7 @@ def test_help_shows_examples_that_parse(run: Any, arguments: list[str]) -> None:
     for _, name, *rest in map(shlex.split, lines):
         command = cli_module.cli.get_command(click.Context(cli_module.cli), name)
         assert command is not None
-        # raises for an option that is not there; click keeps the first help option that it makes
+        # An unknown option raises. click keeps the help option that it creates first.
         context = command.make_context(name, rest, help_option_names=["-h", "--help"])
         given = context.params
         assert given["model"] or given["inputs"] or given["resume"]

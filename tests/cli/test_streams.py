@@ -33,10 +33,10 @@ def process(
     )
 
 
-# In a process of its own
+# Separate processes
 
 
-def test_the_module_encodes_in_a_process_of_its_own(folder: Path) -> None:
+def test_the_module_encodes_in_a_separate_process(folder: Path) -> None:
     """Test names that are not Unicode, names with a dash in front, and a terminal with only
     ASCII."""
     names = [b"caf\xe9\xff.png", b"-dash.png", "猫\n.png".encode()]
@@ -46,7 +46,7 @@ def test_the_module_encodes_in_a_process_of_its_own(folder: Path) -> None:
     done = process("encode", *options, "--", *names, folder=folder, PYTHONUTF8="1")
     assert done.returncode == 0, done.stderr
     assert b"Traceback" not in done.stderr
-    lines = done.stdout.decode().splitlines()  # strictly: no odd bytes
+    lines = done.stdout.decode().splitlines()  # raises for invalid UTF-8
     assert len(lines) == 2 + 3 + 1
     assert load_features("f.safetensors").ids == [os.fsdecode(name) for name in names]
 
@@ -92,21 +92,21 @@ def in_a_terminal(command: str, folder: Path) -> str:
     try:
         while piece := os.read(ours, 65536):
             sent += piece
-    except OSError:  # how a terminal says that nobody is left to write to it
+    except OSError:  # the terminal's end: the process has closed it
         pass
     os.close(ours)
     child.wait(60)
     return sent.decode()
 
 
-def test_a_reader_that_has_seen_enough_changes_nothing(folder: Path) -> None:
+def test_a_reader_that_closes_the_pipe_does_not_change_the_exit_code(folder: Path) -> None:
     """`| head -0` once ended with exit code 1, which means skipped images."""
     done = piped("qwen-vit info tiny | exec 0<&-; echo ${PIPESTATUS[0]}", folder)
     assert (done.stdout, done.stderr) == (b"0\n", b"")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_output_that_cannot_be_written_is_an_error_and_logs_are_no_reason_to_stop(
+def test_unwritable_output_is_an_error_and_unwritable_logs_are_not(
     folder: Path,
 ) -> None:
     done = piped("qwen-vit info tiny >/dev/full", folder)
@@ -120,7 +120,7 @@ def test_output_that_cannot_be_written_is_an_error_and_logs_are_no_reason_to_sto
     assert (done.returncode, done.stdout.count(b"wrote f.safetensors")) == (1, 1)
 
 
-def test_a_closed_stderr_is_as_good_as_any(folder: Path) -> None:
+def test_the_command_works_with_a_closed_stderr(folder: Path) -> None:
     """The command once encoded no image and could not report the reason."""
     line = "qwen-vit encode a.png broken.png --model tiny --device cpu --out f"
     done = piped(f"{line} 2>&-", folder)
@@ -128,7 +128,7 @@ def test_a_closed_stderr_is_as_good_as_any(folder: Path) -> None:
     assert load_features("f").ids == ["a.png"]
 
 
-def test_what_is_skipped_stands_on_a_line_of_its_own_above_the_bar(folder: Path) -> None:
+def test_a_skipped_image_has_a_separate_line_above_the_progress_bar(folder: Path) -> None:
     line = "qwen-vit encode a.png broken.png b.jpg --model tiny --device cpu --out f"
     done = in_a_terminal(line, folder)
     assert "3/3" in done

@@ -38,7 +38,7 @@ from tests.support.oracle import (
 from tests.support.towers import build_tower, layout_for, tower_trace
 from tools.make_golden import stage_drift
 
-BITE = 5  # a fault must miss the tolerance by this factor
+BITE = 5  # a fault's error must exceed the tolerance by this factor
 NAMES = ("clip_3x6x10", "mixed", "photograph_22x16", "photograph_6x10", "smallest_2x2")
 
 
@@ -110,13 +110,13 @@ def test_a_golden_was_made_of_the_weights_in_the_project(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_oracle_agrees_with_every_golden(name: str) -> None:
-    # no allowance for Hugging Face's own error: on these grids it must itself be within 1e-5
+    # On these grids, Hugging Face's own error must be within 1e-5 too.
     assert_stages_close(oracle_trace(name), golden(name), RELATIVE_TOLERANCE)
 
 
 @pytest.mark.parametrize("fault", Faults.names())
 def test_each_injected_fault_breaks_a_golden(fault: str) -> None:
-    """The merger, which every user uses, must show the mistake, even if earlier stages hide it."""
+    """The merger, which every user uses, must show the fault, even if earlier stages hide it."""
     factors = {}
     for name in NAMES:
         faulty, then = oracle_trace(name, Faults(**{fault: True})), golden(name).trace["merger"]
@@ -203,7 +203,7 @@ def test_rms_norm_with_the_wrong_cast_order_shows_in_bf16() -> None:
 
 
 @pytest.mark.parametrize("moved", ["golden", "now", "neither"])
-def test_a_drift_shows_whichever_side_moved(moved: str) -> None:
+def test_a_drift_of_either_side_is_detected(moved: str) -> None:
     """A golden file with an error of 3e-5 once passed, because its own error set the tolerance."""
     case, oracle = golden("smallest_2x2"), oracle_trace("smallest_2x2")
     off = {**case.trace, "block.4": case.trace["block.4"] * (1 + 3e-5)}
@@ -212,7 +212,7 @@ def test_a_drift_shows_whichever_side_moved(moved: str) -> None:
     assert stage_drift(now, then, oracle) == (moved == "neither")
 
 
-def test_a_wrong_reference_sets_no_budget() -> None:
+def test_the_error_of_a_wrong_reference_sets_no_budget() -> None:
     then, oracle = golden("mixed").trace["merger"], oracle_trace_of_merger("mixed")
     assert fp32_budget(then, oracle) == RELATIVE_TOLERANCE
     assert fp32_budget(then * (1 + 2e-5), oracle) == pytest.approx(4e-5, rel=0.1)
@@ -231,7 +231,7 @@ def test_a_stage_beyond_its_tolerance_is_refused(capsys: pytest.CaptureFixture[s
 
 # The package's own tower ------------------------------------------------------------------------
 
-STILLS = ("photograph_22x16", "photograph_6x10", "smallest_2x2")  # their two frames are equal
+STILLS = ("photograph_22x16", "photograph_6x10", "smallest_2x2")  # both frames are equal
 
 
 @cache
@@ -349,7 +349,7 @@ def norm_without_eps(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch
     return linear.rms_norm(x, weight, 0.0)
 
 
-# (where, name, replacement), each in force while a tower is built and run
+# (module, name, replacement). The replacement applies while a tower is built and run.
 CODE_FAULTS = {
     "tanh GELU": (F, "gelu", tanh_gelu),
     "no eps": (model, "rms_norm", norm_without_eps),

@@ -46,7 +46,7 @@ def test_a_golden_needs_no_transformers(
         assert document["reference"]["versions"] == golden.facts["versions"]
 
 
-def test_a_golden_says_what_the_live_comparison_says(golden: Golden) -> None:
+def test_a_golden_gives_the_result_of_the_live_comparison(golden: Golden) -> None:
     [live] = compare(encoder(), [CHELSEA]).images
     [stored] = compare_with_golden(encoder(), golden, [CHELSEA]).images
     assert stored.stages == live.stages
@@ -104,7 +104,7 @@ def test_a_video_that_cannot_be_read_is_skipped_beside_a_golden_too(
     assert [error.code for _, error in done.skipped] == ["missing"]
 
 
-def test_a_golden_that_the_system_refuses_is_named(tmp_path: Path) -> None:
+def test_a_golden_that_the_system_cannot_open_is_named(tmp_path: Path) -> None:
     with pytest.raises(ComparisonError, match=r"cannot be read \(File name too long\)"):
         load_golden(tmp_path / ("g" * 300))
 
@@ -210,7 +210,7 @@ def test_a_golden_of_another_schema_is_refused(golden: Golden, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kept", [0, 7, 5_000, -1])
-def test_a_torn_golden_is_refused(golden: Golden, tmp_path: Path, kept: int) -> None:
+def test_a_truncated_golden_is_refused(golden: Golden, tmp_path: Path, kept: int) -> None:
     torn = tmp_path / "torn"
     torn.write_bytes(golden.path.read_bytes()[:kept])
     with pytest.raises(
@@ -221,17 +221,17 @@ def test_a_torn_golden_is_refused(golden: Golden, tmp_path: Path, kept: int) -> 
     assert (caught.value.expected, caught.value.remedy) == (
         "",
         "Get the file again.",
-    )  # no checkpoint's
+    )  # not the golden of a checkpoint
 
 
-def test_another_safetensors_file_is_no_golden() -> None:
+def test_another_safetensors_file_is_refused_as_a_golden() -> None:
     with pytest.raises(
         ComparisonError, match=r"model\.safetensors: a safetensors file but not a golden"
     ):
         load_golden(TINY_FOLDER / "model.safetensors")
 
 
-# One tensor in a hundred and more; tools.checks.trust injects every fault.
+# Some of more than a hundred tensors; tools.checks.trust injects every fault.
 FAULTS = (
     ("patch_embed.proj.weight", "row scaled"),
     ("blocks.4.attn.qkv.weight", "row scaled"),
@@ -260,13 +260,13 @@ def test_a_fault_in_one_tensor_of_a_checkpoint_is_found_and_its_stage_named(
     )  # fmt: skip
     first = out.splitlines()[:2]
     assert code == 1
-    here, there = (VisionEncoder.from_pretrained(tmp_path / "tiny", device="cpu"), encoder())
-    hashes = [each.checkpoint.weights_sha256()[:16] for each in (here, there)]
+    changed, original = (VisionEncoder.from_pretrained(tmp_path / "tiny", device="cpu"), encoder())
+    hashes = [each.checkpoint.weights_sha256()[:16] for each in (changed, original)]
     assert f"({hashes[0]} here, {hashes[1]} in the golden): 1 tensor, {tensor}" in first[0]
     assert first[1].startswith(f"differs: {CHELSEA}: first at {injected.stage}: the golden is ")
     assert (
         "the weights differ" in first[1]
-    )  # by its own error as it states it, not by ours of today
+    )  # the golden's recorded error, not an error measured now
 
 
 def test_other_weights_that_give_the_same_numbers_agree_and_are_named(golden: Golden) -> None:
@@ -278,7 +278,7 @@ def test_other_weights_that_give_the_same_numbers_agree_and_are_named(golden: Go
     assert done.passed
     text = as_text(done, has_stages=True)
     assert text.startswith("weights differ from the golden's")
-    assert "closer" not in text  # ours and the golden's errors are those of two models
+    assert "closer" not in text  # the two errors belong to two models
     assert "ratio" not in text
     stages = [stage for image in done.to_json()["images"] for stage in image["stages"]]
     assert {stage["ratio"] for stage in stages} == {None}

@@ -53,7 +53,7 @@ def test_the_tiny_checkpoint_agrees_at_every_stage(run: Any, attention: str) -> 
         assert 0 < stage["largest"] < 1e-4
 
 
-def test_the_verdict_comes_first_and_every_stage_with_v(run: Any) -> None:
+def test_the_verdict_is_first_and_v_adds_every_stage(run: Any) -> None:
     verdict = r"agrees: 1 of 1 image, 7 stages; the worst is .*/chelsea\.png\)"
     for flags, listed in (((), []), (("-v",), STAGES)):
         code, out, _ = run(CHELSEA, *SMALL, *flags)
@@ -66,7 +66,7 @@ def test_the_verdict_comes_first_and_every_stage_with_v(run: Any) -> None:
     assert re.search(rf"\n  {CHELSEA} +agrees  +\S+e-07 ", run(CHELSEA, *SMALL)[1])
 
 
-def test_who_is_closer_to_float64_is_said_in_words() -> None:
+def test_the_report_states_which_tower_is_closer_to_float64() -> None:
     [image] = compare(encoder(), [CHELSEA]).images
 
     def line(*pairs: tuple[float, float]) -> str:
@@ -108,7 +108,7 @@ def test_three_photographs_and_their_page_take_less_than_a_minute(tmp_path: Path
     assert seconds < 60
 
 
-def test_a_mistake_of_ours_alone_is_found_at_its_stage(
+def test_a_fault_of_our_tower_is_found_at_its_stage(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint is correct. Hugging Face and the oracle read it, and only our tower is
@@ -122,7 +122,9 @@ def test_a_mistake_of_ours_alone_is_found_at_its_stage(
     assert "agrees" not in out.splitlines()[0]
 
 
-def test_a_mistake_of_hugging_face_is_not_taken_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_hugging_face_is_not_attributed_to_our_tower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A reference with a large error would otherwise allow our tower twice this error."""
 
     def broken(tensors: Any, *arguments: Any) -> Any:
@@ -144,7 +146,7 @@ def shifted(pixels: Processed, levels: float, std: float = 0.26862954) -> Proces
 
 
 @pytest.mark.parametrize(("processor", "passed"), [("pillow", False), ("torchvision", True)])
-def test_processors_are_named_apart_and_only_the_pillow_one_is_judged(
+def test_processors_have_separate_results_and_only_the_pillow_processor_counts(
     monkeypatch: pytest.MonkeyPatch, processor: str, passed: bool
 ) -> None:
     """Both towers must get the chosen processor's pixels. Our tower once used its own pixels if
@@ -174,7 +176,7 @@ def test_processors_are_named_apart_and_only_the_pillow_one_is_judged(
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4])
-def test_an_image_of_a_few_rows_is_compared_as_what_it_is(rows: int) -> None:
+def test_an_image_of_a_few_rows_is_compared_as_an_image(rows: int) -> None:
     """transformers interpreted the image's rows as channels, and the comparison blamed our tower
     for the other grid."""
     rgb = np.random.default_rng(rows).integers(0, 256, (rows, 5, 3), np.uint8)
@@ -207,7 +209,7 @@ def test_an_image_that_cannot_be_read_is_skipped_and_ends_with_1(run: Any, tmp_p
         (str(torn), "truncated")
     ]
     code, out, _ = run(torn, *SMALL)
-    assert (code, "skipped: " in out, "agrees" in out) == (2, True, False)  # as `encode` and `show`
+    assert (code, "skipped: " in out, "agrees" in out) == (2, True, False)  # as in `encode`
     assert out.splitlines()[1] == "nothing was compared: every image was skipped"
     saved = tmp_path.parent / f"{tmp_path.name}.safetensors"
     _, out, err = run(CHELSEA, torn, *SMALL, "--save-golden", saved)

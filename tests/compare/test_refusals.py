@@ -27,7 +27,7 @@ from tests.support.comparisons import CHELSEA, SMALL, encoder, version_of
         ("4.49.0", "transformers 4.49.0 is too old. Expected 5.18 or newer, which "),
     ],
 )
-def test_without_a_transformers_to_use_the_range_and_the_find_are_named(
+def test_the_error_for_a_missing_or_old_transformers_names_the_range_and_the_version(
     run: Any, monkeypatch: pytest.MonkeyPatch, found: str | None, words: str
 ) -> None:
     monkeypatch.setattr(transformers_version, "version", version_of(transformers=found))
@@ -107,7 +107,7 @@ def test_bad_usage_ends_with_2_before_any_work(
     assert os.listdir() == []
 
 
-def test_what_is_no_yardstick_is_not_saved(run: Any, tmp_path: Path) -> None:
+def test_a_reference_with_values_that_are_not_finite_is_not_saved(run: Any, tmp_path: Path) -> None:
     """With finite weights that overflow, a raw error of the JSON writer once lost all results."""
     tensors = write_checkpoint(tmp_path / "model", SMALL_TOWER, prefix="", dtype=torch.float32)
     for name in ("up", "down"):

@@ -66,7 +66,7 @@ class Tags(HTMLParser):
         self.text += data
 
 
-def test_the_page_needs_nothing_but_itself(page: Path) -> None:
+def test_the_page_loads_no_other_file(page: Path) -> None:
     tags = Tags(page.read_text("utf-8"))
     assert tags.open == []
     assert {tag for tag, _ in tags.found} & {"script", "link", "iframe", "object"} == set()
@@ -75,13 +75,13 @@ def test_the_page_needs_nothing_but_itself(page: Path) -> None:
         if name in ("src", "href", "srcset", "action", "data")
     ]  # fmt: skip
     stages = 4
-    assert len(addresses) == 1 + 2 + 3 * stages  # windows; drift, light and dark; maps
+    assert len(addresses) == 1 + 2 + 3 * stages  # windows; drift twice; three maps a stage
     assert all(str(address).startswith("data:image/png;base64,") for address in addresses)
     assert "url(" not in page.read_text("utf-8")
     assert all(attributes["alt"] for tag, attributes in tags.found if tag == "img")
 
 
-def test_the_pictures_lie_beside_the_page_and_inside_it(page: Path) -> None:
+def test_the_pictures_are_beside_the_page_and_inside_it(page: Path) -> None:
     files = sorted(page.parent.glob("*.png"))
     assert [file.name for file in files] == [
         f"01-chelsea-{what}.png" for what in ("drift", "features", "windows")
@@ -94,7 +94,7 @@ def test_the_pictures_lie_beside_the_page_and_inside_it(page: Path) -> None:
             assert min(image.size) > 300
 
 
-def test_the_page_says_what_the_table_says(page: Path) -> None:
+def test_the_page_has_the_figures_of_the_table(page: Path) -> None:
     text = " ".join(Tags(page.read_text("utf-8")).text.split())
     [image] = comparison().images
     for stage in image.stages:
@@ -124,7 +124,7 @@ def test_a_difference_and_a_skipped_image_are_shown(undrawn: None, tmp_path: Pat
     assert "merger: 0.5 from Hugging Face, allowed 1e-05" in text
     assert text.index("tiny differs from Hugging Face") < text.index("skipped: torn.png")
     badges = [attributes["class"] for tag, attributes in tags.found if tag == "span"]
-    assert badges.count("badge bad") == 1  # the image's; the heading says it of all
+    assert badges.count("badge bad") == 1  # one for the image; the heading has the summary
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_odd_file_names_are_text_on_the_page_and_no_paths(tmp_path: Path) -> Non
     assert all(path.name.isascii() for path in page.parent.iterdir())
 
 
-def test_the_picture_is_what_the_tower_saw() -> None:
+def test_the_picture_has_the_pixels_of_the_towers_input() -> None:
     """The pixels from the processor's rows must return to their places in the first frame."""
     maps = comparison().images[0].maps
     assert maps is not None
@@ -149,7 +149,7 @@ def test_the_picture_is_what_the_tower_saw() -> None:
     assert np.array_equal(maps.rgb.numpy(), rgb)
 
 
-def test_feature_maps_lie_as_the_patches_do() -> None:
+def test_feature_maps_have_the_order_of_the_image() -> None:
     """A patch's embedding contains its brightness, so the map must follow the image and not the
     tower's order."""
     maps = comparison().images[0].maps
@@ -170,7 +170,7 @@ def test_feature_maps_lie_as_the_patches_do() -> None:
         assert explained > by_chance + 0.2
 
 
-def test_both_maps_are_seen_along_the_same_axes() -> None:
+def test_both_maps_use_the_same_principal_axes() -> None:
     """Separate axes would hide a rotation of all features."""
     theirs = torch.randn(6, 8, 40, generator=torch.Generator().manual_seed(0))
     same = plots.StageMaps.of("merger", theirs.clone(), theirs)
@@ -184,7 +184,7 @@ def test_both_maps_are_seen_along_the_same_axes() -> None:
     assert plots.StageMaps.of("m", theirs[:1, :1], theirs[:1, :1]).ours.shape == (1, 1, 3)
 
 
-def test_the_error_map_shows_the_token_that_is_off() -> None:
+def test_the_error_map_shows_the_wrong_token() -> None:
     theirs = torch.ones(5, 7, 40) + torch.arange(40)
     ours = theirs.clone()
     ours[3, 2] *= 1.5
@@ -209,7 +209,7 @@ def test_strips_of_an_error_map_have_one_scale() -> None:
     assert len(axes.images) == len(layout.sources)
 
 
-def test_a_long_picture_is_cut_into_strips_that_can_be_seen(tmp_path: Path) -> None:
+def test_a_long_picture_is_cut_into_visible_strips(tmp_path: Path) -> None:
     """An image of 12000 x 60 once became a line of 3 pixels under overlapping titles."""
     Image.fromarray(np.zeros((60, 6000, 3), np.uint8)).save(tmp_path / "long.png")
     done = compare(encoder(), [tmp_path / "long.png"], keep_maps=True)
@@ -220,11 +220,11 @@ def test_a_long_picture_is_cut_into_strips_that_can_be_seen(tmp_path: Path) -> N
             assert picture.width < 3 * picture.height < 12 * picture.width
 
 
-def test_the_page_says_when_by_what_and_how_it_was_made(page: Path) -> None:
+def test_the_page_states_its_date_version_and_command(page: Path) -> None:
     text = " ".join(Tags(page.read_text("utf-8")).text.split())
     assert f"Made by qwen_vit {__version__} on 2026-01-31." in text
     assert COMMAND in text
-    assert text.index("agrees: 1 of 1 image") < text.index("reference")  # the verdict first
+    assert text.index("agrees: 1 of 1 image") < text.index("reference")  # the verdict is first
     for word in ("patch_embed", "block.N", "merger", "ours - HF", "ratio", "measured, allowed"):
         assert word in text[text.index("What the stages and columns mean") :]
 
@@ -239,7 +239,7 @@ def test_other_weights_than_the_goldens_have_no_ratio(undrawn: None, tmp_path: P
     assert "closer" not in page
 
 
-def test_an_existing_page_stays_unless_asked(page: Path) -> None:
+def test_an_existing_page_is_not_overwritten_without_the_option(page: Path) -> None:
     with pytest.raises(
         ExportError, match=r"index.html: already exists\. Pass overwrite=True to replace it\."
     ):
@@ -247,9 +247,7 @@ def test_an_existing_page_stays_unless_asked(page: Path) -> None:
     report.check_report(page.parent, overwrite=True)
 
 
-def test_the_pictures_of_an_older_report_go_and_nothing_else_does(
-    undrawn: None, tmp_path: Path
-) -> None:
+def test_only_the_pictures_of_an_older_report_are_removed(undrawn: None, tmp_path: Path) -> None:
     folder = tmp_path / "page"
     folder.mkdir()
     left = {"notes.txt", "01-holiday.png", "cat-drift.png"}

@@ -31,9 +31,9 @@ def test_bfloat16_is_bounded_by_the_ratio_of_the_errors() -> None:
     assert not passes(1.02e-3, 1e-3)
     assert passes(0.0, 0.0)
     assert not passes(1e-3, 0.0)
-    assert not passes(1e-3, 1.5)  # farther from the truth than zeros would be: no yardstick
+    assert not passes(1e-3, 1.5)  # its error is larger than the error of zeros
     assert not passes(math.inf, 1e-3)
-    # a golden of other weights is far from the oracle of these: that must not excuse ours
+    # A golden file of other weights has a large error here. It must not raise our tolerance.
     assert not passes(2e-3, 0.5, recorded=1e-3)
     assert not passes(0.9e-3, 0.5, recorded=1e-3)
 

@@ -16,7 +16,7 @@ from tools.draw_sentences import (
     sentences_of,
 )
 
-# Words of translated English: each stands where an actor or a mechanism should be named.
+# Words of translated English, which replace the name of an actor or a mechanism.
 BANNED = re.compile(
     r"\b(?:told|tells|said|says that it|lies|meanwhile|whoever|nobody|in turns|as it is)\b",
     re.IGNORECASE,
@@ -48,7 +48,7 @@ def test_no_sentence_is_long(source: str) -> None:
     assert [each for each in sentences_in(source) if each.words > MAX_WORDS] == []
 
 
-def test_a_banned_word_and_a_long_sentence_are_seen() -> None:
+def test_a_banned_word_and_a_long_sentence_are_detected() -> None:
     assert BANNED.search("Nobody is told where it lies.")
     assert Sentence("a", "word " * 31).words == 31
     assert sentences_of("One. Two `a.b c` three! Four (4). Five") == [

@@ -20,7 +20,7 @@ def printed(notebook: nbformat.NotebookNode) -> list[str]:
             if output.output_type == "stream":
                 shown += [output.text] if output.name == "stdout" else []
             else:
-                # the stored notebook lacks the JPEG that Pillow also gives for an RGB image
+                # The stored notebook omits the JPEG that Pillow also gives for an RGB image.
                 shown.append(" ".join(sorted({*output.data} - {"image/jpeg"})))
     return shown
 

@@ -83,7 +83,7 @@ def smaller(name: str) -> bytes:
 
 
 def copy_data(folder: Path) -> None:
-    """The files that the pages name; photographs are smaller, so that a test takes less time."""
+    """Copy the files that the pages name. Shrink the photographs, to save time."""
     shutil.copytree(ROOT / "tests" / "photographs", folder / "tests" / "photographs")
     for path in (folder / "tests" / "photographs").glob("*.[pj][np]g"):
         path.write_bytes(smaller(path.name))
@@ -146,7 +146,7 @@ def test_the_blocks_pass_mypy_strict(tmp_path: Path) -> None:
 def only_parsed(line: str) -> bool:
     words = shlex.split(line, comments=True)
     from_hub = any(REPOSITORY.fullmatch(word) and not (ROOT / word).exists() for word in words)
-    needs_an_export = "--resume" in words  # tests/export/test_growth.py runs it
+    needs_an_export = "--resume" in words  # tests/export/test_growth.py runs this line
     return from_hub or needs_an_export or bool(re.search(r"#.*\bGPU\b", line))
 
 
@@ -166,7 +166,7 @@ TINY_OUT = ("--model", "tiny", "--out", "features.safetensors")
 
 
 def with_marks(line: str) -> Any:
-    """Ray takes seconds to start, and a comparison with a page or a golden file takes as long."""
+    """Mark slow lines: Ray, and comparisons with a page or a golden file, take seconds."""
     is_slow = "--ray" in line or "--report" in line or "golden" in line
     return pytest.param(line, marks=pytest.mark.slow) if is_slow else line
 
@@ -177,23 +177,23 @@ def test_a_command_works(
 ) -> None:
     arguments = words_of(line)
     if only_parsed(line):
-        # click keeps a command's help option of the first context: -h is the group's setting
+        # click keeps the help option of a command's first context, and only the group defines -h.
         root = click.Context(cli_module.cli, **cli_module.cli.context_settings)
         command = cli_module.cli.get_command(root, arguments[0])
         assert command is not None
         command.make_context(arguments[0], arguments[1:], parent=root)
         return
     name = "features.safetensors"
-    if name in arguments and arguments[arguments.index(name) - 1] != "--out":  # it reads the file
+    if name in arguments and arguments[arguments.index(name) - 1] != "--out":  # an input
         made = qwen_vit("encode", "tests/photographs/rocket.jpg", *TINY_OUT)
         assert made.code == 0, made.err
-    if "--golden" in arguments:  # it reads what the line above it saved
+    if "--golden" in arguments:  # the line above saves the golden file
         golden = arguments[arguments.index("--golden") + 1]
         image = "tests/photographs/chelsea.png"
         made = qwen_vit("compare", image, "--model", "tiny", "--save-golden", golden)
         assert made.code == 0, made.err
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for processes that it starts
-    monkeypatch.setenv("RAY_ADDRESS", "local")  # not the cluster that another test lets die
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for child processes
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # not the cluster of another test
     done = qwen_vit(*arguments)
     assert done.code == 0, done.err
 
@@ -222,7 +222,7 @@ def test_a_program_exists(line: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_that_stay_here_lead_somewhere(page: Path) -> None:
+def test_local_links_exist(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", page.read_text("utf-8"))
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
@@ -243,7 +243,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "docs", tmp_path / "docs")  # no link: it must be below mkdocs.yml
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")  # mkdocs needs a real folder below mkdocs.yml
     for name in ("qwen_vit", "tools"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "mkdocs.yml", tmp_path)
@@ -262,7 +262,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_generated_parts_are_those_of_today(page: Path) -> None:
+def test_generated_parts_are_up_to_date(page: Path) -> None:
     text = page.read_text("utf-8")
     assert text.count("<!-- generated: ") == text.count("<!-- end -->")
     assert filled(text) == text, "stale: run python -m tools.write_docs"
@@ -283,9 +283,9 @@ def ledger_names() -> set[str]:
     return {f"{row['what']} {row['commit']}" for row in rows}
 
 
-# `tower 0ce6c52`: what was measured, and the commit
+# `tower 0ce6c52` names a benchmark and a commit.
 REFERENCE = re.compile(r"`([a-z][a-z0-9 -]* [0-9a-f]{7})`")
-# what only a measurement gives: times, rates, ratios to another program, distances
+# Measured figures: times, rates, ratios to another program, distances.
 MEASURED = re.compile(
     r"\d ?(?:ms|us|s|images/s|TFLOP/s|[GT]B/s|x roofline)\b"
     r"|\d times (?:as|Hugging)|\d\.\d+e-\d|\(\d[\d.]*x\)"
@@ -318,7 +318,7 @@ def test_measured_figures_are_found() -> None:
     assert not MEASURED.search("28 x 28 pixels, 512 images, 1.4 GB, 8 seeds")
 
 
-# Docstrings of the public names are pages too
+# Docstrings of public names, which the site shows as pages
 
 
 def test_a_public_docstring_names_its_arguments_one_by_one() -> None:

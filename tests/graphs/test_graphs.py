@@ -27,32 +27,32 @@ from tests.support.towers import (
     random_pixels,
 )
 
-# Budgets
+# Buckets
 
 
 @given(st.integers(1, MAX_BUCKET))
-def test_a_budget_covers_its_patches_with_little_to_spare(n: int) -> None:
-    budget = bucket_for(n)
-    assert budget is not None
-    assert n <= budget <= MAX_BUCKET
-    assert budget % 256 == 0  # whole merge units and padding windows
-    assert budget - n < 256 or (budget - n) / n <= 0.0625
-    assert bucket_for(budget) == budget
+def test_a_bucket_covers_its_patches_with_little_padding(n: int) -> None:
+    bucket = bucket_for(n)
+    assert bucket is not None
+    assert n <= bucket <= MAX_BUCKET
+    assert bucket % 256 == 0  # whole merge units and padding windows
+    assert bucket - n < 256 or (bucket - n) / n <= 0.0625
+    assert bucket_for(bucket) == bucket
 
 
-def test_budgets_rise_and_are_few() -> None:
-    budgets = [bucket_for(n) for n in range(1, MAX_BUCKET + 1)]
-    assert budgets == sorted(budgets, key=lambda budget: budget or 0)
-    assert len(set(budgets)) <= 16 + 3 * 16  # each costs a capture, and memory
-    assert budgets[-1] == MAX_BUCKET
+def test_buckets_increase_and_are_few() -> None:
+    buckets = [bucket_for(n) for n in range(1, MAX_BUCKET + 1)]
+    assert buckets == sorted(buckets, key=lambda bucket: bucket or 0)
+    assert len(set(buckets)) <= 16 + 3 * 16  # each bucket costs a capture and memory
+    assert buckets[-1] == MAX_BUCKET
 
 
 @pytest.mark.parametrize("n", [0, -4, MAX_BUCKET + 1, 10**9])
-def test_no_budget_serves_nothing_or_too_much(n: int) -> None:
+def test_no_patches_and_too_many_patches_have_no_bucket(n: int) -> None:
     assert bucket_for(n) is None
 
 
-# The layout that a graph is given
+# The padded layout of a graph
 
 
 def gpu_layout(grids: list[GridTuple], dtype: torch.dtype = torch.bfloat16) -> Layout:
@@ -77,7 +77,7 @@ MIXES: list[list[GridTuple]] = [
 ]
 
 
-def test_layouts_of_one_budget_have_one_shape_whatever_the_mix() -> None:
+def test_layouts_of_one_bucket_have_one_shape_for_any_mix() -> None:
     shapes = set()
     for grids in MIXES:
         static = pad_to_graph(gpu_layout(grids))
@@ -88,7 +88,7 @@ def test_layouts_of_one_budget_have_one_shape_whatever_the_mix() -> None:
 
 
 @pytest.mark.parametrize("grids", MIXES, ids=str)
-def test_room_is_added_after_what_is_there_and_holds_nothing(grids: list[GridTuple]) -> None:
+def test_padding_follows_the_layout_and_is_empty(grids: list[GridTuple]) -> None:
     layout = gpu_layout(grids)
     static = pad_to_graph(layout)
     if static is None:
@@ -113,7 +113,7 @@ def test_room_is_added_after_what_is_there_and_holds_nothing(grids: list[GridTup
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_images_of_a_common_size_fit_their_graph(dtype: torch.dtype) -> None:
-    """No layout fitted in float32, because the space was for the larger tiles of bfloat16."""
+    """In float32 no layout once fitted, because the space was that of bfloat16's larger tiles."""
     generator = random.Random(0)
     for _ in range(200):
         sizes = [[2 * generator.randint(8, 48) for _ in range(2)] for _ in range(4)]
@@ -122,10 +122,10 @@ def test_images_of_a_common_size_fit_their_graph(dtype: torch.dtype) -> None:
             assert pad_to_graph(gpu_layout(grids, dtype)) is not None, grids
 
 
-def test_a_mix_of_crumbs_does_not_fit_a_graph() -> None:
-    crumbs = [(1, 2, 2)] * 256  # 256 windows where 1,024 rows have room for 32
+def test_a_mix_of_many_tiny_images_does_not_fit_a_graph() -> None:
+    tiny_images = [(1, 2, 2)] * 256  # a graph of 1,024 rows has space for 32 windows
     assert bucket_for(1024) == 1024
-    assert pad_to_graph(gpu_layout(crumbs)) is None
+    assert pad_to_graph(gpu_layout(tiny_images)) is None
 
 
 def test_a_position_beyond_the_angle_table_does_not_fit_a_graph() -> None:
@@ -135,7 +135,7 @@ def test_a_position_beyond_the_angle_table_does_not_fit_a_graph() -> None:
     assert pad_to_graph(gpu_layout([(1, 4, ROTARY_POSITIONS + 2)])) is None
 
 
-def test_a_static_layout_comes_back_whole_from_one_buffer() -> None:
+def test_a_static_layout_is_restored_from_one_buffer() -> None:
     """The graph reads views of the one buffer that each call fills."""
     first, second = (pad_to_graph(gpu_layout(grids)) for grids in ([(1, 32, 32)], [(1, 30, 34)]))
     assert first is not None
@@ -147,7 +147,7 @@ def test_a_static_layout_comes_back_whole_from_one_buffer() -> None:
         assert torch.equal(seen, expected), place
 
 
-# A capture that fails
+# Failed captures
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def answer_of(pixels: torch.Tensor, layout: Layout) -> torch.Tensor:
     return pixels[: len(layout.merged_order), :3].float()
 
 
-def test_a_recording_that_runs_out_of_memory_costs_the_graph_alone(no_gpu: list[str]) -> None:
+def test_a_capture_without_memory_only_skips_the_graph(no_gpu: list[str]) -> None:
     """The allocator returns no memory during a capture. The encoder once halved batches and skipped
     images."""
     layout, pixels = gpu_layout([(1, 16, 16)]), random_pixels(256, 0)
@@ -188,7 +188,7 @@ def test_a_recording_that_runs_out_of_memory_costs_the_graph_alone(no_gpu: list[
     assert no_gpu == [*capture, "empty_cache", "record", *capture, "record"]
 
 
-def test_a_larger_graph_serves_until_its_spare_rows_cost_a_recording(no_gpu: list[str]) -> None:
+def test_a_larger_graph_is_used_until_its_padding_costs_a_capture(no_gpu: list[str]) -> None:
     """The last batch of each packing has a different size. This once caused 40 captures, each as
     slow as four full batches of small images."""
     runner = GraphRunner(answer_of, torch.device("cpu"))  # type: ignore[arg-type]
@@ -196,23 +196,23 @@ def test_a_larger_graph_serves_until_its_spare_rows_cost_a_recording(no_gpu: lis
     def graph_bucket(n: int, dtype: torch.dtype = torch.uint8) -> int | None:
         return runner.graph_bucket(torch.zeros(n, 588, dtype=dtype))
 
-    assert graph_bucket(900) == 1024  # nothing is there
+    assert graph_bucket(900) == 1024  # no graph is captured yet
     runner._captured = {(rows, torch.uint8): Mock() for rows in (1024, 4096, 32_768)}
     assert graph_bucket(900) == graph_bucket(1024) == 1024
-    assert graph_bucket(700) == 1024  # 256 rows too many
+    assert graph_bucket(700) == 1024  # 256 padding rows are accepted
     assert graph_bucket(1200) == 4096
-    assert graph_bucket(4100) == 4352  # 28,416 rows too many, at once
+    assert graph_bucket(4100) == 4352  # 28,416 padding rows are too many at once
     assert graph_bucket(40_000) is None
-    assert graph_bucket(900, torch.float32) == 1024  # of its own type, nothing is there
+    assert graph_bucket(900, torch.float32) == 1024  # no float32 graph is captured yet
     times = 0
     while graph_bucket(2000) == 4096:
         times += 1
     assert times == CAPTURE_COST_ROWS // (4096 - 2048)
-    assert graph_bucket(2000) == 2048  # and it stays so
+    assert graph_bucket(2000) == 2048  # the next call keeps the smaller graph
 
 
-def test_a_graph_made_in_inference_mode_serves_everybody(no_gpu: list[str]) -> None:
-    """The buffer of all graphs was then an inference tensor, which no later call could fill."""
+def test_a_graph_captured_in_inference_mode_works_in_every_mode(no_gpu: list[str]) -> None:
+    """The buffer of all graphs once was an inference tensor, which no later call could fill."""
     layout, pixels = gpu_layout([(1, 16, 16)]), random_pixels(256, 0)
     never = Faulty(answer_of, OUT_OF_MEMORY, 0)
     runner = GraphRunner(never, torch.device("cpu"))  # type: ignore[arg-type]
@@ -233,10 +233,10 @@ def test_a_graph_made_in_inference_mode_serves_everybody(no_gpu: list[str]) -> N
     ],
     ids=["memory", "interrupt", "interrupt while capture"],
 )
-def test_whatever_stops_a_recording_its_end_is_waited_for(
+def test_a_failed_capture_waits_for_the_gpu(
     no_gpu: list[str], error: BaseException, fails_at: int, did: list[str]
 ) -> None:
-    """The inputs return to the allocator while the GPU may still read them."""
+    """Otherwise the allocator could reuse the memory of inputs that the GPU still reads."""
     layout, pixels = gpu_layout([(1, 16, 16)]), random_pixels(256, 0)
     runner = GraphRunner(Faulty(answer_of, error, fails_at), torch.device("cpu"))  # type: ignore[arg-type]
     with pytest.raises(type(error)):

@@ -57,11 +57,11 @@ def test_a_graph_gives_the_bits_of_its_kernels_for_every_mix() -> None:
         assert torch.equal(ours, forward(eager, pixels, grids)), grids
         assert ours.isfinite().all()
     assert by_graph.graphs is not None
-    assert by_graph.graphs._captured  # graphs were used
+    assert by_graph.graphs._captured  # the calls used graphs
 
 
 @gpu
-def test_graphs_serve_float32() -> None:
+def test_graphs_support_float32() -> None:
     by_graph = VisionEncoder.from_pretrained("tiny", device="cuda", dtype="float32")
     eager = VisionEncoder.from_pretrained("tiny", device="cuda", dtype="float32", cuda_graphs=False)
     generator = random.Random(3)
@@ -88,7 +88,7 @@ def test_a_callers_pinned_rows_are_free_when_the_call_returns() -> None:
 
 
 @gpu
-def test_two_mixes_of_one_budget_and_one_size_do_not_share_a_layout() -> None:
+def test_two_mixes_of_one_bucket_and_one_size_do_not_share_a_layout() -> None:
     """A replay keyed on the token count alone would attend within the other mix's windows."""
     by_graph, eager = encoders()
     pixels = random_pixels(1024, 0)
@@ -99,7 +99,7 @@ def test_two_mixes_of_one_budget_and_one_size_do_not_share_a_layout() -> None:
         [(1, 16, 32), (1, 32, 16)],
     ]
     results = [forward(by_graph, pixels, grids) for grids in (*mixes, mixes[0])]
-    assert torch.equal(results[0], results[-1])  # and the first again, after the others
+    assert torch.equal(results[0], results[-1])  # the first input again, after the others
     for grids, ours in zip(mixes, results, strict=False):
         assert torch.equal(ours, forward(eager, pixels, grids)), grids
     for i in range(len(mixes)):
@@ -125,19 +125,19 @@ def test_an_image_has_the_same_bits_alone_and_in_a_thousand_batches() -> None:
 @gpu
 def test_a_mix_that_fits_no_graph_runs_without_one() -> None:
     by_graph, eager = encoders()
-    crumbs: list[GridTuple] = [(1, 2, 2)] * 256
+    tiny_images: list[GridTuple] = [(1, 2, 2)] * 256
     pixels = random_pixels(1024, 2)
     runner = GraphRunner(by_graph.tower, by_graph.device)
     layout = plan_layout(
-        as_grids(crumbs), by_graph.config, by_graph.device, by_graph.dtype, bucket_for(1024)
+        as_grids(tiny_images), by_graph.config, by_graph.device, by_graph.dtype, bucket_for(1024)
     )
     assert runner.run(pixels.pin_memory(), layout) is None
     assert not runner._captured
-    assert torch.equal(forward(by_graph, pixels, crumbs), forward(eager, pixels, crumbs))
+    assert torch.equal(forward(by_graph, pixels, tiny_images), forward(eager, pixels, tiny_images))
 
 
 @gpu
-def test_what_a_call_returned_is_not_overwritten_by_the_next() -> None:
+def test_the_result_of_a_call_is_not_overwritten_by_the_next() -> None:
     by_graph, _ = encoders()
     first = forward(by_graph, random_pixels(1024, 3), [(1, 32, 32)])
     kept = first.clone()
@@ -147,7 +147,7 @@ def test_what_a_call_returned_is_not_overwritten_by_the_next() -> None:
 
 
 @gpu
-def test_graphs_serve_encode_and_leave_the_patch_output_alone() -> None:
+def test_encode_with_graphs_has_the_same_bits_for_both_outputs() -> None:
     by_graph, eager = encoders()
     generator = np.random.default_rng(0)
     images = [generator.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((224, 336), (448, 140))]
@@ -163,7 +163,7 @@ def test_graphs_serve_encode_and_leave_the_patch_output_alone() -> None:
 
 
 @gpu
-def test_graphs_serve_rows_that_another_processor_prepared() -> None:
+def test_graphs_run_on_rows_of_another_processor() -> None:
     by_graph, eager = encoders()
     generator = random.Random(2)
     for seed in range(20):
@@ -178,7 +178,7 @@ def test_graphs_serve_rows_that_another_processor_prepared() -> None:
 
 
 @gpu
-def test_what_the_spare_rows_of_a_graph_hold_reaches_no_image() -> None:
+def test_the_padding_of_a_graph_does_not_affect_images() -> None:
     """The padding contains values of an earlier call."""
     by_graph, eager = encoders()
     grids = torch.tensor([[1, 16, 18]])
@@ -190,8 +190,8 @@ def test_what_the_spare_rows_of_a_graph_hold_reaches_no_image() -> None:
 
 
 @gpu
-def test_a_graphs_result_is_the_towers_own() -> None:
-    """Compare with the plain tower in float32, so that both ways cannot be wrong together."""
+def test_a_graph_gives_the_result_of_the_plain_tower() -> None:
+    """Compare with the plain tower in float32, which shares no error with the bf16 kernels."""
     by_graph, _ = encoders()
     exact = build_tower(TINY_FOLDER, device=CUDA)
     grids: list[GridTuple] = [(1, 22, 32), (1, 10, 14)]
@@ -203,7 +203,7 @@ def test_a_graphs_result_is_the_towers_own() -> None:
 
 
 @gpu
-def test_after_a_recording_without_memory_the_next_one_succeeds() -> None:
+def test_a_capture_succeeds_after_one_without_memory() -> None:
     by_graph, eager = encoders()
     grids: list[GridTuple] = [(1, 32, 32)]
     pixels = random_pixels(n_patches(grids), 6)
@@ -220,7 +220,7 @@ def test_after_a_recording_without_memory_the_next_one_succeeds() -> None:
 
 
 @gpu
-def test_the_first_answer_of_every_recording_is_right() -> None:
+def test_the_first_replay_of_every_capture_is_right() -> None:
     """With cuBLAS in a graph, the first replay of every encoder except a process's first encoder
     was wrong. Later replays were right. In a new process, whose memory is all zeros, the first
     replay was also right. Since then, no GEMM uses cuBLAS.
@@ -238,7 +238,7 @@ def test_the_first_answer_of_every_recording_is_right() -> None:
     on_host = plan_layout(as_grids(grids), config, CUDA, torch.bfloat16, bucket_for(len(pixels)))
     with torch.no_grad():
         expected = tower(pixels, layout)
-    kept = []  # so that each capture finds memory that another one has used
+    kept = []  # live encoders, so that each capture reuses another capture's memory
     for _ in range(4):
         runner = GraphRunner(tower, CUDA)
         answers = [runner.run(pixels, on_host) for _ in range(2)]

@@ -15,5 +15,5 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
             interpreted_by_triton(kernel)((n_programs,), *args, **constants)
 
     monkeypatch.setattr(resize, "_run", run)
-    monkeypatch.setattr(resize, "ROWS", 64)  # few large programs are faster there
+    monkeypatch.setattr(resize, "ROWS", 64)  # the interpreter is faster with few large programs
     monkeypatch.setattr(resize, "PATCHES", 16)

@@ -18,7 +18,7 @@ from tests.support.images import noise, on_white, refusal
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 3), (5, 7, 4)])
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
 @pytest.mark.parametrize("first", [False, True])
-def test_a_channel_axis_is_found_wherever_it_is(
+def test_a_channel_axis_is_found_in_any_position(
     shape: tuple[int, ...], kind: str, first: bool
 ) -> None:
     array = noise(5, 7, 4, seed=3)
@@ -47,7 +47,7 @@ def test_an_ambiguous_channel_order_asks_for_layout(shape: tuple[int, ...]) -> N
         assert np.array_equal(chw, array.transpose(1, 2, 0))
 
 
-def test_layout_is_believed_and_checked() -> None:
+def test_a_wrong_layout_argument_is_refused() -> None:
     assert "last axis" in refusal("array-channels", noise(3, 20, 30), layout="HWC")
     assert "first axis" in refusal("array-channels", noise(20, 30, 3), layout="CHW")
     with pytest.raises(ArgumentError, match=r'layout is \'BGR\'\. Expected "auto", "HWC" or "CHW"'):
@@ -154,17 +154,17 @@ def test_any_memory_order_works(view: str) -> None:
     assert np.array_equal(load_image(source).pixels, source)
 
 
-# Paths and other sources
+# Subclasses and views
 
 
-def test_an_array_of_a_subclass_is_an_array() -> None:
+def test_a_subclass_of_an_array_is_accepted() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PendingDeprecationWarning)
         grey = np.matrix(noise(4, 5, 1)[:, :, 0])
     assert np.array_equal(load_image(grey).pixels, load_image(np.asarray(grey)).pixels)
 
 
-def test_a_negated_view_of_a_tensor_is_its_values() -> None:
+def test_a_negated_view_of_a_tensor_has_its_values() -> None:
     values = torch.complex(torch.zeros(4, 5), torch.linspace(-1, 0, 20).view(4, 5)).conj().imag
     assert values.is_neg()
     assert np.array_equal(load_image(values).pixels, load_image(values.resolve_neg()).pixels)

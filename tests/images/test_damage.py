@@ -20,7 +20,7 @@ from tests.support.images import FORMATS, chelsea, encode, noise, png, png_chunk
 
 TIFF_COMPRESSIONS = ["raw", "tiff_lzw", "tiff_adobe_deflate", "jpeg"]
 
-# Arrays
+# Arbitrary bytes
 
 WHOLE_FILES = [encode(chelsea().resize((9, 7)), f, **options) for f, options in FORMATS.items()]
 
@@ -45,7 +45,7 @@ def test_arbitrary_damage_is_an_image_or_an_image_error(
         assert isinstance(outcome, RgbImage)
 
 
-# Files that are no whole image
+# Incomplete files
 
 
 def cut_cases() -> list[Any]:
@@ -149,7 +149,7 @@ def test_a_tiff_with_unlisted_strips_is_refused() -> None:
         (b'<?xml version="1.0"?>\n<Error/>', "not-an-image", "an XML document"),
         (b"just some text", "not-an-image", "a text file, not an image: it starts with 'just"),
         ("naïve \u20ac".encode() + b"x" * 2000, "not-an-image", "a text file"),
-        ("\u20ac".encode() * 1000, "not-an-image", "a text file"),  # byte 1024 cuts a character
+        ("\u20ac".encode() * 1000, "not-an-image", "a text file"),  # byte 1024 splits a character
         (b"\xef\xbb\xbf" + "\u20ac".encode() * 1000, "not-an-image", "a text file"),
         (b"\xff\xfe" + "\U0001f600".encode("utf-16-le") * 300, "not-an-image", "a text file"),
         ("404".encode("utf-16"), "not-an-image", "starts with '404'"),
@@ -168,7 +168,7 @@ def test_a_tiff_with_unlisted_strips_is_refused() -> None:
     ],
     ids=lambda value: ascii(value)[:24],
 )
-def test_what_is_not_an_image_is_named_in_words(
+def test_the_error_names_the_kind_of_a_file_without_an_image(
     data: bytes, code: str, hint: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "cat.jpg"
@@ -185,7 +185,7 @@ def test_formats_outside_the_allow_list_are_refused(file_format: str) -> None:
     assert "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF" in refusal("format", data)
 
 
-def test_a_damaged_file_is_told_from_a_truncated_one() -> None:
+def test_a_damaged_file_is_distinguished_from_a_truncated_file() -> None:
     data = bytearray(encode(chelsea()))
     data[len(data) // 2 : len(data) // 2 + 50] = bytes(50)
     message = refusal("damaged", bytes(data), name="x.png")
@@ -211,14 +211,14 @@ def test_running_out_of_memory_is_an_image_error(monkeypatch: pytest.MonkeyPatch
     clear = encode(Image.new("RGBA", (5, 4)))
     for place, data in (
         ("PIL.PngImagePlugin.PngImageFile.load_prepare", encode(chelsea())),
-        ("PIL.Image.alpha_composite", clear),  # after decoding
+        ("PIL.Image.alpha_composite", clear),  # runs after decoding
     ):
         with monkeypatch.context() as patch:
             patch.setattr(place, fail)
             assert "Make the image smaller" in refusal("memory", data)
 
 
-# Paths and other sources
+# Lengths in headers
 
 
 def test_a_large_flat_png_holds_all_of_its_rows() -> None:
@@ -242,7 +242,7 @@ PROMISED = {
 
 
 @pytest.mark.parametrize("what", PROMISED)
-def test_a_container_promises_a_length(what: str) -> None:
+def test_the_length_in_a_container_header_is_read(what: str) -> None:
     file_format, data, length = PROMISED[what]
     assert promised_bytes(data, file_format) == length
     assert ends_early(data, file_format) == (length > len(data))

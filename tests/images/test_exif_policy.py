@@ -54,7 +54,9 @@ def test_a_picture_that_was_transposed_by_hand_is_not_turned_again() -> None:
     assert not np.array_equal(load_image(by_hand).pixels, np.rot90(STORED, -1))
 
 
-def test_encode_ignores_it_and_the_file_says_so(encoder: VisionEncoder, tmp_path: Path) -> None:
+def test_encode_ignores_the_orientation_and_the_file_records_it(
+    encoder: VisionEncoder, tmp_path: Path
+) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(turned("PNG", 6))
     stored = encoder.encode(STORED).embeds
@@ -90,7 +92,7 @@ def test_an_export_ignores_it_records_it_and_does_not_mix(tmp_path: Path) -> Non
         ExportOptions(exif="no")  # type: ignore[arg-type]
 
 
-def test_the_command_line_has_it(qwen_vit: Any, tmp_path: Path) -> None:
+def test_the_command_line_has_the_exif_option(qwen_vit: Any, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(turned("PNG", 6))
     out = tmp_path / "f.safetensors"
     qwen_vit("encode", tmp_path / "a.png", "--model", "tiny", "--out", out, "--exif", "ignore")

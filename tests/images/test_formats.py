@@ -35,7 +35,7 @@ def refused(data: bytes, name: str = "a", *formats: str) -> ImageError:
     return caught.value
 
 
-# On request
+# Formats on request
 
 
 @pytest.mark.parametrize("file_format", OPTIONAL_FORMATS)
@@ -62,18 +62,18 @@ def test_a_jpeg_2000_codestream_without_boxes_is_one_as_well() -> None:
 
 @pytest.mark.parametrize("file_format", [*OPTIONAL_FORMATS, "HEIF"])
 def test_a_file_that_is_cut_anywhere_is_never_filled_up(file_format: str) -> None:
-    whole = heic(PICTURE) if file_format == "HEIF" else FILES[file_format]
+    complete = heic(PICTURE) if file_format == "HEIF" else FILES[file_format]
     formats = () if file_format == "HEIF" else (file_format,)
-    pixels = load_image(whole, limits=ImageLimits(formats=formats)).pixels
+    pixels = load_image(complete, limits=ImageLimits(formats=formats)).pixels
     codes = set()
-    for cut in sorted({*range(1, len(whole), max(1, len(whole) // 60)), len(whole) - 1}):
+    for cut in sorted({*range(1, len(complete), max(1, len(complete) // 60)), len(complete) - 1}):
         try:
-            image = load_image(whole[:cut], limits=ImageLimits(formats=formats))
+            image = load_image(complete[:cut], limits=ImageLimits(formats=formats))
         except ImageError as error:
             codes.add(error.code)
-        else:  # only what follows the picture is missing, such as the footer of a TGA
+        else:  # only bytes after the image are missing, such as the footer of a TGA
             assert np.array_equal(image.pixels, pixels), cut
-            assert cut > len(whole) - 50
+            assert cut > len(complete) - 50
     print(file_format, codes)
     assert codes <= {"truncated", "damaged", "not-an-image", "format", "zero-side"}
     assert "truncated" in codes
@@ -104,12 +104,12 @@ def test_kinds_of_netpbm(data: bytes, code: str | None) -> None:
 def test_an_icon_may_not_hide_a_large_picture() -> None:
     """The icon's directory claims 32 x 32 pixels, but its PNG has 20,000 x 20,000 pixels."""
     data = bytearray(FILES["ICO"])
-    at = data.rindex(b"IHDR") + 4  # of the larger picture
+    at = data.rindex(b"IHDR") + 4  # the header of the larger picture
     data[at : at + 8] = (20_000).to_bytes(4, "big") * 2
     assert refused(bytes(data), "a.ico", "ICO").code == "too-many-pixels"
 
 
-def test_unknown_bytes_are_no_tga_unless_asked_for() -> None:
+def test_unknown_bytes_are_a_tga_only_on_request() -> None:
     noise = bytes([0, 0, 2]) + bytes(9) + bytes([84, 0, 56, 0, 24, 0]) + bytes(56 * 84 * 3)
     assert refused(noise, "a.jpg").code == "not-an-image"
     assert refused(noise, "a.tga").code == "format"
@@ -146,7 +146,7 @@ def test_heic_is_decoded_and_turned() -> None:
     )
     assert upright.format == "HEIF"
     expected = np.asarray(SMOOTH.convert("RGB")).astype(int)
-    assert np.abs(upright.pixels - expected).max() <= 2  # lossy in its colours
+    assert np.abs(upright.pixels - expected).max() <= 2  # its colours are lossy
     assert turned.picture.size == (96, 128)
     assert np.array_equal(turned.pixels, np.rot90(upright.pixels, -1))
 
@@ -163,7 +163,7 @@ def test_heic_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"Run {install_command('heif')}, or convert it" in error.text(in_shell=True)
 
 
-def test_brands_tell_heic_from_avif() -> None:
+def test_brands_distinguish_heic_from_avif() -> None:
     def container(major: bytes, *others: bytes) -> bytes:
         brands = major + bytes(4) + b"".join(others)
         return (8 + len(brands)).to_bytes(4, "big") + b"ftyp" + brands + bytes(40)

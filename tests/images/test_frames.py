@@ -1,4 +1,4 @@
-"""Frame pairs have the rows of the CPU path: the kernels' source, interpreted on a CPU."""
+"""Test that the kernels, in Triton's interpreter, give frame pairs the rows of the CPU path."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def frames_of(images: list[Image.Image], new_size: tuple[int, int]) -> Frames:
 
 
 def rows_by_pillow(images: list[Image.Image], new_size: tuple[int, int]) -> torch.Tensor:
-    """Channel, frame, row, column of each patch, by plain indexing."""
+    """Return each patch's values by plain indexing, in the order channel, frame, row, column."""
     resized = [np.asarray(each.resize(new_size, Image.Resampling.BICUBIC)) for each in images]
     pairs = [*resized, *resized[-1:]] if len(resized) % 2 else resized
     rows = []
@@ -52,7 +52,7 @@ def rows_by_pillow(images: list[Image.Image], new_size: tuple[int, int]) -> torc
 
 CASES = [  # (frames, old size, new size)
     (4, (70, 40), (56, 28)),
-    (3, (40, 70), (56, 84)),  # an odd count; it grows
+    (3, (40, 70), (56, 84)),  # an odd count; both axes grow
     (1, (50, 28), (28, 28)),  # one axis
     (2, (56, 28), (56, 28)),  # no resize
 ]
@@ -67,7 +67,7 @@ def test_frame_pairs_have_the_bits_of_pillow(
     images = [Image.fromarray(noise(*old[::-1], seed=seed)) for seed in range(count)]
     frames, right = frames_of(images, new), rows_by_pillow(images, new)
     assert torch.equal(frames.patchify().pixels, right)
-    for most in (2**26, 1):  # all at once, and step by step
+    for most in (2**26, 1):  # in one step, and in many steps
         monkeypatch.setattr(on_gpu, "FRAME_BYTES", most)
         made = on_gpu.patches_on_gpu([frames], CPU, pinned_rows=0)
         assert torch.equal(made.pixels, right)
@@ -106,13 +106,13 @@ KINDS: list[dict[str, Any]] = [{}, {"size": (98, 66)}, {"rotation": 90}, {"pix_f
 
 @pytest.mark.parametrize("clip", KINDS, indirect=True)
 def test_a_file_gives_frames_with_the_rows_of_the_cpu_path(clip: Video) -> None:
-    whole = load_video(clip, CONFIG)
+    loaded = load_video(clip, CONFIG)
     found = [*load_pieces(clip, CONFIG, most=48, on_gpu=True, threads=2)]
     assert len(found) > 1
     assert all(isinstance(each.decoded, Frames) for each in found)
-    assert torch.equal(Patches.cat(each.patches for each in found).pixels, whole.patches.pixels)
-    assert sum(each.decoded.grids[0].t for each in found) == whole.patches.grids[0].t
-    assert [each.timing for each in found] == [whole.timing] * len(found)
+    assert torch.equal(Patches.cat(each.patches for each in found).pixels, loaded.patches.pixels)
+    assert sum(each.decoded.grids[0].t for each in found) == loaded.patches.grids[0].t
+    assert [each.timing for each in found] == [loaded.timing] * len(found)
     height, width = found[0].size_px
     for each in found:
         assert each.decoded.n_bytes == 4 * height * width * 2 * each.decoded.grids[0].t

@@ -64,14 +64,14 @@ def test_a_whole_picture_has_the_bits_of_pillow(kind: str, mode: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 0.97])
-def test_a_picture_that_lost_its_middle_or_its_end_is_refused(kind: str, share: float) -> None:
+def test_a_picture_without_its_middle_or_its_end_is_refused(kind: str, share: float) -> None:
     data = encode(**KINDS[kind])
     cut = scans(data)[0] + int((len(data) - scans(data)[0]) * share)
     for rest in (b"", END, data[-200:], data[cut + 3_000 :]):
         if len(data) - cut > len(rest) + 100:
-            spoiled = data[:cut] + rest
-            assert code(spoiled) in ("truncated", "damaged"), rest[:2]
-            assert code(Image.open(io.BytesIO(spoiled))) in ("truncated", "damaged")
+            damaged = data[:cut] + rest
+            assert code(damaged) in ("truncated", "damaged"), rest[:2]
+            assert code(Image.open(io.BytesIO(damaged))) in ("truncated", "damaged")
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
@@ -85,12 +85,12 @@ def test_a_cut_picture_of_another_mode_is_refused(mode: str) -> None:
 def test_a_picture_with_a_hole_of_zeros_is_refused(kind: str) -> None:
     data = encode(**KINDS[kind])
     half, page = len(data) // 2, 4096
-    for spoiled in (
+    for damaged in (
         data[:half] + bytes(len(data) - half),
         data[:half] + bytes(len(data) - half - 2) + END,
         data[:half] + bytes(page) + data[half + page :],
     ):
-        assert code(spoiled) in ("truncated", "damaged")
+        assert code(damaged) in ("truncated", "damaged")
 
 
 def test_a_progressive_picture_cut_after_any_scan_is_refused() -> None:
@@ -101,7 +101,7 @@ def test_a_progressive_picture_cut_after_any_scan_is_refused() -> None:
         assert code(data[:begin] + END) == "truncated"
 
 
-def test_a_header_that_promises_a_larger_picture_is_refused() -> None:
+def test_a_header_with_a_larger_size_than_its_data_is_refused() -> None:
     data = bytearray(encode(progressive=True))
     frame = data.index(b"\xff\xc2")
     data[frame + 5 : frame + 9] = (3000).to_bytes(2, "big") * 2
@@ -224,16 +224,16 @@ def test_a_second_frame_header_is_damage() -> None:
     assert code(data[: scans(data)[0]] + frame + data[scans(data)[0] :]) == "damaged"
 
 
-def test_the_judge_is_asked_about_every_jpeg(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_jpeg_is_checked_for_missing_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another library checks the file, but Pillow decodes the pixels."""
-    asked = []
+    calls = []
     real = jpeg_module.check_blocks
 
     def watched(*arguments: Any) -> Any:
-        asked.append(1)
+        calls.append(1)
         return real(*arguments)
 
     monkeypatch.setattr("qwen_vit.images.decode.check_blocks", watched)
     load_image(encode())
     load_image(Image.open(io.BytesIO(encode())))
-    assert len(asked) == 2
+    assert len(calls) == 2

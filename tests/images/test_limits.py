@@ -64,7 +64,7 @@ def test_a_gif_of_many_frames_is_not_counted() -> None:
 
 
 def gif_frame(width: int, height: int) -> bytes:
-    """A frame of one colour that the next frame removes, with pixels of its first row only."""
+    """Return a frame with pixels of one colour in its first row. The next frame removes it."""
     control = b"!\xf9\4" + bytes([2 << 2, 1, 0, 0]) + b"\0"
     return control + b"," + struct.pack("<4HB", 0, 0, width, height, 0) + b"\2\2\x44\1\0"
 
@@ -178,7 +178,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_a_picture_that_may_take_long_is_decoded_in_a_process_of_its_own(
+def test_a_picture_that_may_take_long_is_decoded_in_a_separate_process(
     children: list[str],
 ) -> None:
     """The estimate assumes a slow core, so the decoder finishes most such images in time."""
@@ -194,7 +194,7 @@ def test_a_picture_that_may_take_long_is_decoded_in_a_process_of_its_own(
     assert error.code == "truncated"
 
 
-def test_a_picture_that_takes_too_long_is_ended(children: list[str]) -> None:
+def test_the_decoding_of_a_slow_picture_is_stopped(children: list[str]) -> None:
     begin = time.monotonic()
     error = refused(slow_picture(), ImageLimits(max_seconds=0.05))
     assert time.monotonic() - begin < 3
@@ -292,7 +292,7 @@ def test_a_control_group_limits_the_budget(
     (group / "memory.stat").write_text(
         f"{names[2]}inactive_file_x 7\n{names[2]}inactive_file 900\n"
     )
-    assert available_bytes() == 4_000_900  # the system drops a cache of files when it is needed
+    assert available_bytes() == 4_000_900  # the system can reclaim the inactive file cache
 
 
 @pytest.mark.parametrize("kind", [resource.RLIMIT_AS, resource.RLIMIT_DATA])
@@ -325,9 +325,9 @@ def test_transparent_pictures_take_few_copies() -> None:
     """An image of 13,377 x 13,377 pixels once took 4.3 GB, or 24 bytes per pixel."""
     noise = np.random.default_rng(0).integers(0, 256, (1_500, 1_400, 4), np.uint8)
     picture = Image.fromarray(noise)
-    got = load_image(picture).pixels
+    pixels = load_image(picture).pixels
     white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-    assert np.array_equal(got, np.asarray(Image.alpha_composite(white, picture).convert("RGB")))
+    assert np.array_equal(pixels, np.asarray(Image.alpha_composite(white, picture).convert("RGB")))
 
 
 def test_bytes_after_the_pixels_of_a_png_do_not_matter() -> None:

@@ -1,4 +1,4 @@
-"""The GPU's resize and patches have Pillow's bits: the kernels' source, interpreted on a CPU."""
+"""Test that the kernels, in Triton's interpreter, give resizes and patches Pillow's bits."""
 
 import logging
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ needs_interpreter = pytest.mark.skipif(not RUNS_HERE, reason="Triton 3.6 with Nu
 
 
 def small_cases(count: int) -> list[ResizeCase]:
-    """Some cases of every kind that has small ones."""
+    """Return up to `count` small cases of each kind."""
     found: dict[str, list[ResizeCase]] = {kind: [] for kind in KINDS}
     for case in make_cases(3, 200):
         area = max(case.old[0] * case.old[1], case.new[0] * case.new[1])
@@ -61,8 +61,8 @@ def test_a_batch_of_pictures_and_patches_is_in_order(interpreted: None) -> None:
         joined = on_gpu.patches_on_gpu(mixed, CPU, pinned_rows=0)
         assert torch.equal(joined.pixels, torch.cat([each.pixels for each in right]))
         assert joined.grids == tuple(grid for each in right for grid in each.grids)
-    whole = on_gpu.patches_on_gpu(parts, CPU, pinned_rows=0)
-    assert torch.equal(whole.pixels, torch.cat([each.pixels for each in right]))
+    joined = on_gpu.patches_on_gpu(parts, CPU, pinned_rows=0)
+    assert torch.equal(joined.pixels, torch.cat([each.pixels for each in right]))
 
 
 def pixels_of(picture: Picture) -> np.ndarray:
@@ -99,7 +99,7 @@ def test_the_cpu_path_joins_the_bands_of_a_large_picture(
     assert torch.equal(picture.patchify().pixels, patchify(image, CONFIG).pixels)
 
 
-@pytest.mark.parametrize("large_bytes", [1, 50, 10_000])  # which NumPy copies
+@pytest.mark.parametrize("large_bytes", [1, 50, 10_000])  # NumPy copies these
 @pytest.mark.parametrize("staged_bytes", [7, 100, 10_000])
 def test_an_upload_has_all_bytes_in_order(
     staged_bytes: int, large_bytes: int, monkeypatch: pytest.MonkeyPatch
@@ -117,7 +117,7 @@ def test_the_bytes_of_a_picture_outlive_the_image() -> None:
     expected = np.asarray(image).copy()
     picture = Picture.of(image.copy(), CONFIG)
     for _ in range(20):
-        Image.new("RGB", (300, 300))  # would reuse memory that nothing keeps
+        Image.new("RGB", (300, 300))  # would reuse freed memory
     assert np.array_equal(pixels_of(picture), expected)
 
 
@@ -133,12 +133,12 @@ def test_a_picture_is_refused_as_its_patches_are() -> None:
 ORDERS = [  # (old, new, vertically first in 12.3.0, in 13.0.0)
     ((100, 100), (50, 50), False, False),
     ((100, 101), (100, 99), False, True),
-    ((100, 200), (50, 100), False, False),  # the height loses exactly twice as much
+    ((100, 200), (50, 100), False, False),  # the height shrinks by exactly twice the factor
     ((100, 200), (50, 99), False, True),
-    ((50, 100), (80, 99), False, True),  # grows in width
+    ((50, 100), (80, 99), False, True),  # the width grows
     ((50, 100), (20, 200), False, False),
     ((60, 12_000), (60, 11_999), True, True),
-    ((60, 6_000), (90, 5_000), False, True),  # exactly 100 times
+    ((60, 6_000), (90, 5_000), False, True),  # the height is exactly 100 times the width
     ((60, 6_001), (2, 6_000), True, False),
 ]
 
@@ -169,10 +169,10 @@ def test_the_installed_pillow_has_that_order(old: tuple[int, int], new: tuple[in
         return image
 
     axes = pillow_order.passes(old, new)
-    whole = edges.resize(new, Image.Resampling.BICUBIC)
-    assert np.array_equal(np.asarray(in_order(axes)), np.asarray(whole))
+    resized = edges.resize(new, Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(in_order(axes)), np.asarray(resized))
     if len(axes) == 2:
-        assert not np.array_equal(np.asarray(in_order(axes[::-1])), np.asarray(whole))
+        assert not np.array_equal(np.asarray(in_order(axes[::-1])), np.asarray(resized))
 
 
 def test_an_unknown_pillow_resizes_on_the_cpu_and_is_logged_once(

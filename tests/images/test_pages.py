@@ -49,7 +49,7 @@ def test_each_page_is_the_picture_that_pillow_shows(file_format: str) -> None:
     for page, frame in zip(found, FRAMES, strict=True):
         difference = np.abs(page.pixels - np.asarray(frame).astype(int))
         assert difference.max() == 0 or file_format in ("GIF", "AVIF", "HEIF")
-        # closer to its own frame than to any other
+        # A page is closest to its own frame.
         others = [np.abs(page.pixels - np.asarray(f).astype(int)).mean() for f in FRAMES]
         assert min(others) == difference.mean()
     if file_format != "HEIF":
@@ -82,7 +82,7 @@ def test_a_damaged_page_costs_no_other() -> None:
         load_image(ImagePage(bytes(torn), 2))
 
 
-def test_a_page_that_is_not_there() -> None:
+def test_a_missing_page_is_refused() -> None:
     with pytest.raises(ImageError) as caught:
         load_image(ImagePage(FILES["TIFF"], 4), name="a")
     assert caught.value.code == "truncated"
@@ -130,7 +130,7 @@ def test_encode_gives_every_page(encoder: VisionEncoder, tmp_path: Path) -> None
     for one, other in zip(found, expected, strict=True):
         assert not isinstance(one, FailedImage)
         assert one.embeds.equal(other.embeds)
-    assert encoder.encode(path).id == str(path)  # its first page
+    assert encoder.encode(path).id == str(path)  # a path gives its first page
     [single] = encoder.encode(still, frames="all")
     assert single.id == str(still)
 

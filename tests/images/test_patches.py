@@ -163,7 +163,7 @@ def test_a_ratio_above_200_is_refused_with_figures_and_remedy() -> None:
         smart_resize(4000, 12, **PUBLISHED)
     assert caught.value.code == "ratio"
     assert str(caught.value).startswith("the image: 12x4000 ")
-    assert smart_resize(10, 2000, **PUBLISHED) == (28, 812)  # 200 itself is fine
+    assert smart_resize(10, 2000, **PUBLISHED) == (28, 812)  # a ratio of 200 is allowed
 
 
 @pytest.mark.parametrize(("height", "width"), [(0, 5), (5, 0), (0, 0), (-1, 5)])
@@ -295,7 +295,7 @@ def test_running_out_of_memory_while_resizing_is_an_image_error(
 
 
 def test_patches_of_two_devices_are_joined_where_the_first_are() -> None:
-    here = patchify(np.zeros((56, 84, 3), np.uint8), image_config())
-    there = Patches(here.pixels.to("meta"), here.grids)
-    assert Patches.cat([there, here]).pixels.device.type == "meta"
-    assert len(Patches.cat([there, here], pinned_rows=64).pixels) == 48
+    on_host = patchify(np.zeros((56, 84, 3), np.uint8), image_config())
+    on_meta = Patches(on_host.pixels.to("meta"), on_host.grids)
+    assert Patches.cat([on_meta, on_host]).pixels.device.type == "meta"
+    assert len(Patches.cat([on_meta, on_host], pinned_rows=64).pixels) == 48

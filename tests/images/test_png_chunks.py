@@ -95,18 +95,18 @@ def test_orientation_and_transparency_still_count() -> None:
 
 
 @pytest.mark.parametrize("kind", [b"tRNS", b"PLTE"])
-def test_faults_that_decide_the_picture_are_errors(kind: bytes) -> None:
+def test_faults_in_critical_chunks_are_errors(kind: bytes) -> None:
     palette = png(Image.fromarray(PIXELS[..., 0]).convert("P"), transparency=3)
     at = palette.index(kind)
     [length] = struct.unpack_from(">I", palette, at - 4)
     faulty = bytearray(palette)
-    faulty[at + 4 + length] ^= 0xFF  # of its checksum
+    faulty[at + 4 + length] ^= 0xFF  # a byte of its checksum
     with pytest.raises(ImageError) as caught:
         load_image(bytes(faulty))
     assert caught.value.code in ("damaged", "truncated")
 
 
-def test_an_animation_with_a_faulty_part_is_its_first_frame() -> None:
+def test_an_animation_with_a_faulty_part_gives_its_first_frame() -> None:
     frames = [Image.fromarray(PIXELS), Image.fromarray(255 - PIXELS)]
     data = bytearray(png(frames[0], save_all=True, append_images=frames[1:]))
     at = data.index(b"acTL")

@@ -14,7 +14,7 @@ from qwen_vit.images.load import load_image
 from tests.support import IMAGES
 from tests.support.images import FORMATS, chelsea, encode, noise
 
-# One policy for every source
+# The policy for every source
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
@@ -34,7 +34,7 @@ def test_content_decides_the_format_and_the_extension_nothing(
     assert load_image(data, name="cat").name == "cat"
 
 
-def test_the_result_is_rgb_uint8_contiguous_and_its_own() -> None:
+def test_the_result_is_contiguous_rgb_uint8_in_its_own_memory() -> None:
     array = noise(6, 9)
     image = load_image(array)
     assert (image.height, image.width) == (6, 9)
@@ -108,7 +108,7 @@ def test_an_animation_is_its_first_frame(file_format: str) -> None:
     data = encode(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
     image = load_image(data)
     assert np.abs(image.pixels.astype(int) - (240, 0, 0)).max() <= 4
-    counted = "several" if file_format in ("GIF", "TIFF") else "3"  # would need the whole file
+    counted = "several" if file_format in ("GIF", "TIFF") else "3"  # the loader does not count
     assert f"first of {counted} frames" in image.notes
 
 
@@ -153,16 +153,16 @@ def test_the_callers_pil_image_is_unchanged(mode: str) -> None:
     assert (picture.tobytes(), picture.mode, picture.size, dict(picture.info)) == before
 
 
-# Paths and other sources
+# Files and decoders
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow says so of the later page
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow warns about the later page
 def test_a_tiff_is_its_first_page_though_a_later_one_is_damaged() -> None:
     """Counting the pages seeks through the file, and stops at the page before the damage."""
     pages = [Image.new("RGB", size, colour) for size, colour in (((28, 84), "red"), ((56, 56), 0))]
     data = bytearray(encode(pages[0], "TIFF", save_all=True, append_images=[pages[1], pages[1]]))
     start = 4
-    for _ in range(2):  # to where the second page says where the third one is
+    for _ in range(2):  # find the second directory's offset of the third directory
         (directory,) = struct.unpack_from("<I", data, start)
         (entries,) = struct.unpack_from("<H", data, directory)
         start = directory + 2 + 12 * entries
@@ -175,6 +175,6 @@ def test_a_tiff_is_its_first_page_though_a_later_one_is_damaged() -> None:
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_what_was_loaded_holds_neither_its_file_nor_its_decoder(file_format: str) -> None:
+def test_a_loaded_image_keeps_neither_its_file_nor_its_decoder(file_format: str) -> None:
     image = load_image(encode(chelsea(), file_format, **FORMATS[file_format]))
     assert type(image.picture) is Image.Image

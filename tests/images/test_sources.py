@@ -19,7 +19,7 @@ from tests.support.images import FORMATS, chelsea, encode, noise, png, refusal
 # Size limits
 
 
-def test_a_bomb_is_refused_from_its_header_and_without_a_warning() -> None:
+def test_a_decompression_bomb_is_refused_by_its_header_without_a_warning() -> None:
     message = refusal("too-many-pixels", png(60_000, 60_000, b""), name="bomb.png")
     assert message.startswith(
         "bomb.png: 60000x60000 = 3600000000 pixels. Expected at most 178956970"
@@ -32,7 +32,7 @@ def test_a_bomb_is_refused_from_its_header_and_without_a_warning() -> None:
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_the_pixel_limit_holds_per_call_whatever_pillows_is(
+def test_the_pixel_limit_of_a_call_replaces_pillows_limit(
     file_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pillow would warn, because its limit is below the size. Only our limit decides, to the
@@ -48,7 +48,7 @@ def test_the_pixel_limit_holds_per_call_whatever_pillows_is(
     assert Image.MAX_IMAGE_PIXELS == 1_500
 
 
-def test_pillows_own_limit_is_reported_as_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_above_pillows_own_limit_raises_our_error(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(chelsea(), "WEBP")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert "MAX_IMAGE_PIXELS" in refusal("too-many-pixels", data)
@@ -57,7 +57,7 @@ def test_pillows_own_limit_is_reported_as_ours(monkeypatch: pytest.MonkeyPatch) 
 def test_the_byte_limit_is_checked_before_reading(tmp_path: Path) -> None:
     path = tmp_path / "huge.jpg"
     with path.open("wb") as file:
-        file.truncate(2**33)  # sparse: 8 GiB that would take minutes to read
+        file.truncate(2**33)  # a sparse file: reading 8 GiB would take minutes
     message = refusal("file-too-large", path)
     assert f"{path}: {2**33} bytes. Expected at most {512 * 2**20}." in message
     assert "max_file_bytes" in message
@@ -105,7 +105,7 @@ def test_fifos_and_devices_are_never_opened(
         assert f"{path}: a FIFO, socket or device" in refusal("not-a-file", path)
 
 
-def test_permission_and_vanishing_are_told_apart(
+def test_a_missing_permission_and_a_missing_file_have_different_codes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The test simulates the system's answers, because a superuser has all permissions."""
@@ -151,9 +151,7 @@ def test_addresses_are_refused_with_the_remedy(address: str) -> None:
         ("data:image/png;base64,iVBORw0KGgo", "base64.b64decode"),
     ],
 )
-def test_addresses_that_no_download_helps_have_a_remedy_of_their_own(
-    address: str, remedy: str
-) -> None:
+def test_addresses_of_other_schemes_have_a_separate_remedy(address: str, remedy: str) -> None:
     assert remedy in refusal("url", address)
 
 

@@ -19,13 +19,13 @@ from qwen_vit.images.load import load_image
 from tests.support import IMAGES
 from tests.support.images import chelsea, encode
 
-# Paths and other sources
+# Pillow's flag
 
 
-def test_a_flag_that_another_thread_needs_is_not_put_back_before_it_has_ended(
+def test_pillows_flag_is_restored_after_the_last_user(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """During this time, Pillow would fill a truncated file with grey."""
+    """With the flag restored too early, Pillow fills another thread's truncated file with grey."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with image_module._strictly():
         with image_module._strictly():
@@ -37,7 +37,7 @@ def test_a_flag_that_another_thread_needs_is_not_put_back_before_it_has_ended(
 # Threads
 
 
-def test_many_threads_load_the_same_things_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_threads_load_equal_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads load files, truncated files and one shared lazy PIL image. The process-wide flag is
     restored."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
@@ -63,7 +63,7 @@ def test_many_threads_load_the_same_things_alike(monkeypatch: pytest.MonkeyPatch
         assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 
-def test_threads_that_share_a_pil_image_all_turn_it_upright(
+def test_threads_that_share_a_pil_image_all_apply_its_orientation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """While one thread parses the EXIF data, Pillow reports no EXIF data to another thread."""
@@ -76,7 +76,7 @@ def test_threads_that_share_a_pil_image_all_turn_it_upright(
     monkeypatch.setattr(Image.Exif, "load", parse_slowly)
     exif = Image.Exif()
     exif[274] = 6
-    # with a resolution of its own, or Pillow asks the EXIF for one when it opens the file
+    # Without a dpi in the header, Pillow reads the EXIF data when it opens the file.
     data = encode(Image.new("RGB", (40, 20)), "JPEG", exif=exif, dpi=(72, 72))
     shared = Image.open(io.BytesIO(data))
     with ThreadPoolExecutor(4) as pool:
@@ -84,7 +84,7 @@ def test_threads_that_share_a_pil_image_all_turn_it_upright(
     assert shapes == {(40, 20, 3)}
 
 
-def test_threads_that_share_a_lazy_pil_image_take_turns() -> None:
+def test_threads_load_a_shared_lazy_pil_image_one_at_a_time() -> None:
     """Two simultaneous loads of Pillow read one file from two places."""
     expected = np.asarray(Image.open(IMAGES / "astronaut.png"))
     threads = 4

@@ -55,13 +55,13 @@ def code(data: bytes) -> str:
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_white_is_zero_at_8_bits(order: str) -> None:
-    got = load_image(tiff(GREY.tobytes(), order, photometric=0)).pixels
-    assert np.array_equal(got[..., 0], 255 - GREY)
+def test_8_bit_samples_with_white_as_zero_are_inverted(order: str) -> None:
+    pixels = load_image(tiff(GREY.tobytes(), order, photometric=0)).pixels
+    assert np.array_equal(pixels[..., 0], 255 - GREY)
 
 
 @pytest.mark.parametrize("photometric", [0, 1])
-def test_white_is_zero_at_16_bits(photometric: int) -> None:
+def test_16_bit_samples_respect_the_photometric_tag(photometric: int) -> None:
     """Pillow inverts only 8-bit samples, so such X-rays once became negatives."""
     data = tiff(sixteen(GREY), bits=16, photometric=photometric)
     expected = 255 - GREY if photometric == 0 else GREY
@@ -116,7 +116,7 @@ def test_16_bits_big_endian_white_is_zero_is_named() -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "I;16"])
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate"])
-def test_what_pillow_writes_is_read(mode: str, compression: str) -> None:
+def test_tiffs_of_pillow_are_read(mode: str, compression: str) -> None:
 
     file = io.BytesIO()
     Image.new(mode, (30, 20)).save(file, "TIFF", compression=compression)
@@ -134,13 +134,13 @@ def photograph_in_strips(mode: str, compression: str) -> tuple[bytes, int, int]:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("damage", ["hole", "end", "marker"])
-def test_a_strip_of_jpeg_that_lost_a_part_is_refused(mode: str, damage: str) -> None:
-    """It was accepted with grey: libtiff only warns."""
+def test_an_incomplete_jpeg_strip_is_refused(mode: str, damage: str) -> None:
+    """qwen_vit once accepted such a strip with grey blocks, because libtiff only warns."""
     data, begin, count = photograph_in_strips(mode, "jpeg")
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    whole = load_image(data)
-    assert np.array_equal(whole.pixels, expected)
-    assert not [note for note in whole.notes if "check" in note or "padding" in note]
+    image = load_image(data)
+    assert np.array_equal(image.pixels, expected)
+    assert not [note for note in image.notes if "check" in note or "padding" in note]
     half, end = begin + count // 2, begin + count
     lost = {
         "hole": bytes(count // 4) + data[half + count // 4 : end],

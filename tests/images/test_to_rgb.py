@@ -18,7 +18,7 @@ def with_png_chunk(data: bytes, kind: bytes, content: bytes) -> bytes:
     return data[:33] + png_chunk(kind, content) + data[33:]
 
 
-# One policy for every source
+# Alpha and colour modes
 
 
 def half_transparent() -> np.ndarray:
@@ -44,7 +44,7 @@ def test_alpha_is_composited_on_white_from_every_source() -> None:
     assert np.array_equal(first[:, 3:6], rgba[:, 3:6, :3])
     for source in sources:
         image = load_image(source)
-        # WebP may change the colour of what cannot be seen, nothing else
+        # WebP may change only the colour of transparent pixels.
         assert np.array_equal(image.pixels, first)
         assert "alpha composited on white" in image.notes
 
@@ -99,7 +99,7 @@ def test_a_transparent_colour_of_a_png_becomes_white(mode: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["grey", "rgb", "rgba", "pil-big-endian", "tiff"])
-def test_sixteen_bit_samples_keep_their_high_byte(kind: str) -> None:
+def test_16_bit_samples_keep_their_high_byte(kind: str) -> None:
     values = (np.arange(0, 65536, 4096) + 300).astype(np.uint16).reshape(4, 4)
     grey = np.repeat((values >> 8).astype(np.uint8)[..., None], 3, 2)
     source: Any
@@ -146,7 +146,7 @@ def test_a_cmyk_jpeg_file_is_not_inverted() -> None:
     assert np.abs(image.pixels.astype(int) - (250, 20, 30)).max() <= 6
 
 
-# Paths and other sources
+# Deep samples
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
@@ -160,7 +160,7 @@ def test_pixel_types_without_a_white_level_are_refused(mode: str) -> None:
         assert "Scale it to 0..255" in message
 
 
-def test_a_deep_pil_image_is_the_same_when_it_is_loaded_already() -> None:
+def test_a_deep_pil_image_has_the_same_pixels_after_it_is_loaded() -> None:
     """After loading, only the transparent colour shows that the samples had 16 bits."""
     clear = struct.pack(">3H", 0x1234, 0x5678, 0x9ABC)
     lines = [b"\0" + b"\xff" * 48] * 4 + [b"\0" + clear * 8] * 4
@@ -169,4 +169,4 @@ def test_a_deep_pil_image_is_the_same_when_it_is_loaded_already() -> None:
     first, again = load_image(picture).pixels, load_image(picture).pixels
     assert np.array_equal(first, load_image(data).pixels)
     assert np.array_equal(again, first)
-    assert (first == 255).all()  # white, and what is clear on white
+    assert (first == 255).all()  # white rows, and transparent rows on white

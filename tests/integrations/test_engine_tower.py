@@ -66,9 +66,8 @@ def test_uint8_rows_of_images_have_the_bits_of_encode_pixels() -> None:
     assert torch.equal(ours, encoder.encode_pixels(rows, torch.tensor(GRIDS)))
 
 
-def test_uint8_rows_of_videos_are_read_whole() -> None:
-    """The second frame counts. A tower that reads only the first frame would not detect the
-    change."""
+def test_both_frames_of_uint8_rows_of_videos_are_read() -> None:
+    """With `reading_images`, the tower reads only the first frame, and the result must differ."""
     rows, encoder = pixel_rows(still=False), tiny()
     tower = engine_tower(encoder)
     floats = normalise(rows.view(len(rows), 3, 2, 196), encoder.image_config).flatten(1)
@@ -79,7 +78,7 @@ def test_uint8_rows_of_videos_are_read_whole() -> None:
         )
 
 
-def test_images_and_videos_follow_one_another() -> None:
+def test_an_error_ends_the_reading_of_images() -> None:
     tower, rows = engine_tower(tiny()), pixel_rows(still=False)
     video = tower(rows, GRIDS)
     with pytest.raises(ZeroDivisionError), tower.reading_images():
@@ -87,7 +86,7 @@ def test_images_and_videos_follow_one_another() -> None:
     assert torch.equal(tower(rows, GRIDS), video)
 
 
-def test_on_a_cpu_a_bfloat16_engine_gets_float32_results_rounded() -> None:
+def test_a_bfloat16_engine_on_a_cpu_gets_rounded_float32_results() -> None:
     tower = engine_tower(tiny(), torch.bfloat16)
     rows = float_rows()
     assert tower.dtype == torch.bfloat16
@@ -107,7 +106,7 @@ def test_float16_is_refused_with_the_reason() -> None:
         EngineTower(encoder.config, encoder.image_config, torch.float16, CPU)
 
 
-def test_half_of_an_update_is_refused_before_the_next_request() -> None:
+def test_an_incomplete_update_is_refused_before_the_next_request() -> None:
     encoder = tiny()
     tower = engine_tower(encoder)
     tower.load_weights([("blocks.0.norm1.weight", torch.ones(160))])
@@ -123,7 +122,7 @@ def test_grids_that_do_not_match_the_rows_are_refused() -> None:
         engine_tower(tiny())(float_rows()[:-4], GRIDS)
 
 
-def test_there_is_nothing_to_prepare_on_a_cpu() -> None:
+def test_prepare_does_nothing_on_a_cpu() -> None:
     assert engine_tower(tiny()).prepare([torch.uint8], 1024) == 0
 
 
@@ -134,7 +133,7 @@ def test_on_a_gpu_the_bits_are_those_of_the_encoder(dtype: torch.dtype) -> None:
     tower = engine_tower(encoder, dtype)
     rows = float_rows().cuda()
     expected = encoder.encode_patches(rows, torch.tensor(GRIDS))
-    for _ in range(2):  # captured, then replayed
+    for _ in range(2):  # the first call captures a graph, and the second call replays it
         assert torch.equal(tower(rows, GRIDS), expected)
     pixels = pixel_rows(still=True)
     with tower.reading_images():
@@ -143,7 +142,7 @@ def test_on_a_gpu_the_bits_are_those_of_the_encoder(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-def test_what_was_prepared_is_not_captured_again_and_takes_no_more_memory() -> None:
+def test_prepared_graphs_are_not_captured_again_and_need_no_more_memory() -> None:
     encoder = on_gpu()
     tower = engine_tower(encoder, torch.bfloat16)
     kept = tower.prepare([torch.uint8, torch.bfloat16], MAX_BUCKET)
@@ -181,7 +180,7 @@ def test_the_tower_runs_on_the_stream_that_it_is_called_on(is_captured: bool) ->
     for stream in [torch.cuda.Stream() for _ in range(3)]:
         with torch.cuda.stream(stream):
             late = torch.zeros_like(rows)
-            torch.cuda._sleep(100_000_000)  # cycles: the launch comes before the rows
+            torch.cuda._sleep(100_000_000)  # cycles: the host launches the tower before the copy
             late.copy_(rows)
             made.append(tower(late, GRIDS) + 0)
     torch.cuda.synchronize()

@@ -31,7 +31,7 @@ from tests.support.hf_training import ROUNDING, logits_of, loss_of
 # accelerate
 
 
-def test_a_dispatched_model_with_offloaded_layers_answers_the_same(
+def test_a_dispatched_model_with_offloaded_layers_gives_the_same_answer(
     trainable: tuple[Any, Any], family: str, tmp_path: Path
 ) -> None:
     """The tower does not move, for any device map."""
@@ -65,7 +65,7 @@ def test_a_map_of_devices_is_inferred_and_checked(trainable: tuple[Any, Any]) ->
     assert set(device_map.values()) == {"cpu", "disk"}
 
 
-def test_hooks_on_the_tower_run_around_it(trainable: tuple[Any, Any], family: str) -> None:
+def test_hooks_of_the_tower_run(trainable: tuple[Any, Any], family: str) -> None:
     _, swapped = trainable
     expected = logits_of(swapped, family)
     hook = accelerate.hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True)
@@ -114,7 +114,7 @@ def ddp_worker(rank: int, folder: Path, family: str) -> None:
     model = FAMILIES[family].model_class.from_pretrained(folder / "model")
     encoder = VisionEncoder.from_pretrained(folder / "model", device="cpu")
     with_our_tower(model, encoder).train()
-    # Omni's audio tower gets no input here
+    # Omni's audio tower gets no input, so its parameters get no gradient.
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     steps = torch.optim.SGD(wrapped.parameters(), lr=1e-2, weight_decay=0.1)
     for step in range(2):

@@ -22,7 +22,7 @@ from tests.support.towers import random_rows
 
 
 @pytest.mark.slow
-def test_a_compiled_model_answers_the_same(trainable: tuple[Any, Any], family: str) -> None:
+def test_a_compiled_model_gives_the_same_answer(trainable: tuple[Any, Any], family: str) -> None:
     """The graph breaks at the tower, because its kernels are already compiled."""
     _, swapped = trainable
     expected = logits_of(swapped, family)
@@ -46,7 +46,7 @@ def test_a_compiled_model_trains_the_same(trainable: tuple[Any, Any], family: st
 
 
 @pytest.mark.slow
-def test_inductor_compiles_what_is_around_the_tower(
+def test_inductor_compiles_the_model_around_the_tower(
     trainable: tuple[Any, Any], family: str
 ) -> None:
     _, swapped = trainable

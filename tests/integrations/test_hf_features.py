@@ -58,10 +58,10 @@ def test_inputs_embeds_with_the_right_positions_give_the_same_answer(setting: Se
     setting.assert_same_answer(first, tokens)
 
 
-def test_the_models_own_features_through_a_file_change_no_bit(
+def test_a_file_keeps_every_bit_of_the_models_own_features(
     setting: Setting, tmp_path: Path
 ) -> None:
-    """Without the towers' rounding, the way through the file is exact."""
+    """The features come from the model's own tower, so the file must keep every bit."""
     grids = setting.pixels["image_grid_thw"]
     with torch.no_grad():
         merged = setting.model.model.visual(setting.pixels["pixel_values"], grid_thw=grids)
@@ -131,17 +131,17 @@ FAULTS: dict[str, Callable[[list[ImageFeatures]], list[ImageFeatures]]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_comparison_sees_a_fault_in_the_features(setting: Setting, fault: str) -> None:
+def test_the_comparison_detects_a_fault_in_the_features(setting: Setting, fault: str) -> None:
     arguments = to_hf(FAULTS[fault](list(setting.features)))
     arguments["mm_token_type_ids"] = setting.is_image
     logits = setting.logits_from(**arguments)
     with pytest.raises(AssertionError, match="ours"):
         assert_no_worse_than(logits, setting.logits, setting.exact_logits, factor=1000)
-    if fault in ("rows by columns", "two images swapped"):  # the others: 15 and 2 %, no token
+    if fault in ("rows by columns", "two images swapped"):  # other faults change no token
         assert setting.tokens_from(**arguments) != setting.tokens
 
 
-def test_the_comparison_sees_positions_in_a_row(setting: Setting) -> None:
+def test_the_comparison_detects_positions_of_text(setting: Setting) -> None:
     """Without mm_token_type_ids, transformers silently numbers image tokens as text."""
     arguments = setting.features.to_hf()
     logits = setting.logits_from(**arguments)

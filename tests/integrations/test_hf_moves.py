@@ -31,7 +31,7 @@ from tests.support.hf_training import merged_by
 from tests.support.towers import gpu, random_rows
 
 FAMILY = "qwen2_5_vl"
-FLOAT32 = 1e-4  # two implementations of a peaked model drift about 2e-5 apart; bfloat16 is at 1e-2
+FLOAT32 = 1e-4  # two float32 implementations differ by about 2e-5, and bfloat16 by 1e-2
 INSTEAD = "the vision tower computes in float32 on a CPU, not in bfloat16"
 
 
@@ -69,7 +69,7 @@ def logits_of(model: Any) -> Tensor:
         lambda model: model.share_memory(),
     ],
 )
-def test_what_asks_for_nothing_else_builds_nothing(model: Any, move: Any) -> None:
+def test_a_move_to_the_same_device_and_dtype_builds_no_encoder(model: Any, move: Any) -> None:
     encoder = tower_of(model).encoder
     assert move(model) is model
     assert tower_of(model).encoder is encoder
@@ -79,19 +79,19 @@ def test_what_asks_for_nothing_else_builds_nothing(model: Any, move: Any) -> Non
 @pytest.mark.parametrize(
     "move", [lambda part: part.half(), lambda part: part.to(torch.float16)], ids=["half", "to"]
 )
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("moves_model", [True, False])
 def test_float16_is_refused_with_the_reason_before_anything_moves(
-    model: Any, move: Any, whole: bool
+    model: Any, move: Any, moves_model: bool
 ) -> None:
     expected = logits_of(model)
     words = r"activations .* overflow float16 in the last block\. Expected bfloat16 or"
     with pytest.raises(ArgumentError, match=words):
-        move(model if whole else tower_of(model))
+        move(model if moves_model else tower_of(model))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert torch.equal(logits_of(model), expected)
 
 
-def test_a_float16_language_model_takes_the_tower_afterwards(model: Any) -> None:
+def test_the_language_model_alone_can_be_converted_to_float16(model: Any) -> None:
     """The error names this way."""
     expected, tower = logits_of(model), tower_of(model)
     model.model.language_model.half()
@@ -111,7 +111,7 @@ def test_a_device_that_computes_nothing_is_refused(model: Any) -> None:
         model.to("meta")
 
 
-def test_on_a_cpu_float32_stands_for_bfloat16_and_says_so(
+def test_float32_replaces_bfloat16_on_a_cpu_with_a_warning(
     model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The language model is in bfloat16. The tower is not rounded, and saves the published
@@ -131,7 +131,7 @@ def test_on_a_cpu_float32_stands_for_bfloat16_and_says_so(
     assert torch.equal(merged_by(tower), merged)
 
 
-def test_a_move_builds_the_encoder_again_from_what_was_loaded_last(
+def test_a_move_rebuilds_the_encoder_from_the_weights_loaded_last(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The new encoder keeps quantization, pixel limits and graphs. This test only names a GPU."""
@@ -139,18 +139,18 @@ def test_a_move_builds_the_encoder_again_from_what_was_loaded_last(
     tower.load_state_dict({name: tensor * 2 for name, tensor in tower.state_dict().items()})
     expected, image = merged_by(tower), tower.encoder.image_config
     build = VisionEncoder.from_checkpoint
-    asked = []
+    builds = []
 
     def build_on_cpu(
         checkpoint: Any, source: Any, device: Any, dtype: Any, **options: Any
     ) -> VisionEncoder:
-        asked.append((device, dtype, *options.values()))
+        builds.append((device, dtype, *options.values()))
         return build(checkpoint, source, torch.device("cpu"), torch.float32, **options)
 
     monkeypatch.setattr(VisionEncoder, "from_checkpoint", build_on_cpu)
     gpu_named = torch.device("cuda", 0)
     tower._move(gpu_named, torch.bfloat16)
-    assert asked == [(gpu_named, torch.bfloat16, None, image.min_pixels, image.max_pixels, True)]
+    assert builds == [(gpu_named, torch.bfloat16, None, image.min_pixels, image.max_pixels, True)]
     assert torch.equal(merged_by(tower), expected)
 
 
@@ -261,11 +261,12 @@ def test_a_compiled_model_answers_and_trains_the_same_on_a_gpu(
 
 
 @gpu
-def test_our_tower_answers_as_transformers_own_on_a_gpu(tmp_path: Path) -> None:
+def test_our_tower_gives_the_answer_of_transformers_tower_on_a_gpu(tmp_path: Path) -> None:
     """Compare in float32, in which both errors are small, also with pixels on the host."""
     model, _ = make_model(FAMILY, tmp_path)
     model = model.cuda()
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # of its patch embedding
+    # Their patch embedding is a convolution.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected = logits_of(model)
     with_our_tower(model, VisionEncoder.from_pretrained(tmp_path, device="cuda", dtype="float32"))
     assert relative_error(logits_of(model), expected) < FLOAT32

@@ -71,7 +71,7 @@ def test_the_state_has_the_names_and_values_of_transformers_own(both: tuple[Any,
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("prefix", ["visual.", "model.visual.", "thinker.visual.", ""])
-def test_the_state_is_what_was_published_whatever_the_tower_computes_in(
+def test_the_state_has_the_published_tensors_for_any_compute_dtype(
     tmp_path: Path, prefix: str, dtype: torch.dtype
 ) -> None:
     """The tensors have no padding and no permutation, and the dtype of the files. Omni stores q, k
@@ -122,11 +122,11 @@ def test_a_model_is_saved_over_the_folder_that_it_came_from_and_again(
 def test_a_file_that_another_one_replaces_changes_nothing(
     both: tuple[Any, Any], origin: Path
 ) -> None:
-    """A later copy of the encoder does not change either."""
+    """A copy that is made after the replacement has the loaded weights too."""
     model, swapped = both
     file = origin / "model.safetensors"
     other = {name: tensor + 1 for name, tensor in load_file(file).items()}
-    save_file(other, file, metadata={"format": "pt"})  # which renames
+    save_file(other, file, metadata={"format": "pt"})  # replaces the file by a rename
     for each in (swapped, copy.deepcopy(swapped)):
         assert_same_state(each.state_dict(), dict(model.state_dict()))
     shutil.rmtree(origin)
@@ -144,14 +144,12 @@ def test_a_file_that_was_written_over_in_place_is_refused(
     save_file(other, origin / "other.safetensors", metadata={"format": "pt"})
     with file.open("r+b") as stream:
         stream.write((origin / "other.safetensors").read_bytes())
-    os.utime(file, ns=(1, file.stat().st_mtime_ns + 1))  # a clock may be coarse
+    os.utime(file, ns=(1, file.stat().st_mtime_ns + 1))  # a coarse clock may show equal times
     with pytest.raises(CheckpointError, match=r"model\.safetensors: was overwritten after .* Load"):
         swapped.state_dict()
 
 
-def test_torch_saves_the_tensors_and_not_the_files_that_they_lie_in(
-    both: tuple[Any, Any], origin: Path
-) -> None:
+def test_torch_saves_the_tensors_and_not_their_files(both: tuple[Any, Any], origin: Path) -> None:
     model, swapped = both
     sizes = []
     for state in (model.state_dict(), swapped.state_dict()):
@@ -161,21 +159,21 @@ def test_torch_saves_the_tensors_and_not_the_files_that_they_lie_in(
         one = io.BytesIO()
         torch.save(state[f"{tower_name(model)}.merger.ln_q.weight"], one)
         assert one.tell() < (origin / "model.safetensors").stat().st_size / 10
-    assert sizes[1] < 1.01 * sizes[0]  # a few bytes more for the modules that have no tensors
+    assert sizes[1] < 1.01 * sizes[0]  # some bytes for modules without tensors
     assert_same_state(torch.load(buffer_of(swapped.state_dict())), dict(model.state_dict()))
     assert_same_state(
         torch.load(buffer_of(swapped), weights_only=False).state_dict(), dict(model.state_dict())
     )
 
 
-def buffer_of(thing: Any) -> io.BytesIO:
+def buffer_of(state: Any) -> io.BytesIO:
     buffer = io.BytesIO()
-    torch.save(thing, buffer)
+    torch.save(state, buffer)
     buffer.seek(0)
     return buffer
 
 
-def test_what_is_done_to_a_state_does_not_reach_the_tower(both: tuple[Any, Any]) -> None:
+def test_changes_to_a_state_dict_do_not_change_the_tower(both: tuple[Any, Any]) -> None:
     model, swapped = both
     for tensor in tower_of(swapped).state_dict().values():
         tensor.zero_()
@@ -246,7 +244,7 @@ def test_trainer_saves_the_tower_and_resumes_as_with_transformers_own(
     ]
     assert changed
     assert not [name for name in changed if "visual" in name]
-    # as if the checkpoint had another tower
+    # Change the checkpoint's tower, so that resuming must load it.
     stored = load_file(folder / "model.safetensors")
     other = {name: value * 2 if "visual" in name else value for name, value in stored.items()}
     save_file(other, folder / "model.safetensors", metadata={"format": "pt"})
@@ -272,9 +270,7 @@ def encoder_of(tensors: dict[str, Tensor]) -> VisionEncoder:
     return VisionEncoder.from_tensors(tensors, VISION, device="cpu")
 
 
-def test_other_weights_that_are_loaded_are_computed_with(
-    both: tuple[Any, Any], family: str
-) -> None:
+def test_the_tower_computes_with_newly_loaded_weights(both: tuple[Any, Any], family: str) -> None:
     """The tower's first encoder does not change."""
     model, swapped = both
     tower, new = tower_of(swapped), other_tensors(family)
@@ -287,12 +283,12 @@ def test_other_weights_that_are_loaded_are_computed_with(
     assert_same_state(tower.state_dict(), new)
     assert torch.equal(merged_by(as_hf_tower(first)), before)
     for tensor in new.values():
-        tensor.zero_()  # a model that goes on training its own
+        tensor.zero_()  # as if another model trained its tower further
     assert torch.equal(merged_by(tower), expected)
     assert tower.state_dict()["merger.ln_q.weight"].any()
 
 
-def test_weights_that_are_there_already_change_nothing(both: tuple[Any, Any]) -> None:
+def test_loading_equal_weights_changes_nothing(both: tuple[Any, Any]) -> None:
     model, swapped = both
     encoder = tower_of(swapped).encoder
     swapped.load_state_dict(model.state_dict())
@@ -316,7 +312,7 @@ def test_weights_in_pieces_are_joined(both: tuple[Any, Any], family: str, pieces
     assert torch.equal(merged_by(tower_of(swapped)), expected)
 
 
-def test_missing_and_unknown_names_are_reported_as_torch_does(both: tuple[Any, Any]) -> None:
+def test_missing_and_unknown_names_are_reported_like_in_torch(both: tuple[Any, Any]) -> None:
     model, _ = both
     visual = tower_name(model)
     state = dict(model.state_dict())
@@ -344,7 +340,7 @@ UNFIT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 
 @pytest.mark.parametrize("fault", UNFIT)
 @pytest.mark.parametrize("strict", [True, False])
-def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(
+def test_unfit_weights_are_refused_and_the_old_weights_remain(
     both: tuple[Any, Any], fault: str, strict: bool
 ) -> None:
     """Raise the error of torch, with and without strict."""

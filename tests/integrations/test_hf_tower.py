@@ -70,7 +70,7 @@ def test_both_models_answer_the_same_with_our_tower(
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_the_comparison_sees_rows_in_another_order(
+def test_the_comparison_detects_rows_in_another_order(
     both: tuple[Any, Any], family: str, modality: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, swapped = both
@@ -105,8 +105,8 @@ def test_features_are_read_from_our_tower_as_from_theirs(
             assert torch.equal(part, same)
 
 
-def test_a_call_gives_what_transformers_tower_gives(both: tuple[Any, Any]) -> None:
-    """Return an object or a tuple. Our `last_hidden_state`, which no model reads, is None."""
+def test_a_call_returns_the_types_of_transformers_tower(both: tuple[Any, Any]) -> None:
+    """A call returns an object or a tuple. No model reads `last_hidden_state`, so ours is None."""
     theirs, ours = (tower_of(model) for model in both)
     rows, grids = random_rows(104, seed=1), torch.tensor(GRIDS)
     with torch.no_grad():
@@ -121,7 +121,9 @@ def test_a_call_gives_what_transformers_tower_gives(both: tuple[Any, Any]) -> No
     assert ours.spatial_merge_size == theirs.spatial_merge_size
 
 
-def test_the_whole_model_gives_all_that_is_asked_for(both: tuple[Any, Any], family: str) -> None:
+def test_the_model_returns_requested_hidden_states_and_attentions(
+    both: tuple[Any, Any], family: str
+) -> None:
     """Hidden states and attentions belong to the language model, and both tuples have equally many
     parts."""
     inputs = vision_inputs(family)
@@ -227,14 +229,12 @@ def test_features_in_place_of_pixels_work_for_both_models(
 
 
 @pytest.mark.parametrize("given", ["tiny", nn.Linear(2, 2), None])
-def test_what_is_no_encoder_is_refused(given: Any) -> None:
+def test_an_argument_that_is_not_an_encoder_is_refused(given: Any) -> None:
     with pytest.raises(ArgumentError, match=r"encoder is .*\. .*Load an encoder"):
         as_hf_tower(given)
 
 
-def test_a_model_saved_with_its_own_tower_is_read_from_where_it_was_saved(
-    family: str, tmp_path: Path
-) -> None:
+def test_a_model_saved_with_its_own_tower_loads_into_ours(family: str, tmp_path: Path) -> None:
     """A separately saved thinker has the prefix "visual." and a config without `thinker_config`."""
     model, encoder = make_model(family, tmp_path)
     assert encoder.config.out_hidden_size == 48

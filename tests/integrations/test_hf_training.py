@@ -16,7 +16,7 @@ from tests.support.hf_training import assert_near, gradients, logits_of, loss_of
 from tests.support.towers import random_rows
 
 
-def test_the_language_model_gets_the_gradients_that_it_gets_behind_its_own_tower(
+def test_the_language_model_gets_the_same_gradients_with_either_tower(
     trainable: tuple[Any, Any], family: str
 ) -> None:
     model, swapped = trainable
@@ -36,7 +36,7 @@ def test_checkpointed_activations_give_the_same_gradients(
 
 
 @pytest.mark.parametrize("optimiser", ["AdamW", "SGD"])
-def test_no_optimiser_sees_or_changes_the_tower(
+def test_no_optimiser_gets_or_changes_the_tower(
     trainable: tuple[Any, Any], family: str, optimiser: str
 ) -> None:
     """Weight decay also changes no value, although it would change a parameter with zero
@@ -70,7 +70,7 @@ def test_the_tower_has_no_parameters_and_buffers(trainable: tuple[Any, Any]) -> 
     assert sum(t.numel() for t in tower.state_dict().values()) == own
 
 
-def test_a_training_says_once_that_the_tower_is_frozen(
+def test_training_logs_once_that_the_tower_is_frozen(
     trainable: tuple[Any, Any], family: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, swapped = trainable

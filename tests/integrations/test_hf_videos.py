@@ -149,11 +149,11 @@ def test_a_video_file_gives_the_answer_of_the_models_own_tower(family: str, tmp_
         replace(other, second_per_grid_t=1.0), ids, mm_token_type_ids=wants_types, **TOKEN_IDS
     )
     assert other.grid_thw == clip.grid_thw
-    assert relative_error(logits(model, moved), logits(model, theirs)) > 1e-3  # other frames show
+    assert relative_error(logits(model, moved), logits(model, theirs)) > 1e-3  # other frames
 
 
 @pytest.mark.parametrize("fault", ["rows backwards", "other seconds"])
-def test_the_comparison_sees_a_fault(asked: Asked, fault: str) -> None:
+def test_the_comparison_detects_a_fault(asked: Asked, fault: str) -> None:
     clips = [replace(clip, embeds=clip.embeds.flip(0)) for clip in asked.clips]
     changes: dict[str, dict[str, Any]] = {
         "rows backwards": {"videos": clips},
@@ -163,7 +163,7 @@ def test_the_comparison_sees_a_fault(asked: Asked, fault: str) -> None:
     assert relative_error(logits, asked.logits(asked.rows)) > 1e-2
 
 
-def test_tokens_that_do_not_fit_the_videos_are_refused(asked: Asked) -> None:
+def test_tokens_that_do_not_match_the_videos_are_refused(asked: Asked) -> None:
     words = r"2 runs of the video token .*\[18, 16\]\. Expected \[16, 18\], .* each video\. Expand"
     with pytest.raises(ArgumentError, match=words):
         asked.features(videos=asked.clips[::-1])
@@ -171,7 +171,7 @@ def test_tokens_that_do_not_fit_the_videos_are_refused(asked: Asked) -> None:
         asked.features(videos=[], second_per_grid_ts=[])
 
 
-def test_videos_need_an_argument_of_their_own_and_their_seconds() -> None:
+def test_videos_need_a_separate_argument_and_their_seconds() -> None:
     clip = features_with_grids((2, 4, 4))
     with pytest.raises(ArgumentError, match=r"2 time steps.* Pass a video in videos="):
         to_hf(clip)
@@ -179,7 +179,7 @@ def test_videos_need_an_argument_of_their_own_and_their_seconds() -> None:
         to_hf(videos=clip)
 
 
-def test_placeholders_of_images_and_videos_are_repeated_each_by_its_own_grids() -> None:
+def test_placeholders_of_images_and_videos_are_repeated_by_their_own_grids() -> None:
     text = "<|video_pad|>a<|image_pad|>b<|video_pad|>"
     made = expand_placeholders(text, [(1, 2, 4)], video_grids=[(2, 2, 2), (1, 2, 6)])
     assert made == "a".join(("<|video_pad|>" * 2, "<|image_pad|>" * 2)) + "b" + "<|video_pad|>" * 3

@@ -59,7 +59,7 @@ def test_bfloat16_stays_bfloat16_everywhere() -> None:
     assert_same_rows(FakeVllm(width=8).chat(to_vllm_chat_part(made))["image"], made)
 
 
-def test_a_chat_part_holds_its_own_image_and_not_the_file(tmp_path: Path) -> None:
+def test_a_chat_part_contains_only_its_own_image(tmp_path: Path) -> None:
     """`torch.save` of a view writes the whole storage, which contains all images."""
     made = features_with_grids((1, 2, 2), (1, 200, 200))
     stored = load_features(write_features(tmp_path / "f.safetensors", made, {}))
@@ -67,7 +67,7 @@ def test_a_chat_part_holds_its_own_image_and_not_the_file(tmp_path: Path) -> Non
     assert len(small) < 4000 < 200 * 200 * 8
 
 
-# For all
+# Every adapter
 
 
 ADAPTERS = (to_hf, to_vllm, to_vllm_chat_part, to_sglang)
@@ -125,7 +125,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.__name__)
 @pytest.mark.parametrize("given", [torch.ones(4, 8), [torch.ones(4, 8)], None])
-def test_what_are_no_features_is_refused_by_every_adapter(adapter: Any, given: Any) -> None:
+def test_every_adapter_refuses_arguments_that_are_not_features(adapter: Any, given: Any) -> None:
     with pytest.raises(ArgumentError, match=r"features (is one|contains a) .*\. Expected"):
         adapter(given)
 
@@ -178,7 +178,7 @@ def exported(setting: Setting, tmp_path: Path, **options: Any) -> Features:
 
 
 @pytest.mark.parametrize("output", ["mean", "patch"])
-def test_an_export_of_other_outputs_is_read_but_no_language_model_gets_it(
+def test_an_export_of_other_outputs_is_read_but_refused_by_the_adapters(
     setting: Setting, tmp_path: Path, output: Literal["mean", "patch"]
 ) -> None:
     features = exported(setting, tmp_path, output=output)
@@ -198,15 +198,15 @@ def test_an_export_in_bfloat16_stays_in_it(setting: Setting, tmp_path: Path) -> 
     assert same(features.to_vllm(), to_vllm(rounded))
 
 
-def test_the_command_that_an_error_names_mends_a_torn_export(
+def test_the_command_in_the_error_repairs_a_truncated_shard(
     setting: Setting, tmp_path: Path
 ) -> None:
     features = exported(setting, tmp_path, shard_size=2)
     shard = tmp_path / "export" / "shard-00000001.safetensors"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-1])
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
     with pytest.raises(ExportError, match=r"\. Run the same `qwen-vit export` command again"):
         list(load_features(tmp_path / "export"))
     again = exported(setting, tmp_path, shard_size=2)
-    assert shard.read_bytes() == whole
+    assert shard.read_bytes() == content
     assert same(again.to_vllm(), features.to_vllm())

@@ -110,7 +110,7 @@ def test_each_of_two_ranks_encodes_a_share(encoder: VisionEncoder, grids: list[l
 
 
 @pytest.mark.usefixtures("sglang")
-def test_the_padding_of_sglangs_own_tower_is_not_ours(encoder: VisionEncoder) -> None:
+def test_sglangs_padding_does_not_change_our_tower(encoder: VisionEncoder) -> None:
     """On a CPU, SGLang 0.5.23 rounds both numbers up in the config that it passes."""
     heads, width = encoder.config.num_heads, encoder.config.intermediate_size
     config = fake_sglang.model_config(
@@ -146,14 +146,14 @@ def test_float16_is_refused_with_the_reason(encoder: VisionEncoder) -> None:
 
 
 @pytest.mark.usefixtures("sglang")
-def test_a_tower_that_we_do_not_have_is_refused_with_the_way_out(encoder: VisionEncoder) -> None:
+def test_an_unsupported_tower_is_refused_with_a_remedy(encoder: VisionEncoder) -> None:
     config = fake_sglang.model_config(encoder, hidden_size=100, num_heads=3)
     with pytest.raises(ArgumentError, match="without SGLANG_EXTERNAL_MODEL_PACKAGE"):
         fake_sglang.build(model_class(), config, torch.float32)
 
 
 @pytest.mark.usefixtures("sglang")
-def test_updates_over_dummy_weights_may_come_in_pieces(encoder: VisionEncoder) -> None:
+def test_updates_over_dummy_weights_may_have_several_pieces(encoder: VisionEncoder) -> None:
     """Trainers start the engine with dummy weights, and send the language model's weights first."""
     model = fake_sglang.load_dummy(model_class(), fake_sglang.model_config(encoder))
     rows = rows_of(GRIDS)
@@ -199,7 +199,7 @@ def test_graphs_are_captured_once_after_the_weights_and_before_the_caches(
 
 
 @pytest.mark.parametrize(("version", "n_warnings"), [("0.5.23", 0), ("0.6.1", 1)])
-def test_an_unknown_version_warns_and_goes_on(
+def test_an_unknown_version_causes_only_a_warning(
     version: str, n_warnings: int, encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -222,7 +222,7 @@ def test_an_unknown_version_warns_and_goes_on(
     ],
 )
 @pytest.mark.usefixtures("sglang")
-def test_an_sglang_without_the_names_keeps_its_own_tower_and_says_so(
+def test_an_sglang_without_the_names_keeps_its_own_tower_with_a_log_line(
     module: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "load_weights":

@@ -80,14 +80,14 @@ def test_requests_that_name_entries_get_the_rows(tmp_path: Path, dtype: torch.dt
         made[:2], tmp_path / "ec", MODEL, videos=made[2:], second_per_grid_ts=[0.5]
     )
     assert [entry.id for entry in entries] == ["a/wide.jpg", "tall", "clip"]
-    asked = [entries[2], entries[1], entries[0]]
-    engine, request = FakeVllm(WIDTH, tmp_path / "ec"), to_vllm_cached(asked)
-    sent = chat_request(to_vllm_cached_chat_part(asked))
+    chosen = [entries[2], entries[1], entries[0]]
+    engine, request = FakeVllm(WIDTH, tmp_path / "ec"), to_vllm_cached(chosen)
+    sent = chat_request(to_vllm_cached_chat_part(chosen))
     for each in (request, sent):
         assert each["multi_modal_data"]["video"]["second_per_grid_ts"].tolist() == [0.5]
     for found in (
         engine.generate({"prompt": "", **request}),
-        engine.chat(to_vllm_cached_chat_part(asked)),
+        engine.chat(to_vllm_cached_chat_part(chosen)),
     ):
         assert torch.equal(found["video"][0], made[2].embeds)
         assert torch.equal(found["image"][0], made[1].embeds)
@@ -101,7 +101,7 @@ def test_a_chat_part_holds_no_embeddings(tmp_path: Path) -> None:
     assert len(json.dumps(parts)) < 400
 
 
-def test_another_process_reads_what_was_written(tmp_path: Path) -> None:
+def test_written_entries_are_read_back(tmp_path: Path) -> None:
     entries = write_ec_cache(
         PICTURES, tmp_path / "ec", MODEL, videos=[CLIP], second_per_grid_ts=[0.5]
     )
@@ -206,7 +206,7 @@ BAD: dict[str, ImageFeatures | FailedImage] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_nothing_is_written_where_one_is_bad(tmp_path: Path, name: str) -> None:
+def test_one_bad_image_prevents_all_entries(tmp_path: Path, name: str) -> None:
     bad = BAD[name]
     some = [bad] if name == "float64" else [PICTURES[1], bad]
     with pytest.raises(QwenVitError):
@@ -223,7 +223,7 @@ def test_metadata_name_the_model(tmp_path: Path, metadata: Any) -> None:
     assert not (tmp_path / "ec").exists()
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(
         ExportError, match=r"the folder contains notes.txt \(1 in all\) and no qwen_vit.json"
@@ -239,7 +239,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
             read_ec_cache(tmp_path / name)
 
 
-def test_a_folder_that_another_process_is_about_to_name_is_taken(tmp_path: Path) -> None:
+def test_a_folder_that_another_process_is_initialising_is_accepted(tmp_path: Path) -> None:
     """The other process has a temporary file and no qwen_vit.json. A killed process also leaves
     such a file."""
     (tmp_path / "ec").mkdir()
@@ -263,7 +263,7 @@ def test_a_folder_that_is_not_writable_is_named(open_folder: Path, state: str) -
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_a_folder_that_will_not_be_writable_is_refused_in_advance(
+def test_a_folder_without_write_permission_is_refused_in_advance(
     open_folder: Path, is_there: bool
 ) -> None:
     """The check runs before an export encodes an image."""
@@ -274,7 +274,7 @@ def test_a_folder_that_will_not_be_writable_is_refused_in_advance(
         check_ec_folder(open_folder / "ec", MODEL, "float32")
 
 
-def test_a_full_disk_leaves_no_entry_half_written(
+def test_a_full_disk_leaves_no_incomplete_entry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM uses every file with the entry's name, so a file must be complete or absent."""
@@ -327,14 +327,14 @@ def test_a_damaged_entry_is_refused_before_a_request_names_it(tmp_path: Path, da
     assert read_ec_cache(tmp_path / "ec")[entry.id] == entry
 
 
-def test_the_last_entry_of_an_image_counts(tmp_path: Path) -> None:
+def test_the_newest_entry_of_an_image_is_used(tmp_path: Path) -> None:
     """A changed image has another entry after encoding."""
     [old] = write_ec_cache([PICTURES[0]], tmp_path / "ec", MODEL)
     changed = replace(PICTURES[0], embeds=PICTURES[0].embeds + 1)
     [new] = write_ec_cache([changed], tmp_path / "ec", MODEL)
     index = list((tmp_path / "ec" / "index").iterdir())
     index.sort(key=lambda path: new.uuid in path.read_text())
-    for files, expected in ((index, new), (index[::-1], old)):  # by time, not by name
+    for files, expected in ((index, new), (index[::-1], old)):  # the newest file counts
         for time, path in enumerate(files, start=1):
             os.utime(path, (time, time))
         assert read_ec_cache(tmp_path / "ec")[PICTURES[0].id] == expected
@@ -364,7 +364,7 @@ def test_a_damaged_index_is_named(tmp_path: Path, name: str) -> None:
         read_ec_cache(tmp_path / "ec")
 
 
-def test_odd_ids_come_back(tmp_path: Path) -> None:
+def test_unusual_ids_are_restored(tmp_path: Path) -> None:
     names = ("фото 🐈.jpg", "two\nlines", "\x85\u2028", os.fsdecode(b"\xe9"))
     odd = [replace(PICTURES[0], id=name) for name in names]
     written = write_ec_cache(odd, tmp_path / "ec", MODEL)
@@ -395,6 +395,6 @@ def test_many_processes_write_one_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "given", [[], PICTURES, CachedFeatures("a", "b", (1, 2, 2)), "a", {"a": 1}, None]
 )
-def test_what_are_no_entries_is_refused(adapter: Any, given: Any) -> None:
+def test_arguments_that_are_not_entries_are_refused(adapter: Any, given: Any) -> None:
     with pytest.raises(ArgumentError, match=r"entries (is|contains)"):
         adapter(given)

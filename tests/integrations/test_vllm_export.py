@@ -54,7 +54,7 @@ def test_every_exported_image_has_an_entry(encoder: VisionEncoder, photos: Path)
     assert torch.equal(zero, made["0.png"].embeds)
 
 
-def test_a_resumed_export_writes_what_is_not_listed(encoder: VisionEncoder, photos: Path) -> None:
+def test_a_resumed_export_writes_missing_entries(encoder: VisionEncoder, photos: Path) -> None:
     """A kill ends the export between a shard and its entries. A later run does not read listed
     shards again."""
     export(encoder, photos)

@@ -32,7 +32,7 @@ def assert_rows(found: dict[str, Any], **expected: list[ImageFeatures]) -> None:
             assert torch.equal(rows, item.embeds)
 
 
-def test_pictures_and_videos_go_together() -> None:
+def test_pictures_and_videos_share_a_request() -> None:
     """A video of two frames has one time step, like an image, so only the argument separates the
     two."""
     arguments: dict[str, Any] = {
@@ -49,7 +49,7 @@ def test_pictures_and_videos_go_together() -> None:
     assert torch.equal(sent["second_per_grid_ts"], seconds)
 
 
-def test_videos_alone_need_no_pictures() -> None:
+def test_a_request_may_have_only_videos() -> None:
     arguments: dict[str, Any] = {"videos": CLIPS, "second_per_grid_ts": [0.5, 1.0]}
     assert_rows(FakeVllm(WIDTH).generate(request(**arguments)), video=CLIPS)
     assert_rows(FakeVllm(WIDTH).chat(to_vllm_chat_part(**arguments)), video=CLIPS)
@@ -113,7 +113,7 @@ KILLERS = {
 
 
 @pytest.mark.parametrize("name", KILLERS)
-def test_what_stops_the_engine_never_reaches_it(name: str) -> None:
+def test_features_that_would_stop_the_engine_are_refused(name: str) -> None:
     """The raw request stops the engine for all users. Our function rejects it earlier."""
     bad, engine = KILLERS[name], FakeVllm(WIDTH)
     raw = {"image_embeds": bad.embeds, "image_grid_thw": torch.tensor([bad.grid_thw])}

@@ -55,7 +55,7 @@ def test_the_entry_point_is_installed() -> None:
 
 
 @pytest.mark.parametrize("plugins", [None, "", "other", "qwen_vit2"])
-def test_nothing_changes_until_it_is_asked_for(
+def test_the_plugin_changes_nothing_until_a_user_selects_it(
     plugins: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     registered = fake_vllm.install(monkeypatch)
@@ -129,7 +129,7 @@ def test_images_of_uint8_rows_have_the_bits_of_encode_pixels(
     assert torch.equal(torch.cat(parts), encoder.encode_pixels(rows, GRIDS))
 
 
-def test_videos_of_uint8_rows_are_read_whole(
+def test_both_frames_of_uint8_rows_are_read_for_videos(
     encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_vllm.install(monkeypatch)
@@ -182,7 +182,7 @@ class QuantisedTower(TheirTower):
         ({"hf_config": {"model_type": "qwen2_vl"}}, "cannot run this vision tower"),
     ],
 )
-def test_what_the_tower_cannot_do_is_refused_at_start_with_the_reason(
+def test_unsupported_settings_are_refused_at_start_with_the_reason(
     changes: dict[str, Any],
     message: str,
     encoder: VisionEncoder,
@@ -248,10 +248,11 @@ def test_the_tower_is_prepared_before_its_first_call_alone(
 
 @pytest.mark.parametrize("is_asked_first", [False, True])
 @pytest.mark.parametrize("is_skipped", [False, True])
-def test_the_tower_belongs_to_a_measurement_that_runs_the_language_model_alone(
+def test_the_tower_runs_in_a_measurement_of_the_language_model_alone(
     is_asked_first: bool, is_skipped: bool, encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM 0.25's second model runner skips this call. Otherwise the first request would compile,
+    """vLLM 0.25's second model runner measures memory without a call of the tower. Therefore the
+    language model's first call runs the tower. Otherwise the first request would compile kernels
     without enough memory."""
     fake_vllm.install(monkeypatch)
     model = loaded_model(Config(encoder, limits=fake_vllm.Limits(skip_mm_profiling=is_skipped)))
@@ -264,14 +265,14 @@ def test_the_tower_belongs_to_a_measurement_that_runs_the_language_model_alone(
 
     monkeypatch.setattr(model.visual, "prepare", lambda dtypes, largest: 0)
     monkeypatch.setattr(model.visual, "forward", forward)
-    monkeypatch.setattr(EngineTower, "device", torch.device("meta"))  # not a CPU
+    monkeypatch.setattr(EngineTower, "device", torch.device("meta"))  # any device except a CPU
     if is_asked_first:
         model._process_image_input({"pixel_values": pixels(still=True), "image_grid_thw": GRIDS})
     seen = len(called)
     model()
     model()
     own = [] if is_asked_first or is_skipped else [torch.Size((22 * 22, 1176))]
-    assert called[seen:] == own  # 121 of BUDGET's 130 tokens
+    assert called[seen:] == own  # a square image of 121 tokens, for a budget of 130
 
 
 def test_nothing_is_compiled_for_a_measurement_on_a_cpu(

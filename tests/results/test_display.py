@@ -30,7 +30,7 @@ def test_features_are_arrays_of_float32(dtype: torch.dtype) -> None:
     assert (np.mean(features, axis=0) == rows.float().numpy().mean(axis=0)).all()
 
 
-def test_an_array_shares_memory_where_it_can_and_not_where_it_must_not() -> None:
+def test_an_array_shares_memory_unless_a_copy_is_needed() -> None:
     assert np.shares_memory(np.asarray(FEATURES), FEATURES.embeds.numpy())
     assert not np.shares_memory(np.array(FEATURES), FEATURES.embeds.numpy())
     half = ImageFeatures("a", FEATURES.embeds.bfloat16(), (1, 4, 6))
@@ -42,7 +42,7 @@ def test_an_array_shares_memory_where_it_can_and_not_where_it_must_not() -> None
             np.array(FEATURES, dtype=np.float64, copy=False)
 
 
-def test_a_failed_image_is_no_array_and_says_why() -> None:
+def test_a_failed_image_raises_its_error_instead_of_an_array() -> None:
     with pytest.raises(ImageError, match=r"x\.jpg: ends <early>"):
         np.asarray(FAILED)
 
@@ -64,11 +64,13 @@ def test_a_notebook_shows_a_table_whose_text_is_escaped() -> None:
 
 
 @pytest.mark.parametrize("shown", [FEATURES, FAILED])
-def test_a_notebook_needs_no_other_package(shown: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_output_needs_no_other_package(
+    shown: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("matplotlib", "IPython", "jinja2", "pandas"):
         monkeypatch.setitem(sys.modules, name, None)
     assert "<table>" in shown._repr_html_()
 
 
-def test_a_line_names_the_layers() -> None:
+def test_the_repr_names_the_layers() -> None:
     assert repr(FEATURES).endswith("embeds=(6, 2) float32, grid_thw=(1, 4, 6), layers=[3])")

@@ -15,7 +15,7 @@ from tests.support.encoders import picture, tiny
 from tests.support.oracle import relative_error
 from tests.support.towers import CPU, gpu, layout_for, tower_trace
 
-SIZES = ((56, 84), (140, 112), (28, 28), (252, 84))  # windows cut at either edge
+SIZES = ((56, 84), (140, 112), (28, 28), (252, 84))  # sizes with partial windows at each edge
 
 
 def pictures() -> list[Any]:
@@ -60,7 +60,7 @@ def test_behind_the_last_block_they_are_the_patch_output() -> None:
         assert torch.equal(ours.layers[last], ours.embeds)
 
 
-def test_each_image_has_its_own_memory_and_its_own_rows() -> None:
+def test_each_image_has_separate_memory_and_its_own_rows() -> None:
     together = tiny().encode(pictures(), layers=(1, 3))
     for ours, image in zip(together, pictures(), strict=True):
         alone = tiny().encode(image, layers=(1, 3))
@@ -70,7 +70,7 @@ def test_each_image_has_its_own_memory_and_its_own_rows() -> None:
             assert relative_error(rows, alone.layers[block]) < 1e-5
 
 
-def test_images_that_fail_leave_the_others_their_layers() -> None:
+def test_failed_images_do_not_affect_the_layers_of_others() -> None:
     images: list[Any] = [picture(56, 56), b"no image", picture(56, 84, 1)]
     first, failed, last = tiny().encode(images, layers=(2,), on_error="skip")
     assert isinstance(failed, FailedImage)
@@ -86,7 +86,7 @@ def test_a_batch_out_of_memory_is_halved_with_its_layers(monkeypatch: pytest.Mon
     def limited(self: VisionEncoder, patches: torch.Tensor, *more: Any) -> torch.Tensor:
         sizes.append(len(patches))
         rows = forward(self, patches, *more)
-        if len(patches) > 120:  # late: some layers are there already
+        if len(patches) > 120:  # fails after some layers have results
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return rows
 
@@ -115,7 +115,7 @@ def test_a_batch_out_of_memory_is_halved_with_its_layers(monkeypatch: pytest.Mon
         (None, "layers is None"),
     ],
 )
-def test_blocks_that_are_not_there_are_refused_before_any_image(layers: Any, words: str) -> None:
+def test_missing_blocks_are_refused_before_any_image(layers: Any, words: str) -> None:
     for call in (tiny().encode, tiny().encode_iter):
         with pytest.raises(ArgumentError, match=words):
             call(["no-such-file.jpg"], layers=layers)
@@ -131,7 +131,7 @@ def test_blocks_may_be_given_in_any_iterable(layers: Any) -> None:
 def test_on_a_gpu_layers_change_no_bit_and_have_the_same_bits_in_any_batch(output: Any) -> None:
     encoder = VisionEncoder.from_pretrained("tiny", device="cuda")
     images = [picture(28 * (1 + i % 5), 28 * (2 + i % 7), i) for i in range(20)]
-    plain = encoder.encode(images, output=output)  # by graphs where they serve
+    plain = encoder.encode(images, output=output)  # runs graphs where possible
     together = encoder.encode(images, output=output, layers=(0, 2, 4))
     for ours, expected, image in zip(together, plain, images, strict=True):
         assert torch.equal(ours.embeds, expected.embeds)

@@ -42,7 +42,7 @@ def test_means_are_those_of_float64(width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_an_images_mean_has_the_same_bits_in_any_company(width: int) -> None:
+def test_an_images_mean_has_the_same_bits_in_any_batch(width: int) -> None:
     lengths = [1, 2, 15, 16, 17, 64, 130, 1_000]
     images = random_rows(lengths, width)
     alone = [unit_rows(segment_means(rows, [len(rows)])) for rows in images]
@@ -78,7 +78,7 @@ def test_a_row_of_zeros_stays_zero_and_one_of_nan_stays_visible() -> None:
     assert torch.equal(ours[3], torch.tensor([0.6, -0.8]))
 
 
-# The kernels' own source in Triton's interpreter, in a process of its own.
+# A child process runs the kernels' own source in Triton's interpreter.
 INTERPRETED = """
 import json
 import torch
@@ -154,10 +154,10 @@ def test_encode_gives_one_vector_an_image(normalize: bool) -> None:
         assert (ours.output, ours.normalized) == ("mean", normalize)
         assert (ours.id, ours.grid_thw, ours.size_px) == (rows.id, rows.grid_thw, rows.size_px)
         assert relative_error(ours.embeds, oracle(rows.embeds, normalize=normalize)) < 1e-6
-        assert ours.embeds.untyped_storage().nbytes() == 192 * 4  # nothing of its batch
+        assert ours.embeds.untyped_storage().nbytes() == 192 * 4  # no other row of its batch
 
 
-def test_a_mean_is_no_map_and_nothing_for_a_language_model() -> None:
+def test_the_mean_is_refused_as_a_map_and_by_to_hf() -> None:
     """The mean of a single token has as many rows as its map would have cells."""
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu", min_pixels=28 * 28)
     assert len(encoder.encode(picture(28, 28)).embeds) == 1
@@ -189,7 +189,7 @@ def test_a_failed_image_has_no_vector() -> None:
         ({"output": "max"}, r"output is 'max'\. Expected 'merged', 'patch' or 'mean'"),
     ],
 )
-def test_options_that_make_no_sense_are_refused_before_any_image(
+def test_contradictory_options_are_refused_before_any_image(
     options: dict[str, Any], words: str
 ) -> None:
     for call in (tiny().encode, tiny().encode_iter):
@@ -202,10 +202,10 @@ def test_options_that_make_no_sense_are_refused_before_any_image(
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_means_on_a_gpu_are_those_of_float64_and_wait_for_nothing(dtype: torch.dtype) -> None:
+def test_means_on_a_gpu_match_float64_without_synchronising(dtype: torch.dtype) -> None:
     parts = random_rows([1, 15, 16, 17, 130, 4_096], 3_584, dtype)
     rows, lengths = torch.cat(parts).cuda(), [len(part) for part in parts]
-    unit_rows(segment_means(rows, lengths))  # compiles
+    unit_rows(segment_means(rows, lengths))  # compiles the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
         means = segment_means(rows, lengths)
@@ -218,7 +218,7 @@ def test_means_on_a_gpu_are_those_of_float64_and_wait_for_nothing(dtype: torch.d
 
 
 @gpu
-def test_an_images_vector_on_a_gpu_has_the_same_bits_in_any_company() -> None:
+def test_an_images_vector_on_a_gpu_has_the_same_bits_in_any_batch() -> None:
     encoder = VisionEncoder.from_pretrained("tiny", device="cuda")
     generator = random.Random(0)
     images = [

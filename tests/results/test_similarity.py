@@ -73,7 +73,7 @@ def test_any_dtype_and_scale_is_compared_in_float32() -> None:
         assert relative_error(similarity(a), cosines(a, a)) < 1e-6
 
 
-def test_a_row_of_zeros_is_like_none() -> None:
+def test_a_row_of_zeros_has_similarity_zero() -> None:
     assert similarity(torch.tensor([[0.0, 0.0], [1.0, 0.0]])).tolist() == [[0, 0], [0, 1]]
 
 
@@ -118,13 +118,13 @@ REFUSED: dict[str, tuple[Any, Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_has_no_cosines_is_refused(case: str) -> None:
+def test_arguments_without_a_cosine_are_refused(case: str) -> None:
     a, b, kind, words = REFUSED[case]
     with pytest.raises(kind, match=words):
         similarity(a, b)
 
 
-def test_the_public_name_is_the_function_whatever_was_imported_before() -> None:
+def test_the_public_name_is_the_function_after_an_import_of_the_module() -> None:
     import qwen_vit
     import qwen_vit.cosine
 

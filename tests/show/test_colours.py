@@ -15,7 +15,7 @@ def features(rows: int, columns: int, width: int = 48, seed: int = 0) -> torch.T
     return (torch.randn(rows, columns, width, generator=generator) * strength) @ turn
 
 
-def test_the_same_features_have_the_same_colours_whatever_was_drawn_before() -> None:
+def test_the_same_features_always_have_the_same_colours() -> None:
     maps = [features(6, 8), features(3, 5, seed=1)]
     torch.manual_seed(1)
     first = PrincipalColours.fit(maps)
@@ -25,7 +25,7 @@ def test_the_same_features_have_the_same_colours_whatever_was_drawn_before() -> 
     assert np.array_equal(first.paint(maps[0]), again.paint(maps[0]))
     torch.manual_seed(1)
     PrincipalColours.fit(maps)
-    assert torch.equal(torch.random.get_rng_state(), state)  # the caller's numbers go on
+    assert torch.equal(torch.random.get_rng_state(), state)  # the caller's state
 
 
 def test_the_components_are_those_of_an_exact_decomposition() -> None:
@@ -68,7 +68,7 @@ def test_images_are_coloured_together() -> None:
     ],
     ids=["constant", "nan", "one cell", "two cells", "one value", "bfloat16", "infinity"],
 )
-def test_odd_features_have_some_colour(cells: torch.Tensor) -> None:
+def test_unusual_features_have_valid_colours(cells: torch.Tensor) -> None:
     painted = PrincipalColours.fit([cells]).paint(cells)
     assert painted.shape == (*cells.shape[:2], 3)
     assert np.isfinite(painted).all()
@@ -82,11 +82,11 @@ def test_the_first_component_is_lightness() -> None:
     painted = PrincipalColours.fit([cells]).paint(cells)[0]
     brightness = painted @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(brightness) > 0).all()
-    assert np.allclose(painted[:, 0], painted[:, 2], atol=0.01)  # grey
+    assert np.allclose(painted[:, 0], painted[:, 2], atol=0.01)  # all colours are grey
     assert np.allclose(painted, component_colours()[0], atol=0.1)
 
 
-# Machado, Oliveira and Fernandes, 2009, at full severity: what is seen of linear RGB.
+# The matrices for linear RGB of Machado, Oliveira and Fernandes, 2009, at full severity.
 BLINDNESS = {
     "deuteranopia": [
         [0.367322, 0.860646, -0.227968],
@@ -121,8 +121,8 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("blindness", BLINDNESS)
-def test_colour_blind_readers_see_what_is_alike(blindness: str) -> None:
-    """As red, green and blue, two of the three components are hard to distinguish."""
+def test_colour_blind_readers_see_similar_features(blindness: str) -> None:
+    """In plain red, green and blue, such readers confuse two of the three components."""
     cells = features(40, 30).flatten(0, 1)
     colours = PrincipalColours.fit([cells])
     along = ((cells - colours.mean) @ colours.axes - colours.low) / (colours.high - colours.low)

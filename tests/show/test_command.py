@@ -54,7 +54,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_images_become_one_page_that_needs_nothing_else(folder: Path, run: Any) -> None:
+def test_images_become_one_page_that_loads_no_other_file(folder: Path, run: Any) -> None:
     done = run("p", *TINY, "--point", "10,20")
     assert (done.code, done.out) == (0, "wrote show.html\n")
     page = Page("show.html")
@@ -162,7 +162,7 @@ def test_a_picture_is_matched_by_the_end_of_its_path(undrawn: None, folder: Path
         (["q"], {"x/a.png", "x/b-x.jpg", "y/a.png", "y/b-y.jpg"}),
         (["q/x"], {"x/a.png", "x/b-x.jpg"}),
         (["q/y/b-y.jpg"], {"y/b-y.jpg"}),
-        (["p"], set()),  # its a.png may be either's
+        (["p"], set()),  # p/a.png matches two stored images
     ):
         options = [word for each in images for word in ("--images", each)]
         done = run("stored", *options, "--json", "--out", "c.html", "--overwrite")
@@ -222,7 +222,9 @@ def test_odd_names_are_text_on_the_page_and_no_paths(undrawn: None, folder: Path
         (("p/a.png", *TINY, "--point", "56,0"), "the point 56,0 is outside the image."),
     ],
 )
-def test_bad_usage_says_why(folder: Path, run: Any, arguments: tuple[str, ...], words: str) -> None:
+def test_the_error_for_wrong_usage_names_the_cause(
+    folder: Path, run: Any, arguments: tuple[str, ...], words: str
+) -> None:
     done = run(*arguments)
     assert (done.code, done.out) == (2, "")
     assert words in done.err

@@ -58,16 +58,16 @@ def test_a_cell_has_its_colour_in_its_place() -> None:
     assert pixels[90, 630].tolist() == [255, 0, 0]
     assert pixels[270, 90].tolist() == [0, 0, 255]
     assert pixels[90, 90].tolist() == pixels[270, 630].tolist() == [0, 0, 0]
-    assert (pixels[:, 539:541] == [0, 0, 0]).any()  # no margin: cells meet where they should
+    assert (pixels[:, 539:541] == [0, 0, 0]).any()  # cells have no margin
 
 
 def test_every_window_is_drawn_and_cut_ones_are_tinted() -> None:
-    """36 patches are four windows of 8 and a half."""
+    """36 patches are four windows of 8 patches, and half a window."""
     layout = StripLayout.of(36, 20, 8)
     axes = drawn(lambda axes: draw.draw_windows(axes, layout, 36, 20, 8))
     boxes = [patch for patch in axes.patches if patch.get_hatch() is None]
     tinted = [patch for patch in axes.patches if patch.get_hatch()]
-    assert len(boxes) == 2 * 5 * 3  # a dark line and a light one
+    assert len(boxes) == 2 * 5 * 3  # a dark line and a light line per window
     assert len(tinted) == 5 + 3 - 1
     assert {box.get_width() for box in boxes} == {8, 4}
     assert {(box.get_width(), box.get_height()) for box in tinted} == {(8, 4), (4, 8), (4, 4)}
@@ -89,7 +89,7 @@ def test_the_chosen_cell_is_marked_in_its_strip() -> None:
 def test_the_same_features_give_the_same_picture() -> None:
     one, other = (show_features([features()], point=(30, 30))[0] for _ in range(2))
     assert one.tobytes() == other.tobytes()
-    assert one.info == other.info == {"dpi": one.info["dpi"]}  # no version, no date
+    assert one.info == other.info == {"dpi": one.info["dpi"]}  # neither a version nor a date
 
 
 def test_panels_stand_beside_each_other_or_below() -> None:
@@ -105,15 +105,15 @@ def test_titles_explain_the_stripes_and_name_the_marked_image() -> None:
     first = replace(features(8, 8), id="p/" + "a" * 40 + ".png")
     second = replace(features(6, 10), id="p/b.png")
     views = view_features([first, second], point=(20, 20))
-    whole, cut = (panel_titles(view, views) for view in views.views)
-    assert "striped" not in whole[0]
+    complete, cut = (panel_titles(view, views) for view in views.views)
+    assert "striped" not in complete[0]
     assert cut[0] == "features and 2 attention windows, striped where the edge cuts them"
     assert cut[1] == "feature map, 10 x 6 cells: equal colours mark similar features"
-    assert whole[2] == "similarity to the marked cell"
+    assert complete[2] == "similarity to the marked cell"
     assert cut[2] == f"similarity to the marked cell of {'a' * 27}..."
 
 
-def test_without_the_picture_windows_lie_over_the_features() -> None:
+def test_windows_are_drawn_over_the_features_without_a_picture() -> None:
     views = view_features([features()])
     [view] = views.views
     layout = StripLayout.of(6, 10, 8)
@@ -141,7 +141,7 @@ def test_the_sizes_on_a_page_agree(undrawn: None, size_px: tuple[int, int], fact
     assert "patches" not in page
 
 
-def test_features_show_themselves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_features_have_a_show_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=30_000)
     found = encoder.encode(CHELSEA, output="patch")
     shown = found.show(point=(120, 100))
@@ -154,7 +154,7 @@ def test_features_show_themselves(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert black.show().width > 100
 
 
-def test_stored_features_show_themselves_together(tmp_path: Path) -> None:
+def test_stored_features_are_shown_together(tmp_path: Path) -> None:
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=30_000)
     found = encoder.encode([CHELSEA, IMAGES / "rocket.jpg"])
     stored = load_features(write_features(tmp_path / "f.safetensors", found, encoder.metadata()))

@@ -22,8 +22,8 @@ def test_every_patch_is_drawn_once_and_in_its_place(h: int, w: int) -> None:
     assert (seen == 1).all()
     width, height = layout.size
     for place, other in zip(layout.places, layout.places[1:], strict=False):
-        apart = place.top + place.height <= other.top or place.left + place.width <= other.left
-        assert apart
+        is_above = place.top + place.height <= other.top
+        assert is_above or place.left + place.width <= other.left
     assert max(width, height) <= 4.5 * min(width, height)
 
 

@@ -23,10 +23,10 @@ def features(
     ("point", "cell"),
     [((0, 0), (0, 0)), ((139, 79), (5, 9)), ((14, 13), (0, 1)), ((13.9, 26.7), (2, 0))],
 )
-def test_a_pixel_of_the_original_image_chooses_its_cell(
+def test_a_pixel_of_the_original_image_selects_its_cell(
     point: tuple[float, float], cell: tuple[int, int]
 ) -> None:
-    """The image of 80 x 140 pixels has 6 x 10 patches, so it was resized, but points were not."""
+    """The image is resized from 80 x 140 pixels to 6 x 10 patches, so the point must be scaled."""
     [view] = view_features([features()], point=point).views
     assert view.similarity is not None
     assert tuple(map(int, np.unravel_index(view.similarity.argmax(), (6, 10)))) == cell
@@ -42,7 +42,7 @@ def test_merged_cells_are_marked_in_patches() -> None:
 
 def test_other_images_are_compared_with_the_first_ones_cell() -> None:
     one, other = features("a"), features("b", h=4, w=4, size_px=(56, 56))
-    other.embeds[5] = 2 * one.embeds[13]  # row 1, column 1; of one: row 1, column 3
+    other.embeds[5] = 2 * one.embeds[13]  # row 1, column 1; in `one`, row 1, column 3
     views = view_features([one, other], point=(3.5 * 14, 1.5 * 80 / 6))
     first, second = views.views
     assert second.similarity is not None
@@ -99,7 +99,7 @@ def test_an_image_is_found_by_its_id_if_it_fits(tmp_path: Path) -> None:
     Image.new("RGB", (140, 80)).save(path)
     [view] = view_features([features(str(path))]).views
     assert view.picture is not None
-    Image.new("RGB", (80, 140)).save(path)  # another one has its name now
+    Image.new("RGB", (80, 140)).save(path)  # another image with the same name
     [view] = view_features([features(str(path))]).views
     assert view.picture is None
     path.write_bytes(b"")

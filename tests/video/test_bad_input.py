@@ -57,7 +57,7 @@ def test_a_truncated_file(
 
 def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_video(tmp_path / "a.mp4", 4)
-    monkeypatch.setitem(sys.modules, "av", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "av", None)  # as if PyAV were not installed
     error = refused(tmp_path / "a.mp4")
     assert error.code == "no-pyav"
     assert install_command("video") in error.text(in_shell=True)
@@ -80,7 +80,7 @@ def test_an_image_gets_a_remedy_that_fits_its_name(tmp_path: Path) -> None:
         assert (error.fact, error.remedy) == ("an image (JPEG), not a video", remedy)
 
 
-def test_sound_alone(tmp_path: Path) -> None:
+def test_a_file_with_only_sound_is_refused(tmp_path: Path) -> None:
     import av
 
     path = tmp_path / "a.mp4"
@@ -120,7 +120,7 @@ def test_a_header_of_65_535_pixels(tmp_path: Path) -> None:
         assert data.count(declared) == 1
         data = data.replace(declared, element + b"\x82\xff\xff")
     path.write_bytes(data)
-    assert refused(path).code == "zero-side"  # FFmpeg takes no such size for one
+    assert refused(path).code == "zero-side"  # FFmpeg rejects such a size
     assert refused(make_video(tmp_path / "b.mkv", 4), VideoLimits(max_pixels=64 * 95)).code == (
         "too-many-pixels"
     )
@@ -254,12 +254,12 @@ def test_a_video_that_killed_its_process_is_read_in_another_first(
     """The child answers for a good file, for a bad file, and for a file that ends the child."""
     good, torn = make_video(tmp_path / "a.mp4", 8), tmp_path / "torn.mp4"
     torn.write_bytes(Path(good).read_bytes()[:500])
-    asked = VideoOptions(min_pixels=784), VideoLimits(), CONFIG
-    load_in_child(Item("a.mp4", good), *asked)
+    options = VideoOptions(min_pixels=784), VideoLimits(), CONFIG
+    load_in_child(Item("a.mp4", good), *options)
     with pytest.raises(ImageError, match="mine: truncated") as caught:
-        load_in_child(Item("mine", str(torn)), *asked)
+        load_in_child(Item("mine", str(torn)), *options)
     assert caught.value.code == "truncated"
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ImageError, match="ended with exit code 1") as killed:
-        load_in_child(Item("a.mp4", good), *asked)
+        load_in_child(Item("a.mp4", good), *options)
     assert killed.value.code == "memory"

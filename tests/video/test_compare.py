@@ -43,7 +43,7 @@ def test_a_video_agrees_with_hugging_face_at_every_stage(tmp_path: Path) -> None
     merger = image.stages[-1]
     errors = [step.ours for step in image.steps]
     assert len(errors) == 2
-    assert min(errors) <= merger.ours <= max(errors)  # the whole is between its parts
+    assert min(errors) <= merger.ours <= max(errors)  # the steps' errors bound it
     assert torch.equal(image.maps.steps[0].ours, image.maps.stages["merger"][0])
     text = as_text(done, has_stages=True)
     assert "agrees: 1 of 1 video, 7 stages" in text
@@ -69,7 +69,7 @@ def test_other_frames_than_the_references_are_a_problem(monkeypatch: pytest.Monk
     assert image.problems == ["frames: 1 differ from those of qwen-vl-utils 0.0.99"]
     follows = VideoOptions(sampling="transformers", start=0.5)
     of_part = videos.compare_frames(timeline, follows, moments, "a.mp4").references[1]
-    assert (of_part.indices, of_part.is_judged) == (None, False)  # it takes whole videos
+    assert (of_part.indices, of_part.is_judged) == (None, False)  # it samples whole videos
 
 
 def test_a_library_that_rejects_the_options_is_not_called_missing() -> None:
@@ -78,7 +78,7 @@ def test_a_library_that_rejects_the_options_is_not_called_missing() -> None:
     assert frame_lines(sampled)[1:] == ["transformers 5.23: takes no frames with these options"]
 
 
-def test_a_golden_of_a_video_serves_its_file(tmp_path: Path) -> None:
+def test_a_golden_of_a_video_is_compared_with_its_file(tmp_path: Path) -> None:
     clip = make_video(tmp_path / "clip.mp4", 12)
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
     compare(encoder, [clip], video=SMALL, save_golden=tmp_path / "g.safetensors")
@@ -89,7 +89,7 @@ def test_a_golden_of_a_video_serves_its_file(tmp_path: Path) -> None:
     assert len(image.steps) == 2
 
 
-def test_rows_with_the_frames_of_a_pair_exchanged_are_seen(
+def test_exchanged_frames_of_a_pair_are_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip = make_video(tmp_path / "clip.mp4", 12)

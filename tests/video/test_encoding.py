@@ -70,18 +70,20 @@ def test_a_file_gives_the_features_of_its_rows_and_the_moments_of_its_frames(
 
 
 @pytest.mark.parametrize("output", ["merged", "mean"])
-def test_pieces_give_the_bits_of_the_whole(output: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_give_the_bits_of_the_whole_video(
+    output: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Full attention is within a pair of frames, so the encoder can cut a long video between pairs.
     On a CPU, a GEMM's rounding may depend on the number of rows, so the test uses a small tolerance
     there.
     """
     options = {**SMALL, "output": output, "layers": [0, 3]}
-    whole = tiny().encode_video(frames(4), **options)
+    complete = tiny().encode_video(frames(4), **options)
     alone = [tiny().encode_video(frames(4)[at : at + 2], **options) for at in (0, 2)]
     monkeypatch.setitem(batching.TOKEN_BUDGET, "cpu", 24)
     pieces = tiny().encode_video(frames(4), **options)
-    torch.testing.assert_close(pieces.embeds, whole.embeds, rtol=0, atol=2e-6)
-    torch.testing.assert_close(pieces.layers[3], whole.layers[3], rtol=0, atol=2e-6)
+    torch.testing.assert_close(pieces.embeds, complete.embeds, rtol=0, atol=2e-6)
+    torch.testing.assert_close(pieces.layers[3], complete.layers[3], rtol=0, atol=2e-6)
     assert torch.equal(pieces.layers[0], torch.cat([each.layers[0] for each in alone]))
     if output != "mean":
         assert torch.equal(pieces.embeds, torch.cat([each.embeds for each in alone]))
@@ -98,7 +100,7 @@ def test_a_changed_pair_changes_no_other(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not torch.equal(before[1], after[1])
 
 
-def test_images_and_videos_mix_and_errors_stay_with_their_own(tmp_path: Path) -> None:
+def test_images_and_videos_mix_and_each_keeps_its_own_error(tmp_path: Path) -> None:
     clip = make_video(tmp_path / "clip.mp4", 12)
     torn = tmp_path / "torn.mp4"
     torn.write_bytes(Path(clip).read_bytes()[:600])
@@ -135,7 +137,7 @@ def test_a_bare_path_is_a_video_by_its_name_and_bare_bytes_by_their_content(
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_an_animation_is_an_image_unless_a_video_is_asked_for(kind: str, tmp_path: Path) -> None:
+def test_an_animation_is_a_video_only_on_request(kind: str, tmp_path: Path) -> None:
     path = str(tmp_path / f"animation.{kind.lower()}")
     pictures = [Image.fromarray(frame) for frame in frames(6)]
     options = {"lossless": True} if kind == "WEBP" else {}
@@ -147,7 +149,7 @@ def test_an_animation_is_an_image_unless_a_video_is_asked_for(kind: str, tmp_pat
     assert type(image) is ImageFeatures
     video = tiny().encode_video(path, n_frames=4, **SMALL)
     assert video.grid_thw[0] == 2
-    # frames 0, 2, 3 and 5 of 6 in 0.9 s: the moments 0, 0.3, 0.45 and 0.75 s
+    # The sampler takes frames 0, 2, 3 and 5 of 6 in 0.9 s, at 0, 0.3, 0.45 and 0.75 s.
     assert video.frame_seconds == (0.0, 0.1, 0.1, 0.7)
     assert video.notes == ()
 
@@ -189,7 +191,7 @@ def test_frames_are_read_before_the_caller_changes_them() -> None:
     assert torch.equal(first.embeds, kept)
 
 
-def test_what_is_no_video_is_refused_with_the_next_step() -> None:
+def test_an_invalid_video_is_refused_with_a_remedy() -> None:
     with pytest.raises(ImageError, match="shape") as caught:
         tiny().encode_video(np.zeros((28, 28, 3), np.uint8))
     assert caught.value.code == "source-type"
@@ -204,7 +206,7 @@ def test_only_the_sampled_frames_are_held(tmp_path: Path) -> None:
     path = make_video(tmp_path / "long.mkv", 600)
     loaded = load_video(Video(path, n_frames=4, **SMALL), tiny().image_config)
     assert loaded.patches.pixels.nbytes == 4 * 56 * 84 * 3
-    # the lower half is red on the left, and the numbers differ: the right frames, the right way up
+    # A frame's pixels encode its number, and its lower left quarter is red.
     pixels = rearrange(
         loaded.patches.pixels.numpy(),
         "(t h w mh mw) (c f ph pw) -> (t f) (h mh ph) (w mw pw) c",
@@ -218,7 +220,7 @@ def test_on_a_gpu_a_video_has_the_same_bits_alone_in_a_batch_and_in_pieces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     encoder = VisionEncoder.from_pretrained("tiny", device="cuda")
-    # every level of every channel: few of them showed that a GPU normalised in another way
+    # Use every level of every channel. A GPU once normalised only some levels to other bits.
     clip = np.random.default_rng(0).integers(0, 256, (30, 56, 84, 3), np.uint8)
     other = 255 - frames(8, (112, 84))
     alone = encoder.encode_video(clip, **SMALL).embeds

@@ -105,7 +105,7 @@ def test_an_export_takes_videos_in_folders_lists_and_tars(folder: Path) -> None:
     assert (facts["kind"], facts["exif"], len(facts["sha256"])) == ("video", None, 64)
 
 
-def test_resuming_with_other_frames_is_refused_and_images_alone_do_not_ask(folder: Path) -> None:
+def test_resuming_with_other_frame_options_is_refused_if_there_are_videos(folder: Path) -> None:
     make_video(folder / "a.mp4", 30)
     export(["a.mp4"])
     fake: Any = FakeEncoder(min_pixels=784)
@@ -150,7 +150,7 @@ def test_a_video_that_did_not_fit_into_memory_is_first_loaded_in_a_child_process
     assert (item.id, options, config) == ("a.mp4", SMALL, FakeEncoder(min_pixels=784).image_config)
 
 
-def test_an_animation_becomes_a_video_where_it_is_asked_for(folder: Path) -> None:
+def test_an_export_reads_an_animation_as_a_video_on_request(folder: Path) -> None:
     pictures = [Image.fromarray(numbered(number, (84, 56))) for number in range(4)]
     pictures[0].save("a.gif", save_all=True, append_images=pictures[1:], duration=100)
     pictures[0].save("still.gif")
@@ -196,7 +196,7 @@ def test_sglang_refuses_a_video_of_one_step_as_well() -> None:
             to_sglang([clip])
 
 
-def test_transformers_gets_videos_in_their_own_place() -> None:
+def test_transformers_gets_videos_by_their_own_arguments() -> None:
     text = expand_placeholders(
         "<|video_pad|>x<|image_pad|>", [STILL.grid_thw], video_grids=[CLIP.grid_thw]
     )
@@ -212,7 +212,7 @@ def test_transformers_gets_videos_in_their_own_place() -> None:
         expand_placeholders("", [], video_grids=[CLIP.grid_thw])
 
 
-def test_the_commands(qwen_vit: Any, folder: Path) -> None:
+def test_the_commands_accept_videos(qwen_vit: Any, folder: Path) -> None:
     make_video(folder / "clip.mp4", 60)
     small = ("--min-frame-pixels", "784", "--max-frame-pixels", "4704", "--device", "cpu")
     done = qwen_vit(

@@ -79,7 +79,7 @@ def test_odd_sides(tmp_path: Path) -> None:
     assert (numbers, loaded.size_px) == ([0, 6, 13, 19], (65, 97))
 
 
-def test_of_two_videos_the_first_is_taken(tmp_path: Path) -> None:
+def test_the_first_of_two_videos_is_read(tmp_path: Path) -> None:
     assert read(write(tmp_path / "a.mkv", "libx264", "yuv420p", streams=2))[0] == [0, 6, 13, 19]
 
 
@@ -114,7 +114,8 @@ def test_a_header_of_zero_duration_gives_all_frames(
 
 def test_a_video_without_frames(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.mp4", 20)
-    with pytest.raises(ImageError, match="without frames") as caught:  # they begin behind the end
+    # This offset of the frames is after the file's end.
+    with pytest.raises(ImageError, match="without frames") as caught:
         read(patched(path, b"stco", 8, b"\x7f\xff\xff\xff"))
     assert caught.value.code == "no-video"
 

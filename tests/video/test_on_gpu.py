@@ -1,4 +1,4 @@
-"""Videos reach the encoder as decoded frames if a GPU resizes them, with the same features."""
+"""Test that a video has the same features if a GPU resizes its decoded frames."""
 
 import logging
 import threading
@@ -24,7 +24,7 @@ SMALL: dict[str, Any] = {"min_pixels": 784, "max_pixels": 28 * 56}
 
 @pytest.fixture
 def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The loader hands out frames. The list gets the frames of each batch's parts."""
+    """Make the loader return frames. Record the number of frames of each batch's parts."""
     batches: list[list[int]] = []
 
     def resize(parts: Sequence[Any], *_: Any, **__: Any) -> Patches:
@@ -63,7 +63,7 @@ def out_of_memory(*_: Any, **__: Any) -> Patches:
     raise torch.cuda.OutOfMemoryError("no room")
 
 
-def test_frames_without_room_on_the_gpu_are_resized_on_the_cpu(
+def test_frames_without_gpu_memory_are_resized_on_the_cpu(
     clip: Video, as_on_gpu: list[list[int]], monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -75,7 +75,7 @@ def test_frames_without_room_on_the_gpu_are_resized_on_the_cpu(
     assert "the CPU resizes" in caplog.text
 
 
-def test_a_damaged_video_of_frames_is_its_own_error(
+def test_a_damaged_video_of_frames_fails_alone(
     clip: Video, tmp_path: Path, as_on_gpu: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any) -> Any:

@@ -65,10 +65,10 @@ def test_a_frame_behind_a_seek_has_the_pixels_of_a_whole_decode(
     _, settings = KINDS["h264-open-gop"]
     path = make_video(tmp_path / "a.mp4", 60, **settings)
     with av.open(path) as container:
-        whole = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     with open_video(path, path, VideoLimits(), threads=2) as video:
-        [mine] = frames_of(video, [target])
-    assert np.array_equal(mine, whole[target])
+        [found] = frames_of(video, [target])
+    assert np.array_equal(found, decoded[target])
 
 
 def test_a_varying_rate_gives_the_frames_shown_at_even_moments(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_frame_has_the_same_pixels_every_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [98, 100, 852])
-def test_the_last_columns_are_those_of_the_frame(width: int, tmp_path: Path) -> None:
+def test_the_last_columns_have_the_values_of_the_frame(width: int, tmp_path: Path) -> None:
     """swscale wrote random bytes into the last 2 or 4 columns of such widths, such as 852x480."""
     path = make_video(tmp_path / "a.mp4", 3, size=(width, 66))
     with open_video(path, path, VideoLimits()) as video:

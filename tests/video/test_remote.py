@@ -42,9 +42,9 @@ def test_videos_have_the_features_of_local_ones(server: S3Server) -> None:
     options = ExportOptions(video=SMALL)
     for inputs, out in (("media", "local"), (ADDRESS, "remote")):
         assert export(inputs, out).exported == 2
-    here, there = load_features("local"), load_features("remote")
-    assert list(there.ids) == list(here.ids) == ["a.mp4", "t.tar/in/a.mp4"]
-    for found, expected in zip(there, here, strict=True):
+    local, remote = load_features("local"), load_features("remote")
+    assert list(remote.ids) == list(local.ids) == ["a.mp4", "t.tar/in/a.mp4"]
+    for found, expected in zip(remote, local, strict=True):
         assert found.embeds.equal(expected.embeds)
         assert found.frame_seconds == expected.frame_seconds  # type: ignore[attr-defined]
     counts = [estimate_export(fake, [each], options) for each in ("media", ADDRESS)]

@@ -46,11 +46,11 @@ def test_frames_and_sizes_are_those_of_qwen_vl_utils() -> None:
     assert len(golden) == CASES
     equal = 0
     for case, theirs in zip(sampling_cases(), golden, strict=True):
-        mine = ours(case)
+        sampled = ours(case)
         if theirs is None:
-            assert mine is None or is_ours_alone(case), case
+            assert sampled is None or is_ours_alone(case), case
             continue
-        assert mine == theirs, case
+        assert sampled == theirs, case
         equal += 1
     assert equal >= 2_000
     print(f"{equal} of {CASES} cases equal; the library refuses the others")
@@ -69,12 +69,12 @@ def independent(case: SamplingCase) -> list[Any] | None:
     if "n_frames" in options:
         count = int(np.rint(options["n_frames"] / 2)) * 2
     else:
-        wanted = total / case.rate * options.get("fps", 2.0)
+        target_frames = total / case.rate * options.get("fps", 2.0)
         most = options.get("max_frames", min(768, total)) // 2 * 2
-        count = int(min(max(wanted, 4), most, total) // 2) * 2
+        count = int(min(max(target_frames, 4), most, total) // 2) * 2
     if not 2 <= count <= total:
         return None
-    # torch's linspace: from both ends towards the middle, in float32
+    # torch.linspace computes from both ends towards the middle, in float32.
     step = np.float32(np.float32(last - first) / np.float32(count - 1))
     at = np.arange(count, dtype=np.float32)
     forward = np.float32(first) + step * at
@@ -86,16 +86,16 @@ def independent(case: SamplingCase) -> list[Any] | None:
 def test_frames_are_those_of_a_second_derivation() -> None:
     compared = moved = 0
     for case in sampling_cases():
-        mine = independent(case)
-        if mine is None:
+        sampled = independent(case)
+        if sampled is None:
             continue
         options = VideoOptions(**case.options)
         indices, _ = sample_frames(Timeline(case.n_frames, case.rate), options, "a.mp4")
-        assert len(indices) == len(mine), case
-        # a fused multiply-add may round a position at .5 the other way
-        differ = [(a, b) for a, b in zip(indices, mine, strict=True) if a != b]
+        assert len(indices) == len(sampled), case
+        # A fused multiply-add may round a position at .5 in the other direction.
+        differ = [(a, b) for a, b in zip(indices, sampled, strict=True) if a != b]
         assert all(abs(a - b) == 1 for a, b in differ), case
-        compared += len(mine)
+        compared += len(sampled)
         moved += len(differ)
     assert compared > 100_000
     assert moved <= compared * 1e-3
@@ -118,7 +118,7 @@ def hf_functions() -> Any:
         for argument in each.args.args:
             argument.annotation = None
     space: dict[str, Any] = {"math": math, "torch": torch}
-    exec(compile(ast.Module(found, []), HF_FILE, "exec"), space)  # its own code, not a copy
+    exec(compile(ast.Module(found, []), HF_FILE, "exec"), space)  # run the installed source
     return SimpleNamespace(**{name: space[name] for name in names})
 
 
@@ -130,28 +130,28 @@ def test_frames_and_sizes_are_those_of_transformers() -> None:
     equal = refused = 0
     for case in sampling_cases():
         options = {k: v for k, v in case.options.items() if k not in ("start", "end")}
-        whole = SamplingCase(case.n_frames, case.rate, case.height, case.width, options)
-        mine = ours(whole, "transformers")
+        whole_video = SamplingCase(case.n_frames, case.rate, case.height, case.width, options)
+        sampled = ours(whole_video, "transformers")
         metadata = SimpleNamespace(total_num_frames=case.n_frames, fps=case.rate)
-        wanted = {"num_frames": options["n_frames"]} if "n_frames" in options else {}
-        wanted |= {} if wanted else {"fps": options.get("fps", 2.0)}
+        sampler_options = {"num_frames": options["n_frames"]} if "n_frames" in options else {}
+        sampler_options |= {} if sampler_options else {"fps": options.get("fps", 2.0)}
         try:
             indices = theirs.sample_frames(
-                processor, metadata, max_frames=options.get("max_frames"), **wanted
+                processor, metadata, max_frames=options.get("max_frames"), **sampler_options
             ).tolist()
             size = theirs.smart_resize(
                 case.height, case.width, FACTOR, options.get("min_pixels", 128 * 784),
                 options.get("max_pixels", 768 * 784),
             )  # fmt: skip
         except (ValueError, ZeroDivisionError, RuntimeError):
-            assert mine is None or is_ours_alone(case), case
+            assert sampled is None or is_ours_alone(case), case
             refused += 1
             continue
         if options.get("max_pixels", 768 * 784) < options.get("min_pixels", 128 * 784):
-            assert mine is None  # transformers obeys one of the two
+            assert sampled is None  # transformers ignores one of the two limits
             continue
         rate = len(indices) / case.n_frames * case.rate
-        assert mine == [digest(indices), rate, *size], case
+        assert sampled == [digest(indices), rate, *size], case
         equal += 1
     assert equal >= 2_000
     print(f"{equal} of {CASES} cases equal, {refused} refused")
@@ -166,7 +166,7 @@ def test_a_varying_rate_takes_the_frame_that_is_shown() -> None:
 @pytest.mark.parametrize("jitter", [0.0, 0.0005, 0.012])
 def test_jitter_does_not_move_a_frame(jitter: float) -> None:
     late = jitter * np.where(np.arange(300) % 2, 1, -1)
-    late[0] = 0.0  # moments count from the first frame
+    late[0] = 0.0  # moments are relative to the first frame
     indices, _ = sample_frames(Timeline(300, 30.0), VideoOptions(), "a.mp4")
     assert shown_frames(indices, np.arange(300) / 30 + late, Timeline(300, 30.0)) == indices
 

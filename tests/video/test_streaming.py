@@ -58,10 +58,10 @@ class Counts:
     def _count_encoded(self, *given: Any) -> Any:
         if self.encoded == 0:
             end = time.monotonic() + 60
-            while self.decoded < 6:  # of this piece and two ahead
+            while self.decoded < 6:  # frames of this piece and of two pieces ahead
                 assert time.monotonic() < end, "nothing is decoded while the tower runs"
                 time.sleep(0.01)
-            time.sleep(0.5)  # enough for more, if nothing bounded them
+            time.sleep(0.5)  # without a limit, more would be decoded now
         done = self._forward(*given)
         with self._lock:
             self.encoded += 2
@@ -77,29 +77,31 @@ def test_frames_are_decoded_while_the_tower_runs_and_few_are_held(
     assert isinstance(done, VideoFeatures)
     assert done.grid_thw == (FRAMES // 2, 4, 6)
     assert counts.decoded == counts.encoded == FRAMES
-    assert 6 <= counts.most <= 8  # in the tower, two pieces ahead, and one in work
+    assert 6 <= counts.most <= 8  # 2 in the tower, 4 ahead, 2 in decoding
     print(f"at most {counts.most} of {FRAMES} frames were held")
 
 
-def test_a_stream_has_the_bits_of_the_whole(clip: Video, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_has_the_bits_of_the_whole_video(
+    clip: Video, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
     streams = [
         next(encoder.encode_iter([clip], decode_threads=threads, layers=[1])) for threads in (1, 3)
     ]
-    whole = load.load_video(clip, encoder.image_config)
-    [expected] = encoder.encode([whole.patches], layers=[1])
+    loaded = load.load_video(clip, encoder.image_config)
+    [expected] = encoder.encode([loaded.patches], layers=[1])
     for each in streams:
         assert torch.equal(each.embeds, expected.embeds)
         assert torch.equal(each.layers[1], expected.layers[1])
         assert isinstance(each, VideoFeatures)
-        assert each.frame_seconds == whole.timing.frame_seconds
-        assert each.notes == whole.notes
+        assert each.frame_seconds == loaded.timing.frame_seconds
+        assert each.notes == loaded.notes
     many = [*encoder.encode_iter([clip, clip, clip], decode_threads=2)]
     assert all(torch.equal(each.embeds, expected.embeds) for each in many)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_an_error_in_a_later_piece_is_the_videos_own(
+def test_an_error_in_a_later_piece_belongs_to_its_video(
     threads: int, clip: Video, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
@@ -136,7 +138,7 @@ def test_an_abandoned_stream_ends_its_threads(clip: Video) -> None:
 def test_loaders_start_more_videos_while_decoded_ones_wait(
     clip: Video, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each waiting video counted as much as a batch of images, and 16 cores decoded five clips."""
+    """Each waiting video once counted as a batch of images, so 16 cores decoded only five clips."""
     monkeypatch.setattr(pieces, "MAX_AHEAD_BYTES", 2**29)
     counts = Counts(monkeypatch)
     with closing(
@@ -146,7 +148,7 @@ def test_loaders_start_more_videos_while_decoded_ones_wait(
         _wait_until(lambda: counts.decoded == 4 * FRAMES)
 
 
-def test_all_videos_together_wait_in_bounded_memory(
+def test_all_waiting_videos_share_bounded_memory(
     clip: Video, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pieces, "MAX_AHEAD_BYTES", 2**29)
@@ -156,7 +158,7 @@ def test_all_videos_together_wait_in_bounded_memory(
     with closing(work_ahead(loader.jobs([clip] * 5, is_ahead=True), threads=threads)) as many:
         first = next(many)
         _wait_until(lambda: memory.n_bytes >= 4 * PIECE_BYTES)
-        time.sleep(0.5)  # enough for more, if nothing bounded them
+        time.sleep(0.5)  # without a limit, more would be decoded now
         assert memory.n_bytes < (4 + threads) * PIECE_BYTES
         print(f"{memory.n_bytes // PIECE_BYTES} of {5 * FRAMES // 2} pieces wait")
         taken = sum(1 for each in chain([first], many) for _ in _pieces_of(each))
@@ -170,7 +172,7 @@ def test_the_video_that_is_encoded_does_not_wait_for_the_others(
     monkeypatch.setattr(pieces, "ALL_AHEAD_BYTES", 3 * PIECE_BYTES)
     monkeypatch.setattr(pieces, "MAX_AHEAD_BYTES", 2 * PIECE_BYTES)
     memory, decoded = PieceMemory(), [0]
-    memory.n_bytes = 3 * PIECE_BYTES  # of other videos
+    memory.n_bytes = 3 * PIECE_BYTES  # used by other videos
 
     def rest() -> Iterator[Patches]:
         for _ in range(9):
@@ -181,7 +183,7 @@ def test_the_video_that_is_encoded_does_not_wait_for_the_others(
     thread = threading.Thread(target=stream.decode, args=(lambda: False,))
     thread.start()
     time.sleep(0.3)
-    assert decoded == [0]  # it has one piece, and there is no room for another
+    assert decoded == [0]  # the stream has one piece, and no memory for another
     found = stream.pieces()
     next(found)
     _wait_until(lambda: decoded == [2])
