@@ -82,7 +82,7 @@ def test_every_part_has_a_sentence() -> None:
 def test_a_step_of_a_walk_exists(step: str) -> None:
     file, _, name = step.partition(":")
     path = ROOT / "qwen_vit" / file
-    assert path.is_file(), f"{file} is not there"
+    assert path.is_file(), f"{file} does not exist"
     body: list[ast.stmt] = ast.parse(path.read_bytes()).body
     for part in name.split("."):
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

@@ -216,12 +216,12 @@ def check(images: Path) -> bool:
         )
         if golden.facts["weights_sha256"] != weight_hashes():
             click.echo(
-                "  weights/tiny is not what it was made of: run python -m tools.make_golden again"
+                "  weights/tiny has changed since then: run python -m tools.make_golden again"
             )
             within = False
         pixels, grids = case_pixels(parts, images)
         if grids != golden.grids or not torch.equal(pixels, golden.pixels):
-            click.echo("  the photographs give other pixels now: see the images and Pillow")
+            click.echo("  the photographs now give other pixels: check the images and Pillow")
             within = False
         oracle = vision_oracle(tensors, config, golden.rows, golden.grids)
         within &= stage_drift(hf_trace(tower, golden.rows, golden.grids), golden, oracle)

@@ -21,13 +21,13 @@ Weights = dict[str, torch.Tensor]
 PUBLISHED = {f"visual.{name}": tensor for name, tensor in random_tensors(SMALL).items()}
 
 
-def written(folder: Path, weights: Weights) -> Path:
+def save(folder: Path, weights: Weights) -> Path:
     write_checkpoint(folder, SMALL)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-def renamed(change: Callable[[str], str]) -> Weights:
+def rename_all(change: Callable[[str], str]) -> Weights:
     return {change(name): tensor for name, tensor in PUBLISHED.items()}
 
 
@@ -47,14 +47,14 @@ def renamed(change: Callable[[str], str]) -> Weights:
 def test_name_prefixes_of_module_wrappers_are_ignored(
     tmp_path: Path, change: Callable[[str], str]
 ) -> None:
-    weights = renamed(change)
-    expected = load_checkpoint(written(tmp_path / "a", PUBLISHED)).weights_sha256()
-    assert load_checkpoint(written(tmp_path / "b", weights)).weights_sha256() == expected
+    weights = rename_all(change)
+    expected = load_checkpoint(save(tmp_path / "a", PUBLISHED)).weights_sha256()
+    assert load_checkpoint(save(tmp_path / "b", weights)).weights_sha256() == expected
     assert Checkpoint.from_tensors(weights, SMALL).weights_sha256() == expected
 
 
-def lora_apart(part: str) -> Weights:
-    weights = renamed(lambda name: name.replace(f".{part}.", f".{part}.base_layer."))
+def unmerged_lora(part: str) -> Weights:
+    weights = rename_all(lambda name: name.replace(f".{part}.", f".{part}.base_layer."))
     for name in PUBLISHED:
         if name.endswith(f".{part}.weight"):
             weights[name.removesuffix("weight") + "lora_A.default.weight"] = torch.zeros(4, 8)
@@ -62,18 +62,18 @@ def lora_apart(part: str) -> Weights:
 
 
 def modules_to_save() -> Weights:
-    return renamed(
+    return rename_all(
         lambda name: name.replace("merger.mlp.0.", "merger.mlp.0.modules_to_save.default.")
     )
 
 
-def emptied() -> Weights:
+def zero3_weights() -> Weights:
     return {name: torch.empty(0) if "merger" in name else t for name, t in PUBLISHED.items()}
 
 
 def channels_last() -> Weights:
     name = "visual.patch_embed.proj.weight"
-    weights = renamed(lambda each: each)
+    weights = rename_all(lambda each: each)
     weights[name] = weights[name].permute(0, 2, 3, 4, 1).contiguous()
     return {name.replace("visual.", "vision_tower."): tensor for name, tensor in weights.items()}
 
@@ -81,10 +81,10 @@ def channels_last() -> Weights:
 @pytest.mark.parametrize(
     ("make", "fact", "remedy"),
     [
-        (lambda: lora_apart("qkv"), "a LoRA without its base", "merge_and_unload"),
-        (lambda: lora_apart("patch_embed.proj"), "a LoRA", "merge_and_unload"),
+        (lambda: unmerged_lora("qkv"), "a LoRA without its base", "merge_and_unload"),
+        (lambda: unmerged_lora("patch_embed.proj"), "a LoRA", "merge_and_unload"),
         (modules_to_save, "modules_to_save", "merge_and_unload"),
-        (emptied, "ZeRO-3", "zero_to_fp32"),
+        (zero3_weights, "ZeRO-3", "zero_to_fp32"),
         (channels_last, "MLX's layout", "before the conversion"),
         (lambda: {"visual._flat_param": torch.zeros(9)}, "flat parameters", "FULL_STATE_DICT"),
     ],
@@ -95,7 +95,7 @@ def test_the_error_names_why_a_tower_is_incomplete(
 ) -> None:
     """The error must blame neither config.json nor the download."""
     loaders: list[Callable[[], Checkpoint]] = [
-        lambda: load_checkpoint(written(tmp_path, make())),
+        lambda: load_checkpoint(save(tmp_path, make())),
         lambda: Checkpoint.from_tensors(make(), SMALL),
     ]
     for load in loaders:

@@ -87,7 +87,7 @@ def test_importing_the_package_takes_no_time() -> None:
 
 
 def test_the_error_for_a_typo_suggests_similar_commands(run: Any) -> None:
-    """The group also knows the names of commands before their import."""
+    """The suggestions include commands that are not imported yet."""
     done = run("encod")
     assert (done.code, done.out) == (2, "")
     assert "No such command 'encod'" in done.err

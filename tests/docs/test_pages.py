@@ -212,7 +212,7 @@ def test_a_program_exists(line: str) -> None:
     program = shlex.split(line, comments=True)[0]
     if program.startswith("./"):
         path = ROOT / program
-        assert path.is_file(), f"{program} is not there"
+        assert path.is_file(), f"{program} does not exist"
         assert os.access(path, os.X_OK), f"{program} cannot be run"
     else:
         assert program.removeprefix(".venv/bin/") in {*KNOWN, "qwen-vit"}, f"unknown: {line}"
@@ -238,7 +238,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
     titles, listed = zip(*pages(config["nav"]), strict=True)
     named = [title for title in titles if title]
-    assert len({*named}) == len(named), "two pages of one name"
+    assert len({*named}) == len(named), "two pages with one name"
     assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in PAGES if page != README)
 
 

@@ -120,8 +120,8 @@ def test_a_picture_that_really_ends_in_mid_grey_is_accepted(progressive: bool, g
 
 @pytest.mark.parametrize("value", [0, 0xA5])
 def test_padding_after_a_whole_picture_is_noted(value: int) -> None:
-    """Some cameras write such padding. A hole of zeros is longer than the rest that libjpeg
-    ignores."""
+    """Some cameras write such padding. A hole of zeros is longer than the trailing bytes
+    that libjpeg ignores."""
     data = encode()
     image = load_image(data[:-2] + bytes([value]) * 600 + END)
     assert np.array_equal(image.pixels, load_image(data).pixels)

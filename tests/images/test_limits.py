@@ -73,7 +73,7 @@ def gif_frame(width: int, height: int) -> bytes:
 def test_a_frame_cannot_enlarge_the_canvas_of_a_gif_beyond_the_limit(
     place: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pillow allows 178,956,970 pixels, whatever the first frame and the limits."""
+    """Pillow's own limit is 178,956,970 pixels, for any first frame and any of our limits."""
     allocated = [0]
 
     def fill(mode: str, size: tuple[int, int], *colour: object) -> object:

@@ -47,7 +47,7 @@ def rows_of(*grids: tuple[int, int, int], seed: int) -> Tensor:
     return random_rows(4 * sum(map(n_tokens, grids)), seed)
 
 
-class Asked:
+class VideoSetting:
     """Return a model, its own answer to rows, and our features of the same rows."""
 
     def __init__(self, family: str, folder: Any) -> None:
@@ -88,19 +88,21 @@ class Asked:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Asked:
-    return Asked(request.param, tmp_path_factory.mktemp("model"))
+def setting(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> VideoSetting:
+    return VideoSetting(request.param, tmp_path_factory.mktemp("model"))
 
 
-def test_features_of_videos_give_the_answer_of_the_models_own_tower(asked: Asked) -> None:
+def test_features_of_videos_give_the_answer_of_the_models_own_tower(setting: VideoSetting) -> None:
     """Check that all tokens are equal, and that our logits' error against float64 is at most twice
     transformers' error."""
-    ours = asked.features()
-    doubled = {k: v.double() if v.is_floating_point() else v for k, v in asked.rows.items()}
-    exact = asked.logits(doubled, copy.deepcopy(asked.model).double())
-    assert_no_worse_than(asked.logits(ours), asked.logits(asked.rows), exact, factor=2)
-    assert greedy(asked.model, **asked.text, **ours) == greedy(
-        asked.model, **asked.text, **asked.rows
+    ours = setting.features()
+    doubled = {k: v.double() if v.is_floating_point() else v for k, v in setting.rows.items()}
+    exact = setting.logits(doubled, copy.deepcopy(setting.model).double())
+    assert_no_worse_than(setting.logits(ours), setting.logits(setting.rows), exact, factor=2)
+    assert greedy(setting.model, **setting.text, **ours) == greedy(
+        setting.model, **setting.text, **setting.rows
     )
 
 
@@ -136,9 +138,9 @@ def test_a_video_file_gives_the_answer_of_the_models_own_tower(family: str, tmp_
     ours = to_hf(clip, ids, mm_token_type_ids=wants_types, **TOKEN_IDS)
     doubled = {k: v.double() if v.is_floating_point() else v for k, v in theirs.items()}
 
-    def logits(asked: Any, arguments: dict[str, Any]) -> Tensor:
+    def logits(any_model: Any, arguments: dict[str, Any]) -> Tensor:
         with torch.no_grad():
-            found: Tensor = asked(**text, **arguments, use_cache=False).logits
+            found: Tensor = any_model(**text, **arguments, use_cache=False).logits
         return found
 
     exact = logits(copy.deepcopy(model).double(), doubled)
@@ -153,22 +155,22 @@ def test_a_video_file_gives_the_answer_of_the_models_own_tower(family: str, tmp_
 
 
 @pytest.mark.parametrize("fault", ["rows backwards", "other seconds"])
-def test_the_comparison_detects_a_fault(asked: Asked, fault: str) -> None:
-    clips = [replace(clip, embeds=clip.embeds.flip(0)) for clip in asked.clips]
+def test_the_comparison_detects_a_fault(setting: VideoSetting, fault: str) -> None:
+    clips = [replace(clip, embeds=clip.embeds.flip(0)) for clip in setting.clips]
     changes: dict[str, dict[str, Any]] = {
         "rows backwards": {"videos": clips},
         "other seconds": {"second_per_grid_ts": [2, 1]},
     }
-    logits = asked.logits(asked.features(**changes[fault]))
-    assert relative_error(logits, asked.logits(asked.rows)) > 1e-2
+    logits = setting.logits(setting.features(**changes[fault]))
+    assert relative_error(logits, setting.logits(setting.rows)) > 1e-2
 
 
-def test_tokens_that_do_not_match_the_videos_are_refused(asked: Asked) -> None:
+def test_tokens_that_do_not_match_the_videos_are_refused(setting: VideoSetting) -> None:
     words = r"2 runs of the video token .*\[18, 16\]\. Expected \[16, 18\], .* each video\. Expand"
     with pytest.raises(ArgumentError, match=words):
-        asked.features(videos=asked.clips[::-1])
+        setting.features(videos=setting.clips[::-1])
     with pytest.raises(ArgumentError, match=r"2 runs of the video token .*Expected \[\]"):
-        asked.features(videos=[], second_per_grid_ts=[])
+        setting.features(videos=[], second_per_grid_ts=[])
 
 
 def test_videos_need_a_separate_argument_and_their_seconds() -> None:

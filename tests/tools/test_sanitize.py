@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tools.checks.sanitize import watched, zeros_under_tma_stores
+from tools.checks.sanitize import run_tool, zeros_under_tma_stores
 
 WATCHES = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do
@@ -40,14 +40,14 @@ def sanitizer(folder: Path, output: str, then: str = 'exec "$@"') -> str:
 
 
 def test_a_clean_run_counts_its_layouts(tmp_path: Path) -> None:
-    row = watched("memcheck", sanitizer(tmp_path, CLEAN), 1, 60, "cpu", tmp_path / "logs")
+    row = run_tool("memcheck", sanitizer(tmp_path, CLEAN), 1, 60, "cpu", tmp_path / "logs")
     assert (row["problems"], row["errors"], row["exit_code"]) == ([], 0, 0)
     assert (row["attentions"], row["towers"]) == (1, 1)
     assert "ERROR SUMMARY" in (tmp_path / "logs" / "memcheck.log").read_text()
 
 
 def test_errors_are_counted_by_kind_and_kernel(tmp_path: Path) -> None:
-    row = watched("memcheck", sanitizer(tmp_path, ERRORS, "exit 86"), 1, 60, "cpu", None)
+    row = run_tool("memcheck", sanitizer(tmp_path, ERRORS, "exit 86"), 1, 60, "cpu", None)
     assert row["errors"] == 3
     assert row["problems"][1:] == [
         "Invalid __global__ write of size 2 bytes, in _gemm: 2",
@@ -56,15 +56,15 @@ def test_errors_are_counted_by_kind_and_kernel(tmp_path: Path) -> None:
 
 
 def test_a_failing_or_missing_sanitizer_is_an_error(tmp_path: Path) -> None:
-    row = watched("synccheck", sanitizer(tmp_path, REFUSED, "exit 1"), 1, 60, "cpu", None)
+    row = run_tool("synccheck", sanitizer(tmp_path, REFUSED, "exit 1"), 1, 60, "cpu", None)
     assert "no summary by the tool" in row["problems"][1]
     assert "Device not supported" in row["problems"][1]
-    missing = watched("synccheck", None, 1, 60, "cpu", None)
+    missing = run_tool("synccheck", None, 1, 60, "cpu", None)
     assert missing["problems"] == ["compute-sanitizer is not on this machine"]
 
 
 def test_layouts_beyond_the_time_limit_count_as_missing(tmp_path: Path) -> None:
-    row = watched("initcheck", sanitizer(tmp_path, CLEAN), 2, 0, "cpu", None)
+    row = run_tool("initcheck", sanitizer(tmp_path, CLEAN), 2, 0, "cpu", None)
     assert row["problems"] == ["0 of 2 layouts in time"]
 
 

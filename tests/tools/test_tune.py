@@ -14,7 +14,7 @@ from tests.support.towers import gpu
 from tools.tune import sweep as sweep_module
 from tools.tune.__main__ import as_table, chosen, main
 from tools.tune.kernels import GEMMS, KERNELS
-from tools.tune.sweep import proposed, sweep
+from tools.tune.sweep import propose_rows, sweep
 
 TUNE = [sys.executable, "-m", "tools.tune"]
 
@@ -87,10 +87,10 @@ def test_limits_are_between_sizes_and_small_gains_change_nothing() -> None:
         4096: {SQUARE: 30.0, TALL: 30.0, WIDE: 25.0},
         9216: {SQUARE: 80.0, TALL: 90.0, WIDE: 70.0},
     }
-    assert proposed(kernel, measured, 0.02) == {0: SQUARE, 2048: WIDE}
-    assert proposed(kernel, measured, 0.0) == {0: TALL, 2048: WIDE}
+    assert propose_rows(kernel, measured, 0.02) == {0: SQUARE, 2048: WIDE}
+    assert propose_rows(kernel, measured, 0.0) == {0: TALL, 2048: WIDE}
     merger = KERNELS["merger-1"]  # now SQUARE at these sizes; one row is 4 patches
-    assert proposed(merger, measured, 0.02) == {0: SQUARE, 512: WIDE}
+    assert propose_rows(merger, measured, 0.02) == {0: SQUARE, 512: WIDE}
 
 
 def test_a_table_of_one_row_gets_the_best_tile_over_all_sizes() -> None:
@@ -100,18 +100,20 @@ def test_a_table_of_one_row_gets_the_best_tile_over_all_sizes() -> None:
         1024: {present: 10.0, other: 12.0, third: 9.0},
         9216: {present: 100.0, other: 70.0},  # `third` failed at this size, so it is no candidate
     }
-    assert proposed(kernel, measured, 0.02) == {0: other}
+    assert propose_rows(kernel, measured, 0.02) == {0: other}
     measured[1024][other] = 15.0
-    assert proposed(kernel, measured, 0.02) == {0: present}
+    assert propose_rows(kernel, measured, 0.02) == {0: present}
 
 
 def test_the_results_of_a_sweep_become_rows_to_paste(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {1024: {SQUARE: 10.0, WIDE: 8.0}, 9216: {SQUARE: 80.0, WIDE: 70.0}}
     problems = {"OutOfResources": 2}
     monkeypatch.setattr(
-        sweep_module, "sound", lambda *_: ({SQUARE: [True] * 2, WIDE: [True] * 2}, problems)
+        sweep_module,
+        "passing_candidates",
+        lambda *_: ({SQUARE: [True] * 2, WIDE: [True] * 2}, problems),
     )
-    monkeypatch.setattr(sweep_module, "timed", lambda kernel, tiles, n: times[n])
+    monkeypatch.setattr(sweep_module, "time_candidates", lambda kernel, tiles, n: times[n])
     swept = sweep(KERNELS["down"], (1024, 9216), 1, 1.0, 0.02)
     text = as_table([json.loads(json.dumps(swept))])
     assert "down" in text
@@ -124,7 +126,7 @@ def test_the_results_of_a_sweep_become_rows_to_paste(monkeypatch: pytest.MonkeyP
 
 
 @gpu
-def test_a_small_sweep_on_a_gpu_times_every_sound_candidate() -> None:
+def test_a_small_sweep_on_a_gpu_times_every_passing_candidate() -> None:
     document = json.loads(run("--only", "window-triton", "--rows", "256", "--json"))
     [window] = document["kernels"]
     [row] = window["rows"]

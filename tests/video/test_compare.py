@@ -56,8 +56,8 @@ def test_a_video_agrees_with_hugging_face_at_every_stage(tmp_path: Path) -> None
 
 
 def test_other_frames_than_the_references_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An installed library chooses the frames itself, and the check judges its choice if we follow
-    the library."""
+    """The comparison asks an installed library for its frames. The result counts if our options
+    follow this library."""
     timeline, moments = Timeline(60, 30.0), (0.0, 0.7, 1.3, 2.0)
     monkeypatch.setattr(videos, "_run_qwen", lambda *_: [0, 20, 40, 59])
     monkeypatch.setattr(videos, "version", lambda package: "0.0.99")

@@ -127,7 +127,7 @@ def measure_speed(
         print(f"{name:<24}{rate:>10.1f}{ours / rate:>11.2f}x")
     for stage, stage_s in done.waits.items():
         print(f"waited for {stage:<17}{stage_s / waited:>6.0%}")
-    print(f"other bytes than alone: {wrong} of {len(some)} images")
+    print(f"other bits than alone: {wrong} of {len(some)} images")
     return {
         "images": images,
         "shard_size": options.shard_size,

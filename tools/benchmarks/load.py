@@ -103,7 +103,7 @@ def read_piece(files: dict[Path, int], memory: memoryview, piece: Piece) -> None
     size = piece.end - piece.start
     at = piece.to if len(memory) > READ_BYTES else 0
     if os.preadv(files[piece.path], [memory[at : at + size]], piece.start) != size:
-        raise OSError(f"{piece} was not read whole")
+        raise OSError(f"{piece} was not read completely")
 
 
 def read_all(pieces: list[Piece], memory: memoryview, threads: int = 1) -> None:

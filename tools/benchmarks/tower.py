@@ -91,7 +91,7 @@ def check(
     error, reference = relative_error(ours, truth), relative_error(theirs, truth)
     if not error <= 1.01 * reference:
         raise click.ClickException(
-            f"{error:.2e} from the truth, Hugging Face {reference:.2e}: no speed is given"
+            f"the error is {error:.2e}, Hugging Face's {reference:.2e}: no speed is printed"
         )
 
 
@@ -340,9 +340,9 @@ def starts_of_random_model(device: torch.device) -> dict[str, dict[str, float]]:
 
 def check_compiled(compile_for: Sequence[str], chosen: Sequence[str], *, has_peers: bool) -> None:
     if compile_for and not has_peers:
-        raise click.UsageError("--compile is of a peer of the tower: it needs both")
+        raise click.UsageError("--compile needs the part `tower` and --peers")
     if not set(compile_for) <= set(chosen):
-        raise click.UsageError("--compile names a size that no --workload names")
+        raise click.UsageError("--compile names a workload that is not chosen")
 
 
 def launched_text(counts: Mapping[str, int]) -> str:

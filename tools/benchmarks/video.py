@@ -320,7 +320,7 @@ def _hf_rate(paths: Sequence[Path], encoder: VisionEncoder, tower: Any) -> float
         from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
         from transformers.video_utils import load_video as hf_load_video
     except (ImportError, RuntimeError) as error:
-        click.echo(f"transformers is left out: {error}", err=True)
+        click.echo(f"transformers is skipped: {error}", err=True)
         return None
     device, dtype = encoder.device, encoder.dtype
     try:

@@ -54,7 +54,7 @@ def check_clip(encoder: VisionEncoder, path: Path, indices: list[int]) -> dict[s
                 plain.append(picture.to_ndarray())
     equal = sum(np.array_equal(a, b) for a, b in zip(ours, plain, strict=True))
     if equal < len(chosen):
-        raise click.ClickException(f"{equal} of {len(chosen)} frames are those of PyAV")
+        raise click.ClickException(f"only {equal} of {len(chosen)} frames equal PyAV's")
     clip: Any = next(iter(encoder.encode_iter([Video(str(path))])))
     rows = load_video(Video(str(path)), encoder.image_config).patches
     budget = TOKEN_BUDGET[encoder.device.type]
@@ -94,7 +94,7 @@ def hf_tower_like(encoder: VisionEncoder) -> Any:
 
         return hf_tower(encoder.checkpoint.tensors, encoder.config, encoder.dtype, encoder.device)
     except Exception as error:  # noqa: BLE001 - versions of it differ; the other figures stand
-        click.echo(f"transformers' tower is left out: {error!r}", err=True)
+        click.echo(f"transformers' tower is skipped: {error!r}", err=True)
         return None
 
 

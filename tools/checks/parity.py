@@ -95,7 +95,7 @@ def main(seeds: int, ledger: Path | None, commit: str) -> None:
             if not good or stage in ("patch_embed", "block.0", "block.7", "block.31", "merger"):
                 print(
                     f"{name:<16}{stage:<14}{row['ours']:>10.2e}{row['hf']:>10.2e}"
-                    f"{mean:>8.3f}{max(ratios):>8.3f}{'' if good else '  <- too far'}"
+                    f"{mean:>8.3f}{max(ratios):>8.3f}{'' if good else '  <- too large'}"
                 )
     line = ledger_row(
         "parity",

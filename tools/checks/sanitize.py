@@ -144,7 +144,7 @@ def find_sanitizer() -> str | None:
     return found
 
 
-def watched(
+def run_tool(
     tool: str, sanitizer: str | None, count: int, seconds: float, device: str, logs: Path | None
 ) -> dict[str, Any]:
     """Run the layouts in a child process, under a tool or only with guards. Return a row."""
@@ -176,10 +176,10 @@ def watched(
         logs.mkdir(parents=True, exist_ok=True)
         (logs / f"{tool}.log").write_text(f"{text}\n{complaint}")
     row |= {"exit_code": exit_code, "process_seconds": round(time.monotonic() - start, 1)}
-    return judged(row, output, complaint, text)
+    return add_results(row, output, complaint, text)
 
 
-def judged(row: dict[str, Any], output: str, complaint: str, log: str) -> dict[str, Any]:
+def add_results(row: dict[str, Any], output: str, complaint: str, log: str) -> dict[str, Any]:
     """Add the child's and the tool's results to the row. A missing output is also a problem."""
     documents = [line for line in output.splitlines() if line.startswith('{"attentions"')]
     if documents:
@@ -274,7 +274,7 @@ def main(
     print(f"compute-sanitizer: {sanitizer or 'not on this machine'}", file=sys.stderr)
     rows = []
     for tool in tools or TOOLS:
-        rows.append(watched(tool, sanitizer, layouts, seconds, device, logs))
+        rows.append(run_tool(tool, sanitizer, layouts, seconds, device, logs))
         print(json.dumps(rows[-1]), file=sys.stderr)
     is_clean = all(not row["problems"] and not row["errors"] for row in rows)
     document = ledger_row("sanitize", commit, device, ("triton",), good=is_clean, rows=rows)

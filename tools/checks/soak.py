@@ -117,7 +117,7 @@ TRIALS = {
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Run each trial this many times at once, each with the counts and a seed of its own.",
+    help="Run this number of copies of each trial at once, each with all counts and its own seed.",
 )
 @click.option(
     "--fork",

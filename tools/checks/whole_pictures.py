@@ -73,7 +73,7 @@ def main(
         sys.exit(1 if verdicts["false_alarms"] else 0)
     tried: Counter[str] = Counter()
     alarms = []
-    pictures = itertools.chain(made() if encoders else (), *map(found, folders))
+    pictures = itertools.chain(encoder_images() if encoders else (), *map(folder_images, folders))
     for maker, name, data in pictures:
         tried[maker] += 1
         if reason := false_alarm(data):
@@ -184,7 +184,7 @@ def _seconds(call: Callable[[], Any], times: int = 15) -> float:
     return least
 
 
-def found(folder: Path) -> Iterator[tuple[str, str, bytes]]:
+def folder_images(folder: Path) -> Iterator[tuple[str, str, bytes]]:
     """Yield a folder's images that Pillow decodes, and JPEGs only without djpeg warnings."""
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES and path.is_file() and path.stat().st_size < 2**25:
@@ -205,7 +205,7 @@ def _djpeg_accepts(data: bytes) -> bool:
     return subprocess.run(["djpeg", "-strict"], input=data, capture_output=True).returncode == 0
 
 
-def made() -> Iterator[tuple[str, str, bytes]]:
+def encoder_images() -> Iterator[tuple[str, str, bytes]]:
     """Yield the images of every installed encoder: maker, name, bytes."""
     with tempfile.TemporaryDirectory() as folder:
         for picture_name, picture in pictures():

@@ -115,7 +115,9 @@ def main(
     if not has_gpu:
         raise click.ClickException("this needs an NVIDIA GPU: torch finds none; try --list")
     if not on_hopper and any(OTHER not in kernel.places for kernel in selected):
-        raise click.ClickException("--only names a kernel for Hopper, which this GPU is not")
+        raise click.ClickException(
+            "--only names a kernel for Hopper, but this GPU is of another kind"
+        )
     jobs = jobs or min(12, os.cpu_count() or 1)
     swept = [sweep(kernel, patches, jobs, seconds, least_gain) for kernel in selected]
     document = {

@@ -34,7 +34,7 @@ def try_out(name: str, tile: HopperGemmTile, patches: Sequence[int]) -> tuple[fl
     return error, same
 
 
-def sound(
+def passing_candidates(
     kernel: Kernel, patches: Sequence[int], jobs: int, seconds: float
 ) -> tuple[dict[HopperGemmTile, list[bool]], Counter[str]]:
     """Return the passing candidates with the sizes at which the bits equal the current row's bits,
@@ -55,18 +55,18 @@ def sound(
                 elif kernel.check is not None and not error <= allowed:
                     problem = f"{error:.2e} from float64, allowed {allowed:.2e}"
                 elif kernel.check is None and not all(same):
-                    problem = "other bits than the present row"
+                    problem = "other bits than the current row"
             if problem is None:
                 good[tiles[i]] = same
                 continue
             print(f"{kernel.name}: {tiles[i]}: {problem}", file=sys.stderr)
             failed[problem.split(":")[0]] += 1
             if tiles is present:
-                raise click.ClickException(f"the present row of {kernel.name} fails: {problem}")
+                raise click.ClickException(f"the current row of {kernel.name} fails: {problem}")
     return good, failed
 
 
-def timed(
+def time_candidates(
     kernel: Kernel, tiles: Sequence[HopperGemmTile], patches: int
 ) -> dict[HopperGemmTile, float]:
     """Return the median microseconds of one call, with interleaved candidates, so that all run at
@@ -100,7 +100,7 @@ def timed(
     return {tile: statistics.median(values) for tile, values in times.items()}
 
 
-def proposed(
+def propose_rows(
     kernel: Kernel, measured: Mapping[int, Mapping[HopperGemmTile, float]], least_gain: float
 ) -> dict[int, HopperGemmTile]:
     """Return rows for the table. A new tile must be faster than the current tile by the required
@@ -147,9 +147,9 @@ def sweep(
     kernel: Kernel, patches: Sequence[int], jobs: int, seconds: float, least_gain: float
 ) -> dict[str, Any]:
     """Sweep one kernel, and return the results as JSON."""
-    good, failed = sound(kernel, patches, jobs, seconds)
-    print(f"{kernel.name}: {len(good)} sound, {sum(failed.values())} skipped", file=sys.stderr)
-    measured = {n: timed(kernel, list(good), n) for n in patches}
+    good, failed = passing_candidates(kernel, patches, jobs, seconds)
+    print(f"{kernel.name}: {len(good)} passed, {sum(failed.values())} skipped", file=sys.stderr)
+    measured = {n: time_candidates(kernel, list(good), n) for n in patches}
     rows = []
     for i, n in enumerate(patches):
         times, present = measured[n], kernel.present(n)
@@ -166,7 +166,7 @@ def sweep(
                 "all_us": {short(tile): round(us, 2) for tile, us in times.items()},
             }
         )
-    new = proposed(kernel, measured, least_gain)
+    new = propose_rows(kernel, measured, least_gain)
     paste = ", ".join(f"({least}, {tile!r})" for least, tile in new.items())
     is_new = any(kernel.serving(new, n) != kernel.present(n) for n in patches)
     return {

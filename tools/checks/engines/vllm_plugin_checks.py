@@ -82,7 +82,7 @@ def passive(context: Context) -> list[Result]:
     return [
         *context.compare(name, lambda way: f"installed, not asked: {way}"),
         plain(name, "which tower", found == THEIRS, f"{found} ran"),
-        plain(name, "the log says how to ask", lines == 1, f"{lines} line"),
+        plain(name, "the log names the setting", lines == 1, f"{lines} line"),
     ]
 
 
@@ -120,7 +120,7 @@ def other_models(context: Context) -> list[Result]:
         found = context.facts(name)["towers"][model]
         results.append(plain(name, f"{model}: which tower", found == tower, f"{found} ran"))
     lines = context.log(name).read_text(errors="replace").count("Other models keep their own")
-    return [*results, plain(name, "the log says so", lines == 1, f"{lines} line")]
+    return [*results, plain(name, "the log has the line", lines == 1, f"{lines} line")]
 
 
 def variants(context: Context) -> list[Result]:
