@@ -70,23 +70,14 @@ class VisionEncoder(LoadedTower):
 
     @classmethod
     def from_pretrained(
-        cls,
-        model: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        subfolder: str | None = None,
-        device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
-        quantization: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        cuda_graphs: bool = True,
-        torch_dtype: None = None,
+        cls, model: str | os.PathLike[str], *, revision: str | None = None,
+        subfolder: str | None = None, device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto", quantization: str | None = None,
+        token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False, min_pixels: int | None = None,
+        max_pixels: int | None = None, cuda_graphs: bool = True, torch_dtype: None = None,
         device_map: None = None,
-    ) -> Self:
+    ) -> Self:  # fmt: skip
         """Load a checkpoint: a Hub repository, a local folder, or the packaged "tiny".
 
         >>> VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=50_176).dtype
@@ -112,6 +103,9 @@ class VisionEncoder(LoadedTower):
                 but gives the same bits. `output="patch"` and `layers` never use graphs.
             torch_dtype: transformers' name for `dtype`. Any value but None raises ArgumentError.
             device_map: transformers' name for `device`. Any value but None raises ArgumentError.
+
+        Returns:
+            An encoder on the chosen device. It keeps this device and its dtype.
 
         Raises:
             HubError: The name is unknown, or the Hub and its cache cannot provide the files.
@@ -139,19 +133,12 @@ class VisionEncoder(LoadedTower):
 
     @classmethod
     def from_tensors(
-        cls,
-        tensors: Mapping[str, Tensor],
-        config: VisionConfig | Mapping[str, Any],
-        image_config: ImageConfig | Mapping[str, Any] | None = None,
-        *,
-        name: str = "tensors",
-        device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
-        quantization: str | None = None,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        cuda_graphs: bool = True,
-    ) -> Self:
+        cls, tensors: Mapping[str, Tensor], config: VisionConfig | Mapping[str, Any],
+        image_config: ImageConfig | Mapping[str, Any] | None = None, *, name: str = "tensors",
+        device: str | torch.device = "auto", dtype: str | torch.dtype = "auto",
+        quantization: str | None = None, min_pixels: int | None = None,
+        max_pixels: int | None = None, cuda_graphs: bool = True,
+    ) -> Self:  # fmt: skip
         """Build an encoder from loaded tensors, after checks of their names, shapes and values.
 
         >>> tiny = VisionEncoder.from_pretrained("tiny").checkpoint
@@ -174,7 +161,12 @@ class VisionEncoder(LoadedTower):
             max_pixels: as in `from_pretrained`.
             cuda_graphs: as in `from_pretrained`.
 
-        Raises the errors of `from_pretrained`, except HubError.
+        Returns:
+            An encoder, as from `from_pretrained`.
+
+        Raises:
+            CheckpointError: As in `from_pretrained`.
+            ArgumentError: As in `from_pretrained`.
         """
         return cls._load(
             lambda: (Checkpoint.from_tensors(tensors, config, image_config), Origin(name=name)),
@@ -213,21 +205,12 @@ class VisionEncoder(LoadedTower):
         frames: Literal["first"] = "first", **options: Unpack[EncodeOptions],
     ) -> list[ImageFeatures | FailedImage]: ...  # fmt: skip
     def encode(
-        self,
-        images: Images,
-        *,
-        on_error: OnError = "raise",
-        output: FeatureOutput = "merged",
-        normalize: bool = False,
-        layers: Iterable[int] = (),
-        layout: ArrayLayout = "auto",
-        exif: ExifPolicy = "apply",
-        limits: ImageLimits | None = None,
-        video_limits: VideoLimits | None = None,
-        formats: Iterable[str] = (),
-        frames: Pages = "first",
-        decode_threads: int | None = None,
-    ) -> Any:
+        self, images: Images, *, on_error: OnError = "raise", output: FeatureOutput = "merged",
+        normalize: bool = False, layers: Iterable[int] = (), layout: ArrayLayout = "auto",
+        exif: ExifPolicy = "apply", limits: ImageLimits | None = None,
+        video_limits: VideoLimits | None = None, formats: Iterable[str] = (),
+        frames: Pages = "first", decode_threads: int | None = None,
+    ) -> Any:  # fmt: skip
         """Encode images from paths, bytes, PIL images, arrays or tensors, in any mix.
 
         >>> import numpy as np
@@ -308,8 +291,28 @@ class VisionEncoder(LoadedTower):
         (1, 22, 32)
 
         The method iterates over `images` in the caller's thread, ahead of the results. On a GPU, it
-        encodes images out of order to fill each batch, which does not change their bits. Raises
-        ArgumentError at once for an invalid option, and the ImageError of a bad image in order.
+        encodes images out of order to fill each batch, which does not change their bits.
+
+        Args:
+            images: as in `encode`.
+            on_error: as in `encode`.
+            output: as in `encode`.
+            normalize: as in `encode`.
+            layers: as in `encode`.
+            layout: as in `encode`.
+            exif: as in `encode`.
+            limits: as in `encode`.
+            video_limits: as in `encode`.
+            formats: as in `encode`.
+            frames: as in `encode`.
+            decode_threads: as in `encode`.
+
+        Returns:
+            An iterator over the ImageFeatures that `encode` returns in its list, in order.
+
+        Raises:
+            ArgumentError: An option is invalid. The call itself raises this error.
+            ImageError: As in `encode`. The iterator raises this error in the place of the image.
         """
         return self._stream(
             images, is_lent=False, on_error=on_error, output=output, normalize=normalize,
@@ -343,20 +346,11 @@ class VisionEncoder(LoadedTower):
         return batches.encode(loader.jobs(many, is_ahead=threads > 1), threads)
 
     def encode_video(
-        self,
-        videos: Videos,
-        *,
-        fps: float = 2.0,
-        n_frames: int | None = None,
-        start: float | None = None,
-        end: float | None = None,
-        max_frames: int | None = None,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        sampling: Sampling = "qwen",
-        on_error: OnError = "raise",
-        **options: Unpack[EncodeOptions],
-    ) -> Any:
+        self, videos: Videos, *, fps: float = 2.0, n_frames: int | None = None,
+        start: float | None = None, end: float | None = None, max_frames: int | None = None,
+        min_pixels: int | None = None, max_pixels: int | None = None, sampling: Sampling = "qwen",
+        on_error: OnError = "raise", **options: Unpack[EncodeOptions],
+    ) -> Any:  # fmt: skip
         """Encode one or several videos from files, bytes of files, or frames.
 
         >>> import numpy as np
@@ -396,5 +390,4 @@ class VisionEncoder(LoadedTower):
             fps=fps, n_frames=n_frames, start=start, end=end, max_frames=max_frames,
             min_pixels=min_pixels, max_pixels=max_pixels, sampling=sampling,
         )  # fmt: skip
-        found = as_videos(videos, chosen)
-        return self.encode(found, on_error=on_error, **options)
+        return self.encode(as_videos(videos, chosen), on_error=on_error, **options)

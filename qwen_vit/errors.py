@@ -183,11 +183,17 @@ class QwenVitError(Exception):
         return self.text()
 
     def text(self, *, in_shell: bool = False) -> str:
-        """Return the message on one line. `in_shell` spells options as flags.
+        """Return the message on one line.
 
         >>> remedy = with_options("lower {}", "max_pixels")
         >>> ImageError("too large", name="a.png", remedy=remedy).text(in_shell=True)
         'a.png: too large. Lower --max-pixels.'
+
+        Args:
+            in_shell: whether to spell options as flags.
+
+        Returns:
+            The name, the fact, the expected value and the remedy. Missing parts are omitted.
         """
         parts = (self.fact, self.expected, self.remedy)
         fact, expected, remedy = map(_in_shell, parts) if in_shell else parts
@@ -210,6 +216,13 @@ class QwenVitError(Exception):
         >>> damaged = CheckpointError("not JSON", name="export.json", remedy="fetch it again")
         >>> print(ExportError.of(damaged, remedy="pass another --out"))
         export.json: not JSON. Pass another --out.
+
+        Args:
+            error: the other error.
+            changes: new values for some of its parts.
+
+        Returns:
+            An error of this class.
         """
         facts = {"name": error.name, "expected": error.expected, "remedy": error.remedy, **changes}
         return cls(facts.pop("fact", error.fact), **facts)
@@ -240,12 +253,15 @@ def _as_sentence(text: str) -> str:
 class ImageError(QwenVitError, ValueError):
     """Report that qwen_vit cannot encode an image, a video, an array or a set of patches.
 
-    `code` is a stable, machine-readable reason such as `"truncated"`. In the package's own errors,
-    it is a key of `IMAGE_CODES`.
-
     >>> raise ImageError("ratio of 333", name="a.png", expected="at most 200", code="ratio")
     Traceback (most recent call last):
     qwen_vit.errors.ImageError: a.png: ratio of 333. Expected at most 200.
+
+    The other arguments are those of `QwenVitError`.
+
+    Args:
+        code: a stable, machine-readable reason such as `"truncated"`. In the package's own errors,
+            it is a key of `IMAGE_CODES`.
     """
 
     def __init__(

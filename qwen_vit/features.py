@@ -170,6 +170,8 @@ class VideoFeatures(ImageFeatures):
     Step i of the grid's t is a pair of frames, which attends only to itself. `map[i]`, (rows,
     columns, D), contains the features of pair i.
 
+    The other attributes are those of `ImageFeatures`.
+
     Attributes:
         second_per_grid_t: seconds from one step to the next, from the sampling rate. The language
             model computes its positions from this value.
@@ -182,7 +184,15 @@ class VideoFeatures(ImageFeatures):
     @classmethod
     def of(cls, features: ImageFeatures, timing: VideoTiming) -> "VideoFeatures":
         """Create the features of a video from the features of its patches and the times of its
-        frames."""
+        frames.
+
+        Args:
+            features: the features of the video's patches.
+            timing: the seconds per step of the grid, and the times of the frames.
+
+        Returns:
+            VideoFeatures with the rows, the grid and the id of `features`.
+        """
         facts = {each.name: getattr(features, each.name) for each in fields(ImageFeatures)}
         return cls(
             **facts, second_per_grid_t=timing.second_per_grid_t, frame_seconds=timing.frame_seconds

@@ -74,7 +74,28 @@ class LoadedTower:
         *, quantization: Quantization | None = None, min_pixels: int | None,
         max_pixels: int | None, cuda_graphs: bool,
     ) -> Self:  # fmt: skip
-        """Build an encoder from an open checkpoint, with checked device, dtype and quantization."""
+        """Build an encoder from an open checkpoint, with checked device, dtype and quantization.
+
+        `VisionEncoder.from_pretrained` checks these values and calls this method.
+
+        Args:
+            checkpoint: the open checkpoint.
+            source: the origin that `metadata` records.
+            device: the device of the tower.
+            dtype: the dtype of the tower.
+            quantization: "fp8" or None.
+            min_pixels: as in `from_pretrained`.
+            max_pixels: as in `from_pretrained`.
+            cuda_graphs: as in `from_pretrained`.
+
+        Returns:
+            An encoder, as from `from_pretrained`.
+
+        Raises:
+            CheckpointError: A weight contains NaN or infinity, or overflows during conversion. Also
+                if the device does not support the checkpoint's architecture.
+            ArgumentError: A pixel limit is invalid.
+        """
         image_config = checkpoint.image_config.bounded(min_pixels, max_pixels)
         check_fits(checkpoint.config, device, quantization)
         with torch.device("meta"):
@@ -170,7 +191,12 @@ class LoadedTower:
         return rows
 
     def metadata(self) -> dict[str, Any]:
-        """Return the origin that a feature file records, such as model, hashes and versions."""
+        """Return the origin that a feature file records, such as model, hashes and versions.
+
+        >>> from qwen_vit import VisionEncoder
+        >>> VisionEncoder.from_pretrained("tiny").metadata()["model"]
+        'tiny'
+        """
         return origin_metadata(
             self.source, self.checkpoint, self.image_config, self.dtype, self.device,
             self.quantization,
@@ -180,9 +206,20 @@ class LoadedTower:
         self, patches: Tensor, grids: tuple[Grid, ...], output: Output,
         taps: LayerTaps | None = None,
     ) -> Tensor:  # fmt: skip
-        """Run the tower on uint8 or float rows in grid order, with a CUDA graph if one fits.
+        """Run the tower on checked rows, with a CUDA graph if one fits.
 
-        The device normalises uint8 rows of two frames, because it is faster than the host.
+        `encode_patches` and `encode_pixels` check the rows and call this method.
+
+        Args:
+            patches: (N, 588) or (N, 1176), uint8 or floats, in the processor's order. The device
+                normalises uint8 rows of two frames, because it is faster than the host.
+            grids: the grid (t, h, w) of each image, in patches.
+            output: "merged" or "patch".
+            taps: receives the residual streams of its blocks, or None.
+
+        Returns:
+            The merged tokens (M, out_hidden_size), or the patches (N, hidden_size), image after
+            image, each image row-major.
         """
         if patches.dtype == torch.uint8 and patches.shape[1] == self.config.patch_dim:
             rows = patches.to(self.device, non_blocking=True)

@@ -75,6 +75,9 @@ def export_features(
             `integrations.vllm.write_ec_cache`.
         stop: signals that end the export as an interrupt does, but after the batch in progress.
 
+    Returns:
+        A report that counts the images of the part and the folder's shards.
+
     Raises:
         KeyboardInterrupt: An interrupt ended the export, which saved the encoded images for the
             next run.

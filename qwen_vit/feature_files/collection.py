@@ -52,9 +52,18 @@ class Features(ABC):
     def locate(self, key: int | str) -> Any:
         """Return an image's place, without reading rows.
 
-        Raises KeyError for an id without features, IndexError for a position that does not exist,
-        and TypeError for another key. Raises ExportError if the image's shard is missing, cannot be
-        read, is damaged or belongs to another export.
+        Args:
+            key: the image's position or id.
+
+        Returns:
+            A place for `read_at`.
+
+        Raises:
+            KeyError: The id has no features.
+            IndexError: The position does not exist.
+            TypeError: The key is neither a position nor an id.
+            ExportError: The image's shard is missing, cannot be read, is damaged or belongs to
+                another export.
         """
 
     @abstractmethod
@@ -63,7 +72,17 @@ class Features(ABC):
 
     @abstractmethod
     def read_at(self, place: Any) -> ImageFeatures:
-        """Return the features at a place that `locate` returned."""
+        """Return the features of the image at a place.
+
+        Args:
+            place: a value that `locate` returned.
+
+        Returns:
+            The image's features, whose rows may be views of the mapped file.
+
+        Raises:
+            ExportError: The rows cannot be read, or differ from their digest with `verify`.
+        """
 
     @overload
     def __getitem__(self, key: int | str) -> ImageFeatures: ...
@@ -93,9 +112,22 @@ class Features(ABC):
         image_token_id: int = IMAGE_TOKEN_ID,
         mm_token_type_ids: bool = True,
     ) -> dict[str, Any]:
-        """Return the arguments for transformers' `generate` and `forward`.
+        """Return arguments for transformers' `generate` and `forward`, like `downstream.to_hf`.
 
-        `downstream.to_hf` describes the arguments.
+        >>> load_features("dog.safetensors").to_hf()  # doctest: +SKIP
+        {'mm_encoder_outputs': {'image': ...}, 'image_grid_thw': tensor([[ 1, 22, 32]])}
+
+        Args:
+            input_ids: the prompts' tokens (batch, sequence), which the method checks.
+            image_token_id: the token id of `<|image_pad|>`.
+            mm_token_type_ids: False for Qwen2.5-Omni, which rejects this argument.
+
+        Returns:
+            The keyword arguments, as from `downstream.to_hf`.
+
+        Raises:
+            ArgumentError: As in `downstream.to_hf`.
+            ExportError: As in `downstream.to_hf`.
         """
         return to_hf(
             self,
@@ -128,7 +160,21 @@ class Features(ABC):
     ) -> list[Image.Image]:
         """Draw every image of a small file, or of a subset such as `features[:8]`.
 
-        `show_features` describes the arguments.
+        >>> load_features("photographs.safetensors")[:2].show(point=(120, 100))  # doctest: +SKIP
+        [<PIL.PngImagePlugin.PngImageFile ...>, <PIL.PngImagePlugin.PngImageFile ...>]
+
+        Args:
+            pictures: the images by id, if the ids are not the images' paths.
+            point: (x, y) in pixels of the first image. The method compares the cell at this point
+                with every cell.
+            layer: a block of `layers` to draw instead of the embeddings.
+
+        Returns:
+            One picture per image, in order.
+
+        Raises:
+            ArgumentError: As in `show_features`.
+            ImageError: As in `show_features`.
         """
         return show_features(self, pictures, point=point, layer=layer)
 
@@ -138,8 +184,12 @@ class Features(ABC):
         >>> load_features("means").to_numpy().shape  # doctest: +SKIP
         (999998, 3584)
 
-        For output="mean", each image has one row. Otherwise the rows of an image follow the rows of
-        all earlier images. Raises ExportError if there is no image.
+        Returns:
+            An array (T, D). For output="mean", T is the number of images. Otherwise the rows of an
+            image follow the rows of all earlier images.
+
+        Raises:
+            ExportError: There is no image.
         """
         return tables.to_numpy(self)
 
@@ -149,11 +199,17 @@ class Features(ABC):
         >>> load_features("means").to_pandas().loc["cat.jpg", "embeds"].shape  # doctest: +SKIP
         (3584,)
 
-        The columns are grid_t, grid_h, grid_w (patches), height, width (pixels) and notes. Unknown
-        sizes are missing values. The column embeds contains float32 arrays: (D,) for output="mean",
-        else (n, D). Each column layer_K contains float32 arrays (n_patches, C). The whole table is
-        in memory. Failed images have no row. `errors` of the file or folder lists them. Raises
-        ArgumentError if pandas cannot be imported.
+        The whole table is in memory. Failed images have no row: `errors` of the file or folder
+        lists them.
+
+        Returns:
+            A DataFrame with the columns grid_t, grid_h, grid_w (patches), height, width (pixels),
+            notes and embeds, and a column layer_K for each stored block K. Unknown sizes are
+            missing values. embeds contains float32 arrays: (D,) for output="mean", else (n, D).
+            layer_K contains float32 arrays (n_patches, C).
+
+        Raises:
+            ArgumentError: pandas cannot be imported.
         """
         return tables.to_pandas(self)
 
@@ -164,9 +220,19 @@ class Features(ABC):
         PosixPath('means.parquet')
 
         Arrays become lists, or lists of lists. If an id is not Unicode, the method escapes its
-        invalid bytes, and the column id_bytes contains the original id. Raises ArgumentError if
-        pyarrow cannot be imported. Raises ExportError if there is no image, if `path` exists with
-        `overwrite=False`, or if `path` is a symbolic link, is not UTF-8 or cannot be written.
+        invalid bytes, and the column id_bytes contains the original id.
+
+        Args:
+            path: the Parquet file.
+            overwrite: whether to replace an existing file.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            ArgumentError: pyarrow cannot be imported.
+            ExportError: There is no image, `path` exists with `overwrite=False`, or `path` is a
+                symbolic link, is not UTF-8 or cannot be written.
         """
         return tables.write_parquet(self, path, overwrite=overwrite)
 
@@ -178,7 +244,16 @@ class Features(ABC):
         (3584,)
 
         datasets writes the table of the same files to its cache only once, and maps it into memory.
-        Raises ArgumentError if datasets cannot be imported, and ExportError if there is no image.
+
+        Args:
+            cache_dir: the cache folder of datasets. None selects its default folder.
+
+        Returns:
+            A `datasets.Dataset` with a row per image, in order.
+
+        Raises:
+            ArgumentError: datasets cannot be imported.
+            ExportError: There is no image.
         """
         return tables.to_datasets(self, cache_dir=cache_dir)
 
@@ -197,7 +272,15 @@ class Features(ABC):
     def position(self, key: int | str) -> int:
         """Return a position counted from the front.
 
-        Raises TypeError for a key of another type, and IndexError for a missing position.
+        Args:
+            key: a position, which is negative if it counts from the end.
+
+        Returns:
+            A position from 0 to the number of images less 1.
+
+        Raises:
+            TypeError: The key is not a position.
+            IndexError: The position does not exist.
         """
         count = len(self)
         try:

@@ -39,8 +39,12 @@ class FeatureFile(Features):
     >>> features["cats/one.jpg"].embeds.shape, features[0].grid_thw  # doctest: +SKIP
     (torch.Size([256, 3584]), (1, 32, 32))
 
-    `load_features` opens a feature file. Raises ExportError if the file cannot be read, is damaged,
-    is not a feature file or has another schema.
+    `load_features` opens a feature file.
+
+    Args:
+        path: the file, or its address in object storage.
+        remedy: the advice in the error for a damaged file.
+        verify: as in `load_features`.
 
     Attributes:
         path: the file.
@@ -48,6 +52,10 @@ class FeatureFile(Features):
             `images` and `schema_version`. A file of schema 1 may lack some of these values.
         errors: a shard's failed images, each with the reason. Other files have none.
         image_grid_thw: (N, 3) int64, each image's grid in patches.
+
+    Raises:
+        ExportError: The file cannot be read, is damaged, is not a feature file or has another
+            schema.
     """
 
     def __init__(

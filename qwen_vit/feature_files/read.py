@@ -48,14 +48,20 @@ class FeatureFolder(Features):
     opens shards on demand, and keeps at most 64 open. It lists the folder once, at opening. If a
     shard does not exist at that time, the object omits it, and `is_complete` is False.
 
-    `load_features` opens an export folder. Raises ExportError if the folder cannot be read, if
-    `export.json` or a listing is missing or damaged, or if the schema is another one. A damaged
-    shard raises ExportError at its first use.
+    `load_features` opens an export folder.
+
+    Args:
+        path: the folder, or its address in object storage.
+        verify: as in `load_features`.
 
     Attributes:
         path: the folder.
         metadata: the export's settings, including `shard_size` and `n_images`.
         listing: the ids of all images of the export, in order, including failed and missing images.
+
+    Raises:
+        ExportError: The folder cannot be read, `export.json` or a listing is missing or damaged, or
+            the schema is another one. A damaged shard raises this error at its first use.
     """
 
     def __init__(self, path: str | AnyPath, *, verify: bool = False) -> None:
@@ -166,13 +172,27 @@ class FeatureFolder(Features):
     def open_shard(self, index: int) -> FeatureFile:
         """Open a shard's file.
 
-        Raises ExportError if the shard is missing, unreadable or damaged, or belongs to another
-        export.
+        Args:
+            index: the shard's number, from 0.
+
+        Returns:
+            The features of the shard, including images that a later listing replaced.
+
+        Raises:
+            ExportError: The shard is missing, unreadable or damaged, or belongs to another export.
         """
         return self._open(index)
 
     def is_current(self, index: int, name: str) -> bool:
-        """Return whether no later listing replaced or withdrew a shard's image."""
+        """Return whether no later listing replaced or withdrew a shard's image.
+
+        Args:
+            index: the shard's number, from 0.
+            name: the image's id.
+
+        Returns:
+            True if this shard contains the image's newest features or error.
+        """
         return self._listed.is_current(index, name)
 
     def _places(self, index: int) -> Sequence[int]:
@@ -233,25 +253,30 @@ def load_features(
 ) -> FeatureFile | FeatureFolder:
     """Open a feature file, or a folder that `qwen-vit export` wrote.
 
-    `path` may be an address such as "s3://bucket/features". The returned object then reads ranges:
-    a file's header, and the rows of each requested image.
-
     >>> load_features("no-such-file.safetensors")
     Traceback (most recent call last):
     qwen_vit.errors.ExportError: no-such-file.safetensors: does not exist. Expected a feature \
 file of `qwen-vit encode` or a folder of `qwen-vit export`. Check the path.
 
-    With `verify`, each read of an image's rows compares them with the recorded sha256. It raises
-    ExportError if a bit differs, or if the file has no digests, as in schema 1. `qwen-vit verify`
-    checks every image of a file or export.
+    Args:
+        path: the file or folder, or an address such as "s3://bucket/features". From an address, the
+            returned object reads ranges: a file's header, and the rows of each requested image.
+        verify: True compares the rows of each read with the recorded sha256. `qwen-vit verify`
+            checks every image of a file or export.
+        cache_dir: a folder that stores the ranges read from an address. A later read of a stored
+            range sends no request, but opening the file or folder asks for the version of its
+            objects. Ranges of an object without a version are not stored. None selects the folder
+            in the environment variable QWEN_VIT_STORE_CACHE, if any.
 
-    The folder `cache_dir` caches all bytes from an address, so that later reads of the same bytes
-    send no request. The environment variable QWEN_VIT_STORE_CACHE sets the default.
+    Returns:
+        A FeatureFile or a FeatureFolder. Both read an image's rows at its first use.
 
-    Raises ExportError if the file or folder is missing, cannot be read, is damaged, contains no
-    features or has another schema. A folder's damaged shard raises ExportError at its first use.
-    Also raises ExportError if the package for an address is not installed. Raises ArgumentError if
-    `path` is not a path.
+    Raises:
+        ExportError: The file or folder is missing, cannot be read, is damaged, contains no features
+            or has another schema. A damaged shard raises this error at its first use. With
+            `verify`, a read raises it if a bit differs, or if the file has no digests, as in
+            schema 1. Also if the package for an address is not installed.
+        ArgumentError: `path` is not a path.
     """
     if not isinstance(path, (str, os.PathLike, StorePath)):
         raise ArgumentError(

@@ -58,13 +58,24 @@ def write_features(
     ...     load_features(path)["tests/photographs/chelsea.png"].grid_thw
     (1, 22, 32)
 
-    `metadata` is the result of `VisionEncoder.metadata()`. The bytes depend only on the arguments.
-    Raises ExportError for an existing file with `overwrite=False`, for a symbolic link, for a path
-    that is not UTF-8, and for a file that cannot be written. Also raises ExportError if no image
-    succeeded, and for two images with one id. The rows must be finite floating-point tensors
-    (n, width) that fit their grids. All images must have the same kind of rows, widths and layers.
-    `metadata` must be JSON values, and the file's header at most 100 MB. Raises ArgumentError if
-    `features` or `metadata` has another type.
+    The bytes depend only on the arguments.
+
+    Args:
+        path: the file. Its format is safetensors, whatever its suffix is.
+        features: the features of one image, or of several images with different ids. Their rows
+            are finite floating-point tensors (n, width) that fit their grids. All images have the
+            same kind of rows, widths and layers.
+        metadata: the result of `VisionEncoder.metadata()`, or other JSON values by name.
+        overwrite: whether to replace an existing file.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ExportError: `path` exists with `overwrite=False`, is a symbolic link, is not UTF-8 or
+            cannot be written. No image succeeded, `features` or `metadata` has other values than
+            the list above allows, or the file's header exceeds 100 MB.
+        ArgumentError: `features` or `metadata` has another type.
     """
     path = Path(path)
     check_utf8(path)

@@ -84,18 +84,21 @@ class ImageLimits:
     the file, and qwen_vit kills the child process at that limit. This process itself decodes every
     PIL image.
 
-    `max_pixels` limits the height x width that the header declares, and `max_file_bytes` the
-    encoded bytes. `formats` enables formats of OPTIONAL_FORMATS, in addition to the default
-    formats.
-
-    `allow_urls` are hosts, such as "images.example.org" or "*.example.org:8443". qwen_vit fetches
-    images from the web only at https:// addresses of these hosts.
-
     The limits apply to one call. qwen_vit neither reads nor sets Pillow's process-wide
     MAX_IMAGE_PIXELS, but some of Pillow's plug-ins, for example for WebP and GIF, do read it.
-    Raises ArgumentError unless `max_pixels` and `max_file_bytes` are whole numbers above 0 and
-    `max_seconds` is a number above 0. Also raises it for an unknown format, and for a value of
-    `allow_urls` that is not the name of a host.
+
+    Attributes:
+        max_pixels: the maximum height x width that the header declares.
+        max_file_bytes: the maximum number of encoded bytes.
+        max_seconds: the maximum time for decoding, in seconds.
+        formats: formats of OPTIONAL_FORMATS to decode in addition to the default formats.
+        allow_urls: hosts, such as "images.example.org" or "*.example.org:8443". qwen_vit fetches
+            images from the web only at https:// addresses of these hosts.
+
+    Raises:
+        ArgumentError: `max_pixels` or `max_file_bytes` is not a whole number above 0, or
+            `max_seconds` is not a number above 0. Also for an unknown format, and for a value of
+            `allow_urls` that is not the name of a host.
     """
 
     max_pixels: int = 178_956_970

@@ -69,6 +69,10 @@ def to_hf(
         mm_token_type_ids: False for Qwen2.5-Omni, which finds images itself and rejects this
             argument. The result then has Omni's key for the seconds, `video_second_per_grid`.
 
+    Returns:
+        Keyword arguments by name. `mm_encoder_outputs` contains the merged rows of all images and
+        of all videos, and `image_grid_thw` and `video_grid_thw` contain their grids, (n, 3) int64.
+
     Raises:
         ArgumentError: transformers is missing or too old. There are no features, or an item is not
             features or has an invalid grid. The grid of ImageFeatures in `features` has several
@@ -136,6 +140,9 @@ def expand_placeholders(
         merge_size: the side, in patches, of the square that becomes one token.
         video_grids: the videos' grids, in the same format.
 
+    Returns:
+        The prompt with one placeholder per token.
+
     Raises:
         ArgumentError: The text does not have one placeholder for each grid. Or a grid is not three
             whole numbers above 0, with height and width divisible by `merge_size`.
@@ -179,6 +186,10 @@ def as_hf_tower(encoder: "VisionEncoder") -> nn.Module:
     Returns:
         A module without parameters, so optimisers, weight decay and parameter counts ignore it.
 
+    Raises:
+        ArgumentError: transformers is missing or older than 5.18, or `encoder` has no
+            `encode_patches`.
+
     Behaviour of the module:
 
     - `state_dict` returns the published names and values, as copies in host memory, for every
@@ -193,9 +204,6 @@ def as_hf_tower(encoder: "VisionEncoder") -> nn.Module:
     - torch.compile breaks the graph at the tower, and compiles the code before and after it.
     - The result's `pooler_output` contains the merged rows. Its `last_hidden_state` is None,
       because transformers does not read it.
-
-    The module needs transformers 5.18 or newer. Raises ArgumentError if transformers is missing or
-    too old, or if `encoder` has no `encode_patches`.
     """
     if not callable(getattr(encoder, "encode_patches", None)):
         raise ArgumentError(

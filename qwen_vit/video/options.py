@@ -115,6 +115,8 @@ class Video(VideoOptions):
     >>> Video("clip.mp4", fps=1.0).name
     'clip.mp4'
 
+    The other attributes are those of `VideoOptions`.
+
     Attributes:
         source: a path, the bytes of a file, an array or tensor of frames (t, h, w, c), or a list of
             images: PIL images, arrays, or image paths. The loader uses all frames that a caller
@@ -137,11 +139,26 @@ class Video(VideoOptions):
 
         >>> Video.of("clip.mp4", VideoOptions(fps=1.0)).fps
         1.0
+
+        Args:
+            source: as `Video.source`.
+            options: the options of the video.
+            name: as `Video.name`.
+
+        Returns:
+            A video with these options.
         """
         return cls(source, name=name, **{f.name: getattr(options, f.name) for f in fields(options)})
 
     def named(self, name: str) -> Self:
-        """Return this video with `name`, unless it already has a name."""
+        """Return this video with `name`, unless it already has a name.
+
+        Args:
+            name: the name for a video without one.
+
+        Returns:
+            This video if it has a name, or else a copy with `name`.
+        """
         return self if self.name is not None else replace(self, name=name)
 
 
