@@ -56,8 +56,8 @@ GEMM_FLOPS = 2 * GEMM_SIDE**3  # 2 per multiply-add
 def median_ms(run: Callable[[], Any], repeats: int = REPEATS, warm_ups: int = WARM_UPS) -> float:
     """Return the median GPU time of `run` in milliseconds.
 
-    The function queues each call before the previous one ends. The host's launch time then counts
-    only while the GPU waits for the host.
+    The function queues each call without waiting for the previous one. The host's launch time then
+    counts only while the GPU waits for the host.
     """
     for _ in range(warm_ups):
         run()

@@ -91,7 +91,7 @@ class VisionEncoder(LoadedTower):
                 interprets the Triton attention kernels, correctly but slowly.
             dtype: "auto" selects bfloat16 on a GPU and float32 on a CPU. float32 on a GPU is IEEE,
                 never TF32.
-            quantization: "fp8" (experimental) computes the MLP from 8-bit floats, less accurately.
+            quantization: "fp8" (experimental) computes the MLP in 8-bit floats, less accurately.
                 It needs a GPU of compute capability 8.9 or newer.
             token: the access token, as in huggingface_hub.
             cache_dir: the cache folder, as in huggingface_hub.
@@ -116,7 +116,7 @@ class VisionEncoder(LoadedTower):
             ("torch_dtype", torch_dtype, "dtype"), ("device_map", device_map, "device"),
         ):  # fmt: skip
             if value is not None:
-                raise ArgumentError(f"{theirs} is transformers' name", remedy=f"pass {ours}=")
+                raise ArgumentError(f"{theirs} is a name of transformers", remedy=f"pass {ours}=")
 
         def opened() -> tuple[Checkpoint, Origin]:
             source = find_checkpoint(
@@ -249,8 +249,7 @@ class VisionEncoder(LoadedTower):
             patches of 14 x 14 pixels. With output="mean" the shape is (1, out_hidden_size).
             `layers[k]` is the residual stream after block k, before any norm, with the shape
             (n_patches, hidden_size), row-major. After the last block, this stream equals
-            output="patch". The `id` is the image's path, or "image 0", "image 1", ... for images
-            without one.
+            output="patch". The `id` is the path or the name, or "image 0" or "video 0" by position.
 
         Raises:
             ImageError: `encode` cannot read or encode an image, and `on_error` is "raise".

@@ -72,7 +72,7 @@ IMAGE_CODES = {
 
 
 class Wording(str):
-    """Hold a text that spells options for Python, and in `shell` the text for the command line.
+    """Hold a text with the options' names in Python, and in `shell` the text with their flags.
 
     >>> words = "wait, or " + Wording("pass another folder", shell="pass another --out")
     >>> print(words, words.shell, sep="; ")

@@ -303,7 +303,7 @@ class Repository:
                 time.sleep(LINK_PAUSE_S * 2**attempt)
 
     def _has_address(self) -> bool:
-        """Return whether the Hub's name resolves, or a proxy may resolve it.
+        """Return whether the Hub's host name resolves, or a proxy may resolve it.
 
         Without a network, the client itself would retry for a long time.
         """

@@ -178,7 +178,7 @@ def choose_weights(
         f"no weights (the folder contains {_listing(names)})",
         name=source,
         expected=WEIGHTS_FILE,
-        remedy="download the weights (qwen-vit download MODEL)",
+        remedy="pass a folder or a repository that has safetensors weights",
     )
 
 

@@ -99,7 +99,7 @@ model_or_features_argument = click.argument(
     "model", metavar="MODEL|FEATURES", shell_complete=_complete_model_or_file
 )
 model_argument = click.argument("model", shell_complete=complete_model)
-MODEL_HELP = "Name a Hub repository, a local folder, or 'tiny'."
+MODEL_HELP = "Use this Hub repository or local folder, or 'tiny'."
 model_option = click.option(
     "--model", required=True, shell_complete=complete_model, help=MODEL_HELP
 )
@@ -110,7 +110,7 @@ dtype_option = click.option(
 )  # fmt: skip
 quantization_option = click.option(
     "--quantization", type=click.Choice(["fp8"]),
-    help="Experimental: compute the MLP from 8-bit floats, less accurately. Needs an Ada GPU "
+    help="Experimental: compute the MLP in 8-bit floats, less accurately. Needs an Ada GPU "
     "or a newer one.",
 )  # fmt: skip
 on_error_option = click.option(

@@ -95,7 +95,8 @@ def show(
     INPUTS are images and videos, one feature file, or one export folder. Images and videos may have
     any form that `qwen-vit encode` accepts, except Parquet files and https:// addresses. For a
     video, `show` draws the features of the first two sampled frames, without the frames themselves.
-    The command skips and reports images that it cannot encode, and then exits with 1.
+    The command skips and reports images that it cannot encode. It then exits with 1, or with 2 if
+    it encodes none.
 
     A feature map shows three principal components as colours. `show` fits them to all images
     together, so the same colour means similar features.

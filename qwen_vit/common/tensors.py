@@ -26,13 +26,13 @@ def check_finite(tensor: Tensor, name: str) -> Tensor:
 
     >>> check_finite(torch.tensor([1.0, float("nan")]), "merger.ln_q.weight")
     Traceback (most recent call last):
-    qwen_vit.errors.CheckpointError: merger.ln_q.weight: 1 NaN and 0 infinite values of 2. \
-Expected finite weights. Delete the file and download it again (qwen-vit download MODEL).
+    qwen_vit.errors.CheckpointError: merger.ln_q.weight: contains 1 NaN and 0 infinite values, of \
+2. Expected finite weights. Delete the file and download it again (qwen-vit download MODEL).
     """
     if not all_finite(tensor):
         raise CheckpointError(
-            f"{int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} infinite values of "
-            f"{tensor.numel()}",
+            f"contains {int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} infinite "
+            f"values, of {tensor.numel()}",
             name=name,
             expected="finite weights",
             remedy="delete the file and download it again (qwen-vit download MODEL)",

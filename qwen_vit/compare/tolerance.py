@@ -25,7 +25,7 @@ __all__ = [
 RELATIVE_TOLERANCE = 1e-5  # about 100 float32 roundings; two correct towers differ by about 1e-6
 MAX_FP32_ERROR = 1e-4  # twice the measured error of 32 blocks of peaked attention
 MAX_BF16_RATIO = 1.01
-MAX_FP8_RATIO = 1.5  # of an MLP from 8-bit floats, against Hugging Face's bfloat16
+MAX_FP8_RATIO = 1.5  # of an MLP in 8-bit floats, against Hugging Face's bfloat16
 MAX_GOLDEN_DRIFT = 1.01  # the same tensors and the same oracle differ only by rounding
 
 

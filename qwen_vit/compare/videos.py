@@ -96,8 +96,10 @@ class _Reference:
     def choose(
         self, timeline: Timeline, options: VideoOptions, name: str
     ) -> tuple[list[int] | None, str, bool]:
-        """Return the frames or None, the library's name and version, and whether the library
-        ran."""
+        """Return the chosen frames' indices, the library's name and version, and whether it ran.
+
+        The indices are None if the library rejects the options.
+        """
         if self.takes(options):
             run = _run_qwen if self.rule == "qwen" else _run_transformers
             try:

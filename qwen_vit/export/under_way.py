@@ -31,7 +31,7 @@ class UnderWay:
     ...     decode()
 
     `suspects` are the lines that dead processes recorded, counted from 0 through all listings. The
-    kernel keeps the file's pages after a process is killed, but not after a power cut.
+    system keeps the file's pages after a process is killed, but not after a power cut.
     """
 
     def __init__(self, folder: Path) -> None:

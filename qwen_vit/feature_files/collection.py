@@ -260,9 +260,9 @@ class Features(ABC):
     def _keys(self, keys: Sequence[int] | Sequence[str]) -> Sequence[int | str]:
         if keys and all(isinstance(key, bool) for key in keys):
             if len(keys) != len(self):
-                images = plural(len(self), "image")
                 raise IndexError(
-                    f"a mask of {len(keys)} values for {self}, which contains {images}"
+                    f"{self}: the mask has {plural(len(keys), 'value')}. Expected {len(self)}, one "
+                    "for each image."
                 )
             return [index for index, is_chosen in enumerate(keys) if is_chosen]
         for key in keys:

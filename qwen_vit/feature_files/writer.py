@@ -134,8 +134,10 @@ class FeatureWriter:
             raise cannot_write(self.path, error) from None
 
     def save(self, facts: Mapping[str, Any], path: Path | None = None) -> None:
-        """Write the header with these `facts`, and give the file its name, or another name in the
-        same folder."""
+        """Write the header with these `facts`, and rename the temporary file to `path`.
+
+        By default, `path` is the path of this writer. It must be in the same folder.
+        """
         path = path or self.path
         head = build_head(
             path, self.items, self._digests, self.tensors, facts, at_least=self._head_bytes

@@ -1,4 +1,6 @@
-"""Check that a JPEG is complete. This module reads the scans, and libjpeg-turbo reads the blocks.
+"""Check that a JPEG is complete.
+
+This module reads the markers and the scans' headers, and libjpeg-turbo decodes the blocks.
 
 libjpeg fills missing blocks with grey and only warns. Pillow drops these warnings, but simplejpeg
 reports them. simplejpeg decodes at an eighth of the size, at which entropy decoding takes most of

@@ -41,9 +41,9 @@ class Picture:
     >>> picture.grids, picture.n_patches, picture.n_bytes
     ((Grid(t=1, h=14, w=8),), 112, 80000)
 
-    `size` is the width and height before resizing, in pixels. `parts` are the picture, or bands of
-    its rows. `blocks` are the bytes of their pixels, row by row, and stay valid while this object
-    exists.
+    `size` is the width and height before resizing, in pixels. `parts` contains the picture, or
+    copies of bands of its rows. `blocks` are the bytes of their pixels, row by row, and stay valid
+    while this object exists.
     """
 
     size: tuple[int, int]

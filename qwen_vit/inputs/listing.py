@@ -68,8 +68,9 @@ class Item:
 
     @property
     def is_video(self) -> bool:
-        """Return whether the file has a video's name. False for a row of a Parquet file, whose kind
-        only reading shows.
+        """Return whether the file's name has a video's extension.
+
+        False for a row of a Parquet file, because only its bytes show whether it is a video.
 
         >>> Item("clip.mp4", "/data/clip.mp4").is_video, Item("a", "/data/a.jpg").is_video
         (True, False)

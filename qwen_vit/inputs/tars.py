@@ -110,7 +110,7 @@ def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> It
             raise tarfile.ReadError(f"no end marker at byte {tar.offset}")
         if any(map(any, iter(partial(file.read, TAR_BLOCK), b""))):  # such as two joined tars
             raise ImageError(
-                "has data after its end marker; those members were not exported",
+                "has data after its end marker, which qwen_vit does not read",
                 name=name,
                 remedy="unpack the tar",
                 code="damaged",

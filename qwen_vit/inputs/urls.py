@@ -150,7 +150,9 @@ def _checked(url: str, limits: ImageLimits) -> tuple[SplitResult, str, int]:
         host, port = (parts.hostname or "").lower().rstrip("."), parts.port or HTTPS_PORT
     except ValueError:
         raise _RefusedError(
-            "not a valid address", "write special characters as %XX", "url"
+            "not a valid address",
+            "check the host and the port, and write special characters of the path as %XX",
+            "url",
         ) from None
     if parts.scheme.lower() != "https":
         raise _RefusedError(

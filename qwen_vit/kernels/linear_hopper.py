@@ -1,10 +1,9 @@
 """Compute the tower's large GEMMs on Hopper, warp-specialised and with fused epilogues.
 
 The load partition, one warp, fetches tiles of x and the weight into a ring of shared memory. Two or
-three MMA partitions, a warpgroup each, multiply the tiles, each for its own rows. While one
-partition stores its tile, another multiplies. Each multiprocessor runs one program, which loops
-over its tiles. The load partition fetches its first weights before the previous kernel has ended
-(programmatic dependent launch).
+three MMA partitions, a warpgroup each, multiply the tiles, each for its own rows. Each
+multiprocessor runs one program, which loops over its tiles. The load partition fetches its first
+weights before the previous kernel has ended (programmatic dependent launch).
 
 Names follow Gluon's tutorials. `descs` are TMA descriptors. `buffers` are shared memory. `barriers`
 are mbarriers. Each stage of the ring has two barriers. The MMA partitions wait for the stage's data

@@ -68,7 +68,7 @@ class Cut(NamedTuple):
 
 
 class _Launch(NamedTuple):
-    """Locate a launch's rows and its programs' row numbers in the table, and count the programs."""
+    """Hold the offsets in the table of a launch's rows and of its programs' row numbers."""
 
     rows: int
     owners: int

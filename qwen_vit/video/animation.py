@@ -17,7 +17,7 @@ from qwen_vit.images.frames import FrameMemory
 from qwen_vit.images.gif import GifFile
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.images.picture import memory_of
-from qwen_vit.images.to_rgb import on_white
+from qwen_vit.images.to_rgb import ORIENTATION_TAG, ORIENTATIONS, check_exif, on_white
 from qwen_vit.video.container import too_many_frames
 from qwen_vit.video.options import VideoLimits
 from qwen_vit.video.sampling import Timeline
@@ -57,10 +57,17 @@ def _format_of(head: bytes) -> str | None:
 
 def _is_transparent(frame: Image.Image) -> bool:
     # an opaque animation may have an alpha channel: WebP uses it for the difference of two frames
-    return frame.has_transparency_data and frame.convert("RGBA").getchannel("A").getextrema() != (
-        255,
-        255,
-    )
+    if not frame.has_transparency_data:
+        return False
+    return frame.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    try:
+        check_exif(image)
+        return image.getexif().get(ORIENTATION_TAG) in ORIENTATIONS
+    except Exception:  # noqa: BLE001 - damaged metadata raises anything; the pixels are fine
+        return False
 
 
 class AnimationFrames:
@@ -76,6 +83,8 @@ class AnimationFrames:
             self._image: Any = self._opened(kind, data)
             self._check_size(*self._image.size)
             milliseconds = list(self._durations())
+        if _is_turned(self._image):
+            self.notes += ("its EXIF orientation is not applied",)
         if len(milliseconds) < 2:
             raise ImageError(
                 f"a still image ({kind}), not a video",
@@ -108,7 +117,7 @@ class AnimationFrames:
             yield on_white(rgba)
 
     def upright(self, frame: Image.Image) -> Image.Image:
-        """Return the frame unchanged, because an animation has no orientation."""
+        """Return the frame unchanged. An animation's EXIF orientation is not applied."""
         return frame
 
     def memory(self, frame: Image.Image) -> FrameMemory:

@@ -179,13 +179,15 @@ def _matroska_end(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> 
 
 
 def _ebml_number(file: BinaryIO) -> int | None:
-    """Read a variable-length size. Return None if the size is open-ended, missing or invalid."""
+    """Read a variable-length size. Return None if the size is unknown, missing or invalid."""
     first = file.read(1)
     if not first or not first[0]:
         return None
     length = 9 - first[0].bit_length()
-    value = int.from_bytes(first + file.read(length - 1)) & ((1 << 7 * length) - 1)
-    return None if value == (1 << 7 * length) - 1 else value
+    rest = file.read(length - 1)
+    unknown = (1 << 7 * length) - 1  # all bits are ones
+    value = int.from_bytes(first + rest) & unknown
+    return None if value == unknown or len(rest) < length - 1 else value
 
 
 def _avi_end(file: BinaryIO, size: int, name: str, limits: VideoLimits) -> int:

@@ -16,8 +16,7 @@ POLL_S = 0.1  # seconds between checks whether the caller has cancelled
 
 
 class PieceMemory:
-    """Hold the number of decoded bytes of all videos that wait for the encoder, and the condition
-    that decoding threads wait for."""
+    """Count the decoded bytes that wait for the encoder, and notify decoding threads of changes."""
 
     def __init__(self) -> None:
         self.n_bytes = 0

@@ -120,7 +120,7 @@ class FileFrames:
                 yield frame
 
     def upright(self, frame: Any) -> Image.Image:
-        """Convert a decoded frame to an upright image of mode RGB or RGBX, in any thread."""
+        """Convert a decoded frame to an upright image of mode RGB or RGBX. Thread-safe."""
         size = (frame.width, frame.height)
         # swscale's threads write past row ends into each other's rows: 4 pixels were wrong
         if frame.width % WHOLE_WIDTH:  # as 4 bytes a pixel, the last columns could be random
@@ -199,7 +199,7 @@ class FileFrames:
         return _Index(ordered, ordered[:1], float(ordered[-1] + step), by_count=True)
 
     def _tick(self) -> float:
-        """Return the number of ticks between two frames at the header's rate, or 25 per second."""
+        """Return the number of ticks between two frames, at 25 per second if no rate is known."""
         rate = self._stream.average_rate or self._stream.guessed_rate or 25
         return float(1 / (rate * self._stream.time_base))
 

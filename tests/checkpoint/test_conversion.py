@@ -103,7 +103,8 @@ def test_weights_that_overflow_with_their_norm_are_named() -> None:
     tensors["blocks.0.norm1.weight"] = torch.full((32,), 1e30)
     tensors[QKV] = torch.full_like(tensors[QKV], 1e30)
     with pytest.raises(
-        CheckpointError, match=r"qkv\.weight with .*norm1\.weight in .*32: 0 NaN and .* infinite"
+        CheckpointError,
+        match=r"qkv\.weight with .*norm1\.weight in .*32: contains 0 NaN and .* infinite",
     ):
         convert(tensors, SMALL, IMAGE_CONFIG, torch.float32)
 
@@ -112,7 +113,7 @@ def test_weights_that_overflow_in_bfloat16_are_named() -> None:
     tensors = random_tensors(SMALL, dtype=torch.float32)
     tensors["merger.mlp.2.bias"][3] = torch.finfo(torch.float32).max
     with pytest.raises(
-        CheckpointError, match=r"^merger\.mlp\.2\.bias in torch\.bfloat16: 0 NaN and 1 "
+        CheckpointError, match=r"^merger\.mlp\.2\.bias in torch\.bfloat16: contains 0 NaN and 1 "
     ):
         convert(tensors, SMALL, IMAGE_CONFIG, torch.bfloat16)
     convert(tensors, SMALL, IMAGE_CONFIG, torch.float32)

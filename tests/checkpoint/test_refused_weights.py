@@ -164,9 +164,9 @@ def test_weights_that_are_not_finite_are_counted_and_their_file_named(
             checkpoint.tensors, SMALL, IMAGE_CONFIG, torch.float32, locate=checkpoint.locate
         )  # fmt: skip
     assert ".safetensors (" in str(caught.value)
-    assert f" bytes): {QKV}: 3 NaN and 1 infinite values of 3072" in str(caught.value)
+    assert f" bytes): {QKV}: contains 3 NaN and 1 infinite values, of 3072" in str(caught.value)
     assert "download it again" in caught.value.remedy
-    with pytest.raises(CheckpointError, match=f"^{QKV}: 3 NaN and 1 infinite"):
+    with pytest.raises(CheckpointError, match=f"^{QKV}: contains 3 NaN and 1 infinite"):
         convert(tensors, SMALL, IMAGE_CONFIG, torch.float32)
 
 
@@ -183,7 +183,8 @@ def test_one_value_that_is_not_finite_is_found_in_every_tensor(
             tensors[norm] = torch.zeros_like(tensors[norm])
         tensors[name].view(-1)[tensor.numel() // 2] = float(value)
         counts = "1 NaN and 0" if value == "nan" else "0 NaN and 1"
-        words = rf"^{re.escape(name)}: {counts} infinite values of {tensor.numel()}\. Expected"
+        words = rf"{counts} infinite values, of {tensor.numel()}\. Expected"
+        words = rf"^{re.escape(name)}: contains {words}"
         with pytest.raises(CheckpointError, match=words):
             convert(tensors, SMALL, IMAGE_CONFIG, dtype)
 

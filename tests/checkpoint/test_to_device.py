@@ -149,7 +149,7 @@ def test_a_gpu_finds_weights_that_are_not_finite(tmp_path: Path) -> None:
     for name in ("blocks.1.norm2.weight", "merger.mlp.0.weight", "patch_embed.proj.weight"):
         tensors = random_tensors(WIDE)
         tensors[name].view(-1)[7] = float("nan")
-        with pytest.raises(CheckpointError, match=f"^{name}: 1 NaN and 0 infinite"):
+        with pytest.raises(CheckpointError, match=f"^{name}: contains 1 NaN and 0 infinite"):
             convert(tensors, WIDE, ImageConfig.from_json({}), torch.bfloat16, CUDA)
 
 

@@ -115,7 +115,11 @@ def test_a_load_in_inference_mode_can_be_repeated_outside_of_it() -> None:
         ("blocks.0.attn.qkv.weight", torch.ones(480, 160, dtype=torch.int8), "quantised"),
         ("blocks.99.norm1.weight", torch.ones(160), "not a tensor of this vision tower"),
         ("merger.ln_q.weight", torch.ones(3), r"has the shape \[3\]"),
-        ("merger.ln_q.weight", torch.full((160,), torch.nan), "merger.ln_q.weight: 160 NaN"),
+        (
+            "merger.ln_q.weight",
+            torch.full((160,), torch.nan),
+            "merger.ln_q.weight: contains 160 NaN",
+        ),
         ("patch_embed.proj.weight", torch.full((160, 3, 2, 14, 14), torch.inf), "infinite"),
     ],
 )

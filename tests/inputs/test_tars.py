@@ -76,7 +76,7 @@ def test_data_after_the_end_of_a_tar_is_reported(here: Path) -> None:
     assert (image.id, read_item(image, LIMITS)) == ("t.tar/1.jpg", b"one")
     assert rest.error == (
         "damaged",
-        "t.tar: has data after its end marker; those members were not exported. Unpack the tar.",
+        "t.tar: has data after its end marker, which qwen_vit does not read. Unpack the tar.",
     )
 
 

@@ -332,7 +332,7 @@ def nan_in_it(tensor: Tensor) -> Tensor:
 
 UNFIT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "shape": (lambda tensor: tensor[:-1], "ln_q.weight: has the shape [31]. Expected [32] from"),
-    "NaN": (nan_in_it, "ln_q.weight: 32 NaN and 0 infinite"),
+    "NaN": (nan_in_it, "ln_q.weight: contains 32 NaN and 0 infinite"),
     "integers": (lambda tensor: tensor.int(), "of a quantised or other type"),
     "meta": (lambda tensor: tensor.to("meta"), "a tensor on the meta device"),
 }

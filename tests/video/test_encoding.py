@@ -164,6 +164,18 @@ def test_a_transparent_animation_has_a_note(kind: str, tmp_path: Path) -> None:
     assert tiny().encode_video(path, n_frames=2, **SMALL).notes == ("alpha composited on white",)
 
 
+@pytest.mark.parametrize("kind", ["WEBP", "PNG"])
+def test_a_turned_animation_has_a_note(kind: str, tmp_path: Path) -> None:
+    """`encode` applied the orientation to an image, and `encode_video` ignored it in silence."""
+    path = str(tmp_path / f"animation.{kind.lower()}")
+    exif = Image.Exif()
+    exif[274] = 6
+    pictures = [Image.fromarray(frame) for frame in frames(3)]
+    pictures[0].save(path, kind, save_all=True, append_images=pictures[1:], exif=exif)
+    video = tiny().encode_video(path, n_frames=2, **SMALL)
+    assert video.notes == ("its EXIF orientation is not applied",)
+
+
 def test_a_list_of_pictures_is_one_video_and_a_list_of_paths_several(tmp_path: Path) -> None:
     paths = [make_video(tmp_path / f"{name}.mp4", 8) for name in "ab"]
     several = tiny().encode_video(paths, n_frames=2, **SMALL)
