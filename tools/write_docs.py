@@ -23,12 +23,13 @@ from qwen_vit.errors import IMAGE_CODES
 from tools.benchmarks.engines.chart import ARTICLE_MS, LABELS, newest_towers
 from tools.common import ROOT
 
-__all__ = ["LEDGER", "PAGES", "PARTS", "filled", "main"]
+__all__ = ["LEDGER", "PAGES", "PARTS", "filled", "main", "path_to_docs"]
 
 LEDGER = ROOT / "tools" / "benchmarks" / "ledger.jsonl"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 PART = re.compile(r"(?<=<!-- generated: )([a-z ]+) -->\n(.*?)(?=<!-- end -->)", re.DOTALL)
 
+METHOD = "performance.md#method"  # explains the ledger
 SPEED, PARITY = "0ce6c52", "13a31d6"  # commits of the rows in the first tables
 EXPORT, TRUST_CPU = "de66996", "f4dddd1"
 TRUST_GPU = ("13a31d6", "0ce6c52", "53f6a3c", "af8cac3")
@@ -58,7 +59,7 @@ def source(*refs: str, row: dict[str, Any], command: str) -> str:
     return (
         f"\nWe measured with random weights of the 7B shape on one {row['device']} "
         f"on {row['date']}. Versions: {packages}. "
-        f"Ledger row{plural} {named}. Command: `{command}`.\n"
+        f"[Ledger row{plural}]({METHOD}) {named}. Command: `{command}`.\n"
     )
 
 
@@ -89,12 +90,12 @@ def speed(*, sizes: tuple[str, ...] = (), full: bool = True) -> str:
                 f"{figures['rested_ms'] / figures['rested_floor_ms']:.2f}",
             ]
         cells += [times(figures["HF sdpa_ms"], ours), times(figures["HF FA2 varlen_ms"], ours)]
-        if full:
-            cells.append(times(figures["compiled_ms"], ours) if "compiled_ms" in figures else "")
+        cells.append(times(figures["compiled_ms"], ours) if "compiled_ms" in figures else "")
         body.append(cells)
     head = ["images", "qwen_vit", "Hugging Face, default", "Hugging Face, FlashAttention-2"]
+    head.append("FlashAttention-2, compiled")
     if full:
-        head = [*head[:2], "x roofline", "cool GPU", *head[2:], "FlashAttention-2, compiled"]
+        head[2:2] = ["x roofline", "cool GPU"]
     command = "python -m tools.benchmarks.tower"
     return table(head, body) + source(f"tower {SPEED}", row=row, command=command)
 
@@ -270,7 +271,8 @@ def trust(device: str, *commits: str) -> str:
     head = ["check", "cases", "worst", "allowed", "failures"]
     named = ", ".join(f"`trust {commit}`" for commit in commits)
     plural = "s" if len(commits) > 1 else ""
-    return table(head, body) + f"\nWe ran these checks on {device}. Ledger row{plural} {named}.\n"
+    where = f"\nWe ran these checks on {device}. [Ledger row{plural}]({METHOD}) {named}.\n"
+    return table(head, body) + where
 
 
 def stacks() -> str:
@@ -289,7 +291,8 @@ def stacks() -> str:
     command = "python -m tools.checks.stacks --run newest"
     return (
         table(head, body)
-        + f"\nWe ran these tests on a CPU on {dates}. Ledger rows {named}. Command: `{command}`.\n"
+        + f"\nWe ran these tests on a CPU on {dates}. [Ledger rows]({METHOD}) {named}. "
+        f"Command: `{command}`.\n"
     )
 
 
@@ -345,20 +348,29 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 
 
-def filled(text: str) -> str:
-    """Return a page with new generated parts.
+def filled(text: str, docs: str = "") -> str:
+    """Return a page with new generated parts. `docs` is the path from the page to docs/.
 
     >>> filled("no part"), "truncated" in filled("<!-- generated: image codes -->\\n<!-- end -->")
     ('no part', True)
     """
-    return PART.sub(lambda match: f"{match[1]} -->\n{PARTS[match[1]]()}", text)
+
+    def part(match: re.Match[str]) -> str:
+        made = PARTS[match[1]]().replace(f"({METHOD})", f"({docs}{METHOD})")
+        return f"{match[1]} -->\n{made}"
+
+    return PART.sub(part, text)
+
+
+def path_to_docs(page: Path) -> str:
+    return "docs/" if page == ROOT / "README.md" else ""
 
 
 @click.command(help=__doc__)
 def main() -> None:
     for page in PAGES:
         before = page.read_text("utf-8")
-        after = filled(before)
+        after = filled(before, path_to_docs(page))
         if after != before:
             page.write_text(after, "utf-8")
             print(f"wrote {Path(page).relative_to(ROOT)}")

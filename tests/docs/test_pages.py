@@ -30,12 +30,13 @@ from qwen_vit.encoder import VisionEncoder
 from tests.support import IMAGES, ROOT
 from tests.support.encoders import tiny
 from tests.support.fake_engines import install_stand_ins
-from tools.write_docs import LEDGER, PARTS, filled
+from tools.write_docs import LEDGER, PARTS, filled, path_to_docs
 
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+MAX_LINE = 88  # characters of a code line on the site, at 1280 px
 KNOWN = {"cd", "eval", "export", "git", "pip", "python", "python3", "source", "zensical"}
 OURS = re.compile(r"(\.venv/bin/)?(qwen-vit|python -m qwen_vit)\b")
 
@@ -115,6 +116,17 @@ def test_a_block_runs_by_itself(
 
     monkeypatch.setattr(VisionEncoder, "from_pretrained", tiny_instead)
     exec(compile(code_of(block), "a block", "exec"), {"__name__": "page"})
+
+
+def test_the_lines_of_a_block_fit_the_site() -> None:
+    long = [
+        (name_of(page), line)
+        for page in PAGES[1:]
+        for block in blocks(page, "python", "py")
+        for line in block.splitlines()
+        if len(line) > MAX_LINE
+    ]
+    assert long == []
 
 
 def test_no_block_hands_features_of_tiny_to_a_language_model() -> None:
@@ -265,7 +277,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 def test_generated_parts_are_up_to_date(page: Path) -> None:
     text = page.read_text("utf-8")
     assert text.count("<!-- generated: ") == text.count("<!-- end -->")
-    assert filled(text) == text, "stale: run python -m tools.write_docs"
+    assert filled(text, path_to_docs(page)) == text, "stale: run python -m tools.write_docs"
 
 
 def test_every_generated_part_is_shown() -> None:
