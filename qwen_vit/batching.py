@@ -174,7 +174,8 @@ class BatchEncoder:
     def _joined(
         self, pieces: Mapping[int, ImageRows | ImageError], is_video: bool
     ) -> ImageRows | ImageError | None:
-        """An error of a piece replaces the rows. An input without pieces gives None."""
+        """Return the rows of an input's pieces, the error of its first failed piece, or None
+        without pieces."""
         found = [pieces[index] for index in sorted(pieces)]
         error = next((each for each in found if isinstance(each, ImageError)), None)
         if error is not None or not found:

@@ -191,7 +191,7 @@ class VideoFeatures(ImageFeatures):
             timing: the seconds per step of the grid, and the times of the frames.
 
         Returns:
-            VideoFeatures with the rows, the grid and the id of `features`.
+            VideoFeatures with the values of `features` and `timing`.
         """
         facts = {each.name: getattr(features, each.name) for each in fields(ImageFeatures)}
         return cls(

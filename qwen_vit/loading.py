@@ -255,7 +255,8 @@ class ImageLoader:
     ) -> LoadedImage:
         """Return an image or video as a `LoadedImage`. With on_error="skip", it may hold an error.
 
-        With `is_ahead`, the job's thread decodes the rest of a long video in `_decode_rest`.
+        The result of a long video contains only the first decoded piece. With `is_ahead`, the
+        loader thread then decodes the others in `_decode_rest`.
         """
         try:
             if isinstance(image, LoadedImage):

@@ -25,7 +25,8 @@ def origin_metadata(
     device: torch.device,
     quantization: str | None,
 ) -> dict[str, Any]:
-    """Return JSON values. None marks a fact that does not apply or is unknown."""
+    """Return where features come from, as JSON values. None marks a fact that does not apply or is
+    unknown."""
     return {
         "model": origin.name,
         "commit": origin.commit,

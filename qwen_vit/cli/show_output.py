@@ -33,7 +33,7 @@ def check_target(out: Path, overwrite: bool) -> None:
             )
     elif not suffix and out.is_file():
         raise ExportError(
-            "an existing file, whose name gives no format",
+            "an existing file without a suffix",
             name=str(out),
             expected=f"{PAGE} for a page, {PICTURE} for a picture, or a folder",
             remedy=f"pass --out {out.with_suffix(PAGE)}",

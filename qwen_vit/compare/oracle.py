@@ -183,5 +183,6 @@ class Oracle:
         return gelu(x)
 
     def row_major(self, x: Tensor, order: Tensor) -> Tensor:
-        """Reorder merged tokens. `order` has the grid-order index of each token's first patch."""
+        """Return merged tokens in row-major order. `order` has the grid-order index of each token's
+        first patch."""
         return x[order.argsort()]

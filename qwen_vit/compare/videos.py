@@ -62,7 +62,7 @@ def compare_frames(
     """Compare our frames with those of both references.
 
     A library that runs here chooses its frames itself. For any other library, its rule in
-    `video.sampling` does.
+    `video.sampling` chooses them.
     """
     ours, _ = sample_frames(timeline, options, name)
     choices = []
@@ -90,7 +90,8 @@ class _Reference:
     rule: Sampling
 
     def takes(self, options: VideoOptions) -> bool:
-        """Return whether the library supports these options. transformers takes whole videos."""
+        """Return whether the library supports these options. transformers accepts only whole
+        videos."""
         return self.rule == "qwen" or not options.is_part
 
     def choose(

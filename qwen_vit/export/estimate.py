@@ -275,9 +275,9 @@ def _seconds(
 ) -> float | None:
     """Return the seconds for the work, or None if no image was timed.
 
-    The first timing loads kernels, so the work also needs the part of it that the times per batch
-    and patch do not explain. A batch of one small image takes longer per patch than a full batch,
-    so the number of images grows from one timing to the next.
+    The first timing includes the loading of kernels. The result therefore adds the part of this
+    timing that the times per batch and patch do not explain. A batch of one small image takes
+    longer per patch than a full batch, so the number of images grows from one timing to the next.
     """
     if not work.patches:
         return 0.0

@@ -43,8 +43,8 @@ class ExportFolder(ABC):
 
     @abstractmethod
     def names(self) -> set[str]:
-        """Return all names, on a disk also of temporary files. A store may omit its newest
-        files."""
+        """Return the names of all finished files, and on a disk also of temporary files. A store
+        may omit its newest files."""
 
     @abstractmethod
     def has(self, name: str) -> bool: ...

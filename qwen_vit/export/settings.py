@@ -119,7 +119,7 @@ class StoredExport:
     ) -> Self:  # fmt: skip
         """Create an export of one listing, whose file still has a temporary name.
 
-        `save` replaces the settings of an export without shards.
+        `save` replaces the settings that an export without shards left in the folder.
         """
         facts = {"n_images": listing.n_images, "listing_sha256": listing.sha256}
         description = {**settings, **facts, "inputs": dict(inputs)}

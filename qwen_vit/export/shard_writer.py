@@ -92,7 +92,7 @@ class ShardWriter:
         return self._first + len(self._has_rows)
 
     def may_be_cut_before(self, place: int) -> bool:
-        """Return whether a segment may end before the next image, whose place this is."""
+        """Return whether a segment may end before the next image, which is at `place`."""
         return not self._bits_depend_on_batch or place == self.batch_starts[-1]
 
     def add(self, images: Sequence[ImageRecord], copy: HostCopy) -> None:

@@ -54,7 +54,7 @@ class FeatureFile(Features):
         image_grid_thw: (N, 3) int64, each image's grid in patches.
 
     Raises:
-        ExportError: The file cannot be read, is damaged, is not a feature file or has another
+        ExportError: The file cannot be read, is damaged, is not a feature file or has an unknown
             schema.
     """
 

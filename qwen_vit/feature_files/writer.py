@@ -136,7 +136,7 @@ class FeatureWriter:
     def save(self, facts: Mapping[str, Any], path: Path | None = None) -> None:
         """Write the header with these `facts`, and rename the temporary file to `path`.
 
-        By default, `path` is the path of this writer. It must be in the same folder.
+        `path` must be in the folder of `self.path`, which is the default.
         """
         path = path or self.path
         head = build_head(

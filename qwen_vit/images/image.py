@@ -88,7 +88,7 @@ class ImageLimits:
     MAX_IMAGE_PIXELS, but some of Pillow's plug-ins, for example for WebP and GIF, do read it.
 
     Attributes:
-        max_pixels: the maximum height x width that the header declares.
+        max_pixels: the maximum height x width in the file's header.
         max_file_bytes: the maximum number of encoded bytes.
         max_seconds: the maximum time for decoding, in seconds.
         formats: formats of OPTIONAL_FORMATS to decode in addition to the default formats.

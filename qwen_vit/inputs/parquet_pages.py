@@ -111,8 +111,8 @@ class _Chunk:
             self._take(memoryview(data)[place - at :])
 
     def _take(self, data: memoryview) -> None:
-        """Collect the bytes of a header, or of a page with a delta encoding, and check the header
-        or the page at its end."""
+        """Collect the bytes of a header, or of a page with a delta encoding, and check them when
+        they are complete."""
         if self._header is None:
             self._held += data[: max(1_024, len(self._held))]
             if (header := self._read_header()) is not None:

@@ -472,7 +472,8 @@ def _attend_on_cpu(
 
 
 def _tables(rotary: RotaryTable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the kernels' RoPE arguments. Without an index, `cos` takes its place, unread."""
+    """Return the kernels' RoPE arguments. Without an index, the kernels receive `cos` in its place,
+    and do not read it."""
     return rotary.cos, rotary.sin, rotary.cos if rotary.index is None else rotary.index
 
 

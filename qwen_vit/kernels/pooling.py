@@ -42,7 +42,8 @@ def _segment_mean(
 
 @triton.jit
 def _unit_row(x, out, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """Divide first by the largest magnitude, because the squares could overflow."""
+    """Scale a row to unit length. Divide it first by its largest magnitude, because the squares
+    could overflow."""
     i_row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, D_PADDED)  # [D_PADDED]
     m_d = o_d < D

@@ -68,7 +68,7 @@ class Cut(NamedTuple):
 
 
 class _Launch(NamedTuple):
-    """Hold the offsets in the table of a launch's rows and of its programs' row numbers."""
+    """Hold the places in the table where a launch's rows and its programs' row numbers begin."""
 
     rows: int
     owners: int

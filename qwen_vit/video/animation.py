@@ -117,7 +117,7 @@ class AnimationFrames:
             yield on_white(rgba)
 
     def upright(self, frame: Image.Image) -> Image.Image:
-        """Return the frame unchanged. An animation's EXIF orientation is not applied."""
+        """Return the frame unchanged: `qwen_vit` ignores an animation's EXIF orientation."""
         return frame
 
     def memory(self, frame: Image.Image) -> FrameMemory:

@@ -104,7 +104,7 @@ def test_a_file_without_a_suffix_is_never_replaced(folder: Path, run: Any) -> No
     for options in ((), ("--overwrite",)):
         done = run("p", *TINY, "--out", "notes", *options)
         assert (done.code, Path("notes").read_text()) == (2, "mine")
-        assert "an existing file, whose name gives no format" in done.err
+        assert "an existing file without a suffix" in done.err
         assert "Pass --out notes.html." in done.err
 
 

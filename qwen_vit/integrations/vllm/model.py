@@ -173,7 +173,8 @@ def _refuse_quantised(tower: nn.Module) -> None:
 
 
 def _image_settings(model_config: Any) -> dict[str, Any]:
-    """Leave out the `do_` flags, which vLLM sets to False if the tower normalises."""
+    """Return the image processor's mean, std and sizes, but not its `do_` flags: vLLM sets them to
+    False if the tower normalises."""
     from vllm.transformers_utils.processor import cached_image_processor_from_config
 
     settings = cached_image_processor_from_config(model_config).to_dict()
