@@ -73,10 +73,10 @@ def verify_stored(path: str) -> Findings:
     with tqdm(unit="image", file=sys.stderr, disable=not shows_progress()) as bar:
         found = verify_features(path, on_image=bar.update)
     with_digests = f"{found.digests:,} images" if found.digests < found.images else "all images"
-    by_digest = "no digests are recorded"
+    by_digest = "; no digests are recorded" * bool(found.images)
     if found.digests:
-        by_digest = f"{with_digests} compared with their digests"
-    rows = f"{plural(found.images, 'image')}, {plural(found.rows, 'row')} read; {by_digest}"
+        by_digest = f"; {with_digests} compared with their digests"
+    rows = f"{plural(found.images, 'image')}, {plural(found.rows, 'row')} read{by_digest}"
     older = f"; also read {plural(found.superseded, 'superseded image')}" * bool(found.superseded)
     is_unfinished = bool(found.problems) and not found.is_damaged
     counts = unfinished_text(found.saved, found.to_do) if is_unfinished else ""

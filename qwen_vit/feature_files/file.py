@@ -21,6 +21,7 @@ from qwen_vit.feature_files.schema import (
     EMBEDS,
     RESUME,
     StoredFacts,
+    UnreadableError,
     layer_name,
     parse_errors,
     parse_image_facts,
@@ -68,7 +69,8 @@ class FeatureFile(Features):
             self.image_grid_thw: Tensor = self._file.get_tensor("image_grid_thw")
             self._offsets: list[int] = self._file.get_tensor("image_token_offsets").tolist()
         except (OSError, SafetensorError) as error:
-            raise ExportError(f"cannot be read ({error})", name=str(path), remedy=remedy) from None
+            kind = UnreadableError if isinstance(error, OSError) else ExportError
+            raise kind(f"cannot be read ({error})", name=str(path), remedy=remedy) from None
         self._ids: list[str] = self.metadata["ids"]
         self._index = {name: index for index, name in enumerate(self._ids)}
         self.errors = parse_errors(self.metadata.get("errors"), path, remedy)

@@ -8,7 +8,13 @@ from qwen_vit.common.safetensors_header import read_header
 from qwen_vit.common.store_path import AnyPath, StorePath
 from qwen_vit.errors import CheckpointError, ExportError
 from qwen_vit.feature_files.ranges import RangedTensors
-from qwen_vit.feature_files.schema import EMBEDS, INTEGERS, METADATA_KEY, parse_metadata
+from qwen_vit.feature_files.schema import (
+    EMBEDS,
+    INTEGERS,
+    METADATA_KEY,
+    UnreadableError,
+    parse_metadata,
+)
 
 __all__ = ["WRITE_AGAIN", "cannot_read", "open_tensors"]
 
@@ -19,10 +25,10 @@ OTHER_FILE = (
 )
 
 
-def cannot_read(path: AnyPath, error: OSError) -> ExportError:
+def cannot_read(path: AnyPath, error: OSError) -> UnreadableError:
     if isinstance(path, StorePath):
-        return ExportError(f"cannot be read ({error.strerror})", name=str(path))
-    return ExportError(
+        return UnreadableError(f"cannot be read ({error.strerror})", name=str(path))
+    return UnreadableError(
         f"cannot be read ({error.strerror})",
         name=str(path),
         remedy="check its permissions and disk",
@@ -50,12 +56,11 @@ def open_tensors(path: AnyPath, remedy: str) -> tuple[dict[str, Any], Any]:
     text = (file.metadata() or {}).get(METADATA_KEY)
     if missing or text is None:
         # without any of its parts, the file was never a feature file; a shard has its own remedy
-        if len(missing) == 1 + len(INTEGERS) and text is None and remedy == WRITE_AGAIN:
-            remedy = OTHER_FILE
-        raise ExportError(
+        is_other = len(missing) == 1 + len(INTEGERS) and text is None and remedy == WRITE_AGAIN
+        raise (UnreadableError if is_other else ExportError)(
             "a safetensors file, but not a feature file",
             name=str(path),
             expected="image_embeds, image_grid_thw, image_token_offsets and their metadata",
-            remedy=remedy,
+            remedy=OTHER_FILE if is_other else remedy,
         )
     return parse_metadata(text, tensors, path, remedy), file

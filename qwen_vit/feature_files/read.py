@@ -23,6 +23,7 @@ from qwen_vit.feature_files.head import cannot_read
 from qwen_vit.feature_files.listed import ListedImages
 from qwen_vit.feature_files.schema import (
     RESUME,
+    UnreadableError,
     read_description,
     shard_name,
 )
@@ -298,7 +299,7 @@ def open_features(path: AnyPath, *, verify: bool = False) -> FeatureFile | Featu
         fact = "not a regular file" if path.exists() else "does not exist"
     except OSError as error:
         raise cannot_read(path, error) from None
-    raise ExportError(
+    raise UnreadableError(
         fact,
         name=str(path),
         expected="a feature file of `qwen-vit encode` or a folder of `qwen-vit export`",

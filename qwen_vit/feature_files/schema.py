@@ -54,6 +54,7 @@ __all__ = [
     "ItemFacts",
     "RowFacts",
     "StoredFacts",
+    "UnreadableError",
     "layer_name",
     "n_bytes_of",
     "parse_errors",
@@ -76,6 +77,10 @@ LINES_AT_ONCE = 4_096  # of a listing, parsed as one array: 1e6 lines take 0.5 s
 EXPORT_ELSEWHERE = "export into a new folder"
 RESUME = "run the same `qwen-vit export` command again to write what is missing"
 OTHER_SCHEMA = "read it with the version of qwen_vit that wrote it"
+
+
+class UnreadableError(ExportError):
+    """Report that features cannot be read, although no byte of them is known to be damaged."""
 
 
 # The keys of a file's metadata, except `ids`, `images` and `schema_version`.
@@ -348,7 +353,7 @@ def read_listing(path: AnyPath, n_images: int) -> list[str]:
 def _check_schema_version(facts: Mapping[str, Any], path: AnyPath) -> None:
     version = facts.get("schema_version")
     if version not in READABLE:
-        raise ExportError(
+        raise UnreadableError(
             f"its schema version is {version!r}",
             name=str(path),
             expected=" or ".join(map(str, READABLE)),

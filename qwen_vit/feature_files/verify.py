@@ -14,7 +14,7 @@ from qwen_vit.errors import ExportError, display_name, plural
 from qwen_vit.feature_files.file import FeatureFile
 from qwen_vit.feature_files.listed import listings_of
 from qwen_vit.feature_files.read import FeatureFolder, open_features
-from qwen_vit.feature_files.schema import RESUME, rows_by_tensor, shard_name
+from qwen_vit.feature_files.schema import RESUME, UnreadableError, rows_by_tensor, shard_name
 from qwen_vit.feature_files.writer import rows_sha256
 
 __all__ = ["Verification", "verify_features"]
@@ -56,16 +56,22 @@ def verify_features(
 
     In each file, the headers, ids and offsets must be valid. Each image must have the number of
     rows that its grid implies. The rows must be finite and match the recorded digests. An export
-    must also have all its shards, and its listings must match their recorded hashes. A shard that
-    cannot be opened is one of the `problems`, but a feature file that cannot be opened raises
-    ExportError.
+    must also have all its shards, and its listings must match their recorded hashes.
+
+    Raises ExportError if the file or folder is missing, cannot be read, has another schema or was
+    never features.
     """
-    features = open_features(as_path(path))  # a cache would hide what the store has
     check = _Check(on_image)
-    if isinstance(features, FeatureFolder):
-        check.folder(features)
-    else:
-        check.file(features)
+    try:
+        features = open_features(as_path(path))  # a cache would hide what the store has
+        if isinstance(features, FeatureFolder):
+            check.folder(features)
+        else:
+            check.file(features)
+    except UnreadableError:
+        raise
+    except ExportError as error:
+        check.problems.append(str(error))
     return Verification(
         check.images, check.rows, check.digests, check.superseded, check.saved, check.to_do,
         bool(check.problems), (*check.problems, *check.unfinished),

@@ -138,6 +138,35 @@ def test_each_fault_of_an_export_is_found_and_named(export_dir: Path, run: Any) 
     assert "listing.jsonl: its sha256 differs from the one in export.json" in problems()
 
 
+def test_verify_lists_damage_that_prevents_opening(export_dir: Path, run: Any) -> None:
+    """A feature file that could not be opened once ended `verify` with 2, and printed no JSON."""
+    shard = export_dir / "shard-00000000.safetensors"
+    Path("f.safetensors").write_bytes(shard.read_bytes()[:4000])
+    (export_dir / "listing.jsonl").write_text("{")
+    for path, problem in (
+        ("f.safetensors", "f.safetensors: truncated, or not a safetensors file"),
+        ("out", "listing.jsonl: corrupt in lines 1 to 1."),
+    ):
+        done = run("verify", path, "--json")
+        assert done.code == 1
+        assert [problem in each for each in json.loads(done.out)["problems"]] == [True]
+        for words in (("verify", path), ("info", path, "--verify")):
+            done = run(*words)
+            assert (done.code, done.err) == (1, "")
+            assert done.out.startswith("damaged: 1 problem; 0 images, 0 rows read\n")
+
+
+def test_verify_of_no_features_ends_with_2(folder: Path, run: Any) -> None:
+    save_file({"a": torch.ones(2)}, "weights.safetensors")
+    for path, error in (
+        ("gone.safetensors", "does not exist"),
+        ("weights.safetensors", "a safetensors file, but not a feature file"),
+    ):
+        done = run("verify", path, "--json")
+        assert (done.code, done.out) == (2, "")
+        assert error in done.err
+
+
 def test_a_row_too_few_is_found(folder: Path, run: Any) -> None:
     """The offsets fit the tensor, but a grid does not, because an image's rows belong to another
     image."""
