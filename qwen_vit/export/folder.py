@@ -16,6 +16,7 @@ from qwen_vit.common.atomic_file import atomic_file, cannot_write, check_parent,
 from qwen_vit.common.store_path import AnyPath
 from qwen_vit.errors import ExportError, Wording, display_name
 from qwen_vit.export.lock import LOCK_NAME, hold_folder
+from qwen_vit.feature_files.schema import SHARD
 
 __all__ = ["OTHER_FOLDER", "ChangedError", "ExportFolder", "LocalFolder", "refuse_strange"]
 
@@ -190,7 +191,7 @@ class LocalFolder(ExportFolder):
 
 
 def refuse_strange(folder: ExportFolder, names: Sequence[str], settings: str) -> None:
-    if names:
+    if names and not any(map(SHARD.fullmatch, names)):  # shards can restore the settings
         raise ExportError(
             f"the folder contains {display_name(sorted(names)[0])} ({len(names)} in all) and no "
             f"{settings}",

@@ -28,6 +28,7 @@ from qwen_vit.export.settings import (
     EncoderInfo,
     StoredExport,
     has_shards,
+    is_export,
     make_settings,
     read_description,
     read_stored,
@@ -166,11 +167,11 @@ def check_folder(folder: PathOrAddress, *, make: bool = True) -> None:
 
 
 def check_is_export(folder: PathOrAddress | ExportFolder) -> None:
-    if not as_folder(folder).has(SETTINGS):
+    if not is_export(as_folder(folder)):
         raise ExportError(
             "no export to resume",
             name=str(folder),
-            expected=f"a folder of `qwen-vit export` with its {SETTINGS}",
+            expected="a folder of `qwen-vit export`",
             remedy=Wording(
                 "begin an export with inputs", shell="begin an export with INPUTS and --out"
             ),
@@ -217,8 +218,10 @@ def _is_absolute(path: str) -> bool:
 def _has_videos(found: Listing | None, folder: ExportFolder) -> bool:
     if found is not None and found.n_videos:
         return True
-    is_begun = folder.has(SETTINGS)
-    return is_begun and "video" in read_description(folder).get("image_policy", {})
+    if not is_export(folder):
+        return False
+    description = read_description(folder, may_restore=found is not None)
+    return "video" in description.get("image_policy", {})
 
 
 def _begin_among_others(
@@ -256,10 +259,11 @@ def _begin_or_resume(
                 "the export's inputs changed: %s; it continues with the images in its listing",
                 changes.describe(),
             )
-        if options.extend and paths is not None:
+        is_restored = paths is not None and "inputs" not in stored.description
+        if paths is not None and (options.extend or is_restored):
             stored.description["inputs"] = inputs
         stored.grow(changes, options, scratch)
-        if scratch is None and stored.accepted != accepted:
+        if scratch is None and (is_restored or stored.accepted != accepted):
             stored.save()
         elif scratch is None:
             stored.place_listing()
@@ -343,7 +347,7 @@ def plan_dry_run(
         scratch = Path(temporary)
         where = folder or LocalFolder(scratch)
         found = _find(paths, where, scratch, options)
-        if folder is not None and folder.has(SETTINGS):
+        if folder is not None and is_export(folder):
             has_videos = _has_videos(found, folder)
             settings = make_settings(encoder, options, has_videos=has_videos)
             plan = _begin_or_resume(settings, paths, found, folder, options, scratch)

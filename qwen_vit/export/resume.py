@@ -6,11 +6,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from qwen_vit.common.store_path import AnyPath
-from qwen_vit.common.strict_json import read_json
-from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, Wording
+from qwen_vit.errors import ArgumentError, ExportError
+from qwen_vit.export.folder import OTHER_FOLDER
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.plan import check_is_export
-from qwen_vit.export.settings import SETTINGS
+from qwen_vit.export.settings import SETTINGS, read_description
+from qwen_vit.export.store_folder import as_folder
 from qwen_vit.images.image import EXIF_IGNORED, ImageLimits
 from qwen_vit.video.options import VideoLimits, VideoOptions
 
@@ -40,8 +41,8 @@ def read_start_options(folder: AnyPath) -> StartOptions:
     >>> export_features(encoder, None, "features", start.options)  # doctest: +SKIP
     """
     check_is_export(folder)
+    stored = read_description(as_folder(folder))
     try:
-        stored = read_json(folder / SETTINGS)
         policy, inputs = stored["image_policy"], stored.get("inputs", {})
         known = {field.name for field in fields(ImageLimits)}
         bounds: dict[str, Any] = {
@@ -70,14 +71,12 @@ def read_start_options(folder: AnyPath) -> StartOptions:
             "max_pixels": policy["max_pixels"],
         }
         model = stored["model"]
-    except (CheckpointError, ArgumentError, KeyError, TypeError, AttributeError) as error:
+    except (ArgumentError, KeyError, TypeError, AttributeError) as error:
+        reason = error.fact if isinstance(error, ArgumentError) else error
         raise ExportError(
-            f"its settings cannot be read ({error})",
+            f"its settings cannot be read ({reason})",
             name=str(folder / SETTINGS),
-            remedy=Wording(
-                "resume the export with its inputs and the original options",
-                shell="resume the export with INPUTS and the original options",
-            ),
+            remedy=OTHER_FOLDER,
         ) from None
     beside = os.path.join(str(inputs.get("folder", "")), model)
     return StartOptions(beside if os.path.isdir(beside) else model, loading, options)

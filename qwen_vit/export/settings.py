@@ -17,24 +17,23 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from qwen_vit.common.atomic_file import cannot_write
-from qwen_vit.common.store_path import StorePath
-from qwen_vit.common.strict_json import is_integer, read_json
-from qwen_vit.errors import (
-    CheckpointError,
-    ExportError,
-    Wording,
-    display_name,
-    plural,
-    with_options,
-)
+from qwen_vit.errors import ExportError, Wording, display_name, plural, with_options
 from qwen_vit.export.changes import InputChanges, failed_items
 from qwen_vit.export.folder import OTHER_FOLDER, ExportFolder
 from qwen_vit.export.listings import Listings
 from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.restore import restore_description
 from qwen_vit.export.versions import MADE_BY, adds_only_decoders, flat, made_by_of, makers_in
+from qwen_vit.feature_files import schema
 from qwen_vit.feature_files.head import cannot_read
 from qwen_vit.feature_files.listed import LISTINGS, OF_EXPORT, listing_name, listings_of
-from qwen_vit.feature_files.schema import READABLE, SCHEMA_VERSION, shard_name
+from qwen_vit.feature_files.schema import (
+    READABLE,
+    SCHEMA_VERSION,
+    SHARD,
+    UnreadableError,
+    shard_name,
+)
 from qwen_vit.images.image import EXIF_IGNORED
 from qwen_vit.inputs.listing import Item, Listing
 from qwen_vit.video.source import decoder_name
@@ -45,6 +44,7 @@ __all__ = [
     "EncoderInfo",
     "StoredExport",
     "has_shards",
+    "is_export",
     "make_settings",
     "read_description",
     "read_stored",
@@ -57,7 +57,7 @@ SETTINGS, LISTING = "export.json", listing_name(0)
 NAMES_ALONE = {"model", "commit"}
 NOT_OF_PIXELS = {"max_seconds", "allow_urls"}  # these may change when resuming
 OF_LISTING = {"n_images", "listing_sha256"}
-SHARD = re.compile(r"(?:shard-\d+|segment-\d+-\d+)\.safetensors")
+SHARD_OR_SEGMENT = re.compile(r"(?:shard-\d+|segment-\d+-\d+)\.safetensors")
 
 
 class EncoderInfo(Protocol):
@@ -204,7 +204,9 @@ class StoredExport:
                 with_options("to continue with these versions, pass {}", ("accept_versions", True))
             )
         if changes is not None and changes.describe() and not changes.moved:
-            ways[0] += Wording(", or inputs of None", shell=f", or only --resume {self.folder}")
+            if "inputs" in self.description:  # otherwise export.json is missing or damaged
+                resume = f", or only --resume {self.folder}"
+                ways[0] += Wording(", or inputs of None", shell=resume)
             if changes.new and is_same_start:
                 ways.append(with_options("to add the new images, pass {}", ("extend", True)))
         ways.append("to start a new export, " + OTHER_FOLDER)
@@ -288,25 +290,18 @@ def read_stored(
     `found` is given and this run is not split into parts, an export without any shard counts as no
     export.
     """
-    path = folder / SETTINGS
-    if not folder.has(SETTINGS):
+    if not is_export(folder):
         return None
-    version, description = folder.version(SETTINGS), read_description(folder)
-    if not all(is_integer(description.get(name)) for name in ("n_images", "shard_size")):
-        raise ExportError(
-            "it lacks n_images or shard_size",
-            name=str(path),
-            expected="the settings of an export",
-            remedy=OTHER_FOLDER,
-        )
+    version = folder.version(SETTINGS)
+    description = read_description(folder, may_restore=found is not None)
     # without a shard, for example after the size was declined, there is nothing to compare
     is_begun = has_shards(folder) or "listing_sha256" not in description
     if found is not None and options.part == (1, 1) and not is_begun:
         return None
-    schema = description.get("schema_version")
-    if schema in READABLE and schema != SCHEMA_VERSION:
+    stored_schema = description.get("schema_version")
+    if stored_schema in READABLE and stored_schema != SCHEMA_VERSION:
         raise ExportError(
-            f"the folder contains an export of schema {schema}",
+            f"the folder contains an export of schema {stored_schema}",
             name=str(folder),
             expected=f"schema {SCHEMA_VERSION}, which this version of qwen_vit writes",
             remedy="finish it with the version that began it, or "
@@ -316,14 +311,25 @@ def read_stored(
     return StoredExport(folder, description, _read_listings(folder, description, found), version)
 
 
-def read_description(folder: ExportFolder) -> dict[str, Any]:
+def read_description(folder: ExportFolder, *, may_restore: bool = False) -> dict[str, Any]:
+    """Read export.json. If the file is missing or damaged, and `may_restore` is True, return the
+    description that the shards give."""
     path = folder / SETTINGS
     try:
-        return read_json(path)
-    except CheckpointError as error:
-        if isinstance(path, StorePath) and isinstance(error.__cause__, OSError):
-            raise cannot_read(path, error.__cause__) from None
-        raise ExportError.of(error, remedy=OTHER_FOLDER) from None
+        description = schema.read_description(path, () if folder.has(SETTINGS) else folder.names())
+        listings_of(description, path)  # raises for a damaged list of listings
+    except UnreadableError:
+        raise
+    except OSError as error:
+        raise cannot_read(path, error) from None
+    except ExportError as error:
+        if not may_restore:
+            raise
+        restored = restore_description(folder)
+        if restored is None:
+            raise ExportError.of(error, remedy=OTHER_FOLDER) from None
+        return restored
+    return description
 
 
 def _read_listings(
@@ -352,9 +358,14 @@ def _read_listings(
     return Listings(tuple(listings), tuple(each.withdrawn for each in facts))
 
 
+def is_export(folder: ExportFolder) -> bool:
+    """Return whether a folder contains an export, which may lack its `export.json`."""
+    return folder.has(SETTINGS) or any(map(SHARD.fullmatch, folder.names()))
+
+
 def has_shards(folder: ExportFolder) -> bool:
     """Return whether a folder contains a finished shard or a segment of a shard."""
-    return any(SHARD.fullmatch(name) for name in folder.names())
+    return any(map(SHARD_OR_SEGMENT.fullmatch, folder.names()))
 
 
 def _log_of_growth(changes: InputChanges, changed: Sequence[Item]) -> None:

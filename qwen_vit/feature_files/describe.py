@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from qwen_vit.common.store_path import AnyPath
 from qwen_vit.feature_files.file import FeatureFile
 from qwen_vit.feature_files.listed import listings_of
 from qwen_vit.feature_files.read import FeatureFolder, load_features
-from qwen_vit.feature_files.schema import shard_name
+from qwen_vit.feature_files.schema import SHARD, shard_name
 
 __all__ = ["describe_features", "feature_files_of", "holds_features"]
 
@@ -31,7 +32,11 @@ def holds_features(path: str) -> bool:
     if is_remote(path):
         return True
     if os.path.isdir(path):
-        return os.path.isfile(os.path.join(path, EXPORT_SETTINGS))
+        if os.path.isfile(os.path.join(path, EXPORT_SETTINGS)):
+            return True
+        with suppress(OSError):
+            return any(map(SHARD.fullmatch, os.listdir(path)))
+        return False
     return path.lower().endswith(SUFFIX)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from qwen_vit.common.store_path import AnyPath
 from qwen_vit.common.strict_json import is_integer, short_repr
 from qwen_vit.errors import ExportError
-from qwen_vit.feature_files.schema import EXPORT_ELSEWHERE, read_listing
+from qwen_vit.feature_files.schema import RESTORE, read_listing
 
 __all__ = [
     "LISTINGS",
@@ -83,7 +83,7 @@ def _entries(description: Mapping[str, Any], path: AnyPath) -> list[Mapping[str,
         f"its {LISTINGS} are {short_repr(more)}",
         name=str(path),
         expected="n_images and listing_sha256 of each listing",
-        remedy=EXPORT_ELSEWHERE,
+        remedy=RESTORE,
     )
 
 

@@ -67,10 +67,10 @@ class FeatureFolder(Features):
 
     def __init__(self, path: str | AnyPath, *, verify: bool = False) -> None:
         self.path, self._verify = (path := as_path(path)), verify
-        self.metadata = read_description(path / "export.json")
+        found = _names_in(path)
+        self.metadata = read_description(path / "export.json", found)
         self._listed = ListedImages(path, self.metadata)
         self.listing = self._listed.ids
-        found = _names_in(path)
         self._shard_count = self._listed.n_shards
         self._present = [i for i in range(self._shard_count) if shard_name(i) in found]
         self._first_saved = segments_among(found)

@@ -22,7 +22,8 @@ Schema 1 had no layers. Only shards described images, with `size_px`, `notes`, `
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, get_args
@@ -44,13 +45,14 @@ from qwen_vit.features import UNKNOWN_SIZE, FailedImage, FeatureOutput, ImageFea
 
 __all__ = [
     "EMBEDS",
-    "EXPORT_ELSEWHERE",
     "FILE_FACTS",
     "INTEGERS",
     "METADATA_KEY",
     "READABLE",
+    "RESTORE",
     "RESUME",
     "SCHEMA_VERSION",
+    "SHARD",
     "ItemFacts",
     "RowFacts",
     "StoredFacts",
@@ -74,8 +76,12 @@ EMBEDS = "image_embeds"
 INTEGERS = ("image_grid_thw", "image_token_offsets")
 ROW_DTYPES = ("BF16", "F16", "F32", "F64")  # safetensors' own names
 LINES_AT_ONCE = 4_096  # of a listing, parsed as one array: 1e6 lines take 0.5 s, one by one 2 s
-EXPORT_ELSEWHERE = "export into a new folder"
+SHARD = re.compile(r"shard-(\d{8})\.safetensors")
 RESUME = "run the same `qwen-vit export` command again to write what is missing"
+RESTORE = (
+    "run the original `qwen-vit export` command with its inputs and options, which restores "
+    "export.json"
+)
 OTHER_SCHEMA = "read it with the version of qwen_vit that wrote it"
 
 
@@ -300,19 +306,25 @@ def _is_right(facts: StoredFacts) -> bool:
     )
 
 
-def read_description(path: AnyPath) -> dict[str, Any]:
+def read_description(path: AnyPath, names: Iterable[str] = ()) -> dict[str, Any]:
+    """Read an export's description. `names` are the names in its folder."""
     if not path.is_file():
-        raise ExportError(
-            f"a folder without {path.name}",
+        has_shards = any(map(SHARD.fullmatch, names))
+        raise (ExportError if has_shards else UnreadableError)(
+            f"a folder {'of shards ' * has_shards}without {path.name}",
             name=str(path.parent),
             expected="a folder of `qwen-vit export`",
+            remedy=RESTORE if has_shards else "",
         )
     try:
         description = read_json(path)
         for name in ("n_images", "shard_size"):
             check_integer(description.get(name), name, 2**63)
-    except CheckpointError as error:  # its own remedy is to download a checkpoint's file again
-        raise ExportError.of(error, name=str(path), remedy=EXPORT_ELSEWHERE) from None
+    except CheckpointError as error:
+        if isinstance(error.__cause__, OSError):
+            raise UnreadableError.of(error) from None
+        # its own remedy is to download a checkpoint's file again
+        raise ExportError.of(error, name=str(path), remedy=RESTORE) from None
     _check_schema_version(description, path)
     return description
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -142,10 +143,16 @@ def test_verify_lists_damage_that_prevents_opening(export_dir: Path, run: Any) -
     """A feature file that could not be opened once ended `verify` with 2, and printed no JSON."""
     shard = export_dir / "shard-00000000.safetensors"
     Path("f.safetensors").write_bytes(shard.read_bytes()[:4000])
+    for name in ("cut", "lost"):
+        shutil.copytree("out", name)
+    Path("cut/export.json").write_text("{")
+    Path("lost/export.json").unlink()
     (export_dir / "listing.jsonl").write_text("{")
     for path, problem in (
         ("f.safetensors", "f.safetensors: truncated, or not a safetensors file"),
         ("out", "listing.jsonl: corrupt in lines 1 to 1."),
+        ("cut", "cut/export.json: not JSON"),
+        ("lost", "lost: a folder of shards without export.json"),
     ):
         done = run("verify", path, "--json")
         assert done.code == 1

@@ -9,6 +9,10 @@ import pytest
 import torch
 
 from qwen_vit.device import choose_quantization
+from qwen_vit.errors import ExportError
+from qwen_vit.feature_files.describe import describe_features
+from qwen_vit.feature_files.read import load_features
+from qwen_vit.feature_files.verify import verify_features
 from tests.support.commands import run_command
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder
@@ -116,9 +120,28 @@ def test_an_error_of_resume_suggests_only_options_of_resume(
     assert (code, "Leave --quantization out.\n" in err, "recorded" in err) == (2, True, False), err
 
 
-def test_a_damaged_description_has_a_remedy(run: Any) -> None:
+def test_a_damaged_description_has_a_remedy_that_works(run: Any) -> None:
+    """Each command once named another remedy, and the export refused the folder."""
     run(*START)
-    Path("out/export.json").write_text('{"n_images": 10, "shard_size": 4}')
+    settings = Path("out/export.json")
+    content, words = settings.read_bytes(), "which restores export.json."
+    for damage in (lambda: settings.write_text("{"), settings.unlink):
+        damage()
+        assert words in run("--resume", "out")[2]
+        for read in (load_features, describe_features):
+            with pytest.raises(ExportError, match=words):
+                read("out")
+        assert [words in each for each in verify_features("out").problems] == [True]
+        assert run(*START, "--dry-run")[0] == 0
+        assert run(*START)[0] == 0
+        assert settings.read_bytes() == content
+
+
+def test_settings_of_another_type_are_refused(run: Any) -> None:
+    run(*START)
+    settings = json.loads(Path("out/export.json").read_text())
+    Path("out/export.json").write_text(json.dumps({**settings, "image_policy": 5}))
     code, _, err = run("--resume", "out")
     assert code == 2
     assert "its settings cannot be read" in err
+    assert "Pass another --out." in err

@@ -78,7 +78,7 @@ def test_a_folder_without_a_saved_image_has_no_row_facts(
     info, verify = qwen_vit("info", "out"), qwen_vit("verify", "out")
     assert "rows            0\n" in info.out
     assert "None" not in info.out
-    assert verify.out.startswith("not complete: 100 to do; 0 images, 0 rows read; ")
+    assert verify.out.startswith("not complete: 100 to do; 0 images, 0 rows read\n")
 
 
 def test_a_damaged_saved_image_is_a_problem(hundred_images: Path, qwen_vit: Any) -> None:

@@ -172,7 +172,10 @@ def rewrite(name: str, change: Callable[[str], str]) -> Callable[[Path], Any]:
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no settings": (lambda path: (path / "export.json").unlink(), "without export.json"),
     "settings cut": (rewrite("export.json", lambda text: text[:9]), "export.json: not JSON"),
-    "settings a list": (rewrite("export.json", lambda _: "[]"), "Expected an object. Export into"),
+    "settings a list": (
+        rewrite("export.json", lambda _: "[]"),
+        "Expected an object. Run the original",
+    ),
     "a newer schema": (
         rewrite(
             "export.json", lambda text: text.replace('"schema_version": 1', '"schema_version": 9')
@@ -181,7 +184,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no size": (
         rewrite("export.json", lambda text: text.replace("shard_size", "x")),
-        "export.json: shard_size is None. Expected an integer. Export into a new folder.",
+        "export.json: shard_size is None. Expected an integer. Run the original",
     ),
     "size 0": (
         rewrite("export.json", lambda text: text.replace('"shard_size": 3', '"shard_size": 0')),
