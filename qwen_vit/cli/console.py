@@ -24,6 +24,7 @@ __all__ = [
     "print_data",
     "print_error",
     "print_log",
+    "print_skipped",
     "set_verbosity",
 ]
 
@@ -94,6 +95,11 @@ def print_log(text: str) -> None:
     """Write a line to stderr above any progress bar, unless the commands log only errors."""
     if not is_quiet():
         _write_log(text)
+
+
+def print_skipped(text: str) -> None:
+    """Write a line about a failed image, which is an error."""
+    _write_log(f"skipped: {text}")
 
 
 def print_error(text: str) -> None:

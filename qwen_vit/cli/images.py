@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_vit.cli.checks import check_distinct, check_paths
-from qwen_vit.cli.console import print_log
+from qwen_vit.cli.console import print_skipped
 from qwen_vit.common.progress import shows_progress
 from qwen_vit.errors import ExportError
 
@@ -118,7 +118,7 @@ def encode_one_by_one(
                 raise
             failed = FailedImage(item.id, error.without_frames())
             result = failed if size_px is None else replace(failed, size_px=size_px)
-            print_log(f"skipped: {error.text(in_shell=True)}")
+            print_skipped(error.text(in_shell=True))
         yield result, 1000 * (time.perf_counter() - start)
 
 

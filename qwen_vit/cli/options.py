@@ -299,7 +299,7 @@ def verbosity_options(command: Command) -> Command:
 
     for short, long, level, help in (
         ("-v", "--verbose", 1, "Show more details."),
-        ("-q", "--quiet", -1, "Show only errors and results, without progress and warnings."),
+        ("-q", "--quiet", -1, "Show only results, errors and skipped images."),
     ):
         command = click.option(
             short, long, "verbosity", flag_value=level, default=0, type=int, expose_value=False,

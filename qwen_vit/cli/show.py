@@ -134,7 +134,7 @@ def show(
     if not given.features:
         raise ArgumentError(
             "no image to show, because all images failed",
-            remedy="fix the causes, which the command prints without -q",
+            remedy="fix the printed causes",
         )
     views = view_features(
         given.features, given.pictures, point=point, layer=layer, window=given.window,

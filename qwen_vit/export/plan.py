@@ -32,6 +32,7 @@ from qwen_vit.export.settings import (
     make_settings,
     read_description,
     read_stored,
+    warn_of_new,
 )
 from qwen_vit.export.store_folder import as_folder
 from qwen_vit.export.versions import made_by_of
@@ -245,6 +246,7 @@ def _begin_or_resume(
     if stored is None:
         if found is None:  # another process removed its settings after the check
             raise ExportError("no export to resume", name=str(folder), remedy="start a new export")
+        warn_of_new(folder, options)
         stored = StoredExport.new(folder, settings, found, inputs)
         if scratch is None:
             stored.save()
@@ -352,6 +354,7 @@ def plan_dry_run(
             settings = make_settings(encoder, options, has_videos=has_videos)
             plan = _begin_or_resume(settings, paths, found, folder, options, scratch)
         else:
+            warn_of_new(where, options)
             plan = ExportPlan(where, {}, Listings(() if found is None else (found,)), options)
         if folder is None or not has_shards(folder):
             _check_heads(plan)

@@ -90,9 +90,9 @@ class Progress:
             return
         with logging_redirect_tqdm():
             if self.failed <= MAX_FAILURES_LOGGED:
-                logger.warning("skipped: %s", error)
+                logger.error("skipped: %s", error)
             else:
-                logger.warning(
+                logger.error(
                     "skipped: more than %d images; the manifest lists all of them",
                     MAX_FAILURES_LOGGED,
                 )

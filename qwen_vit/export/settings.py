@@ -48,6 +48,7 @@ __all__ = [
     "make_settings",
     "read_description",
     "read_stored",
+    "warn_of_new",
 ]
 
 logger = logging.getLogger("qwen_vit")
@@ -309,6 +310,14 @@ def read_stored(
             + "; load_features reads both",
         )
     return StoredExport(folder, description, _read_listings(folder, description, found), version)
+
+
+def warn_of_new(folder: ExportFolder, options: ExportOptions) -> None:
+    """Log each option that has no effect on a new export."""
+    for name in ("extend", "retry_failed", "accept_versions"):
+        if getattr(options, name):
+            option = with_options("{}", (name, True))
+            logger.warning("%s: this run starts a new export: %s has no effect", folder, option)
 
 
 def read_description(folder: ExportFolder, *, may_restore: bool = False) -> dict[str, Any]:

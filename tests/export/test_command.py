@@ -74,11 +74,23 @@ def test_a_resumed_export_counts_earlier_images(export_dir: Path, run: Any) -> N
 
 def test_quiet_prints_only_results_and_errors(export_dir: Path, run: Any) -> None:
     code, out, err = run("p", "--out", "out", "-q")
-    assert (code, err) == (1, "")
+    assert code == 1
+    assert [line.partition(": a ")[0] for line in err.splitlines()] == ["skipped: x.png"]
     assert out.startswith("10 done, 0 to do, 1 failed")
     assert "waited for" not in out
     assert run("p", "--out", "nowhere/out", "-q")[2].startswith("error: nowhere: does not exist")
     assert "waited for: read and decode" in run("p", "--out", "more", "-v")[1]
+
+
+@pytest.mark.parametrize("name", ["extend", "retry-failed", "accept-versions"])
+def test_an_option_without_effect_on_a_new_export_is_named(
+    export_dir: Path, run: Any, name: str
+) -> None:
+    """With a misspelt --out, --extend once began another export without a word."""
+    words = f"fresh: this run starts a new export: --{name} has no effect\n"
+    for flags in (("--dry-run",), ()):
+        assert words in run("p", "--out", "fresh", f"--{name}", *flags)[2]
+    assert "no effect" not in run("p", "--out", "fresh", f"--{name}")[2]
 
 
 def test_a_list_on_standard_input_is_exported_and_resumed(
@@ -305,7 +317,7 @@ def test_files_without_an_image_suffix_are_counted(export_dir: Path, run: Any) -
 def test_twenty_failures_are_printed_and_the_others_counted(export_dir: Path, run: Any) -> None:
     for number in range(30):
         Path(f"p/z{number}.png").write_bytes(b"")
-    _, out, err = run("p", "--out", "out")
+    _, out, err = run("p", "--out", "out", "-q")
     assert "failed: 30 empty-file, 1 truncated" in out
     assert len(err.splitlines()) == 21
     assert err.splitlines()[-1] == "skipped: more than 20 images; the manifest lists all of them"

@@ -192,7 +192,8 @@ def test_a_broken_image_is_skipped_and_the_others_are_shown(folder: Path, run: A
     assert done.code == 1
     assert [each["id"] for each in report["images"]] == ["a.png", "b.jpg"]
     assert [each["code"] for each in report["failed"]] == ["truncated"]
-    alone = run("p/c.png", *TINY, "--out", "d.html")
+    alone = run("p/c.png", *TINY, "--out", "d.html", "-q")
+    assert alone.err.startswith("skipped: p/c.png: ")
     assert (alone.code, alone.out) == (2, "")
     assert "no image to show, because all images failed" in alone.err
 
