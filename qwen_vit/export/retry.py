@@ -71,8 +71,8 @@ class FailingRun:
         self._shards: list[int] = []
 
     def add(self, done: DoneShard) -> None:
-        """Continue the series if all images of the shard failed. Otherwise, begin a series if its
-        last image failed."""
+        """Add the shard to the series if all its images failed. Otherwise, end the series, and
+        begin another if the shard's last image failed."""
         failed = [row.error_code is not None for row in done.rows]
         self._shards = [*self._shards, done.shard] if all(failed) else [done.shard][: failed[-1]]
 

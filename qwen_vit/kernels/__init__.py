@@ -24,7 +24,7 @@ _is_plain = ContextVar("is_plain", default=False)
 
 
 def uses_hopper_kernels() -> bool:
-    """Return whether this context allows the Hopper kernels. It does not look at the GPU."""
+    """Return whether Triton's version and this context allow the Hopper kernels, on any GPU."""
     return IS_KNOWN_GLUON and not _is_plain.get()
 
 

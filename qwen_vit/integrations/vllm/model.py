@@ -191,10 +191,10 @@ def _counts_reserved_memory() -> bool:
 
 
 def _puts_back_what_it_does_not_load() -> bool:
-    """Return whether vLLM's reload accepts `weight_loader_numel` of 0 and loads no parameter.
+    """Return whether vLLM's reload keeps parameters with a `weight_loader_numel` of 0 as they are.
 
     The tower writes its parameters itself. With another number, vLLM warns "Failed to load weights"
-    for each of the tower's layers. A field's name identifies the vLLM versions.
+    for each of the tower's layers. The name of a field distinguishes the versions of vLLM.
     """
     try:
         from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
