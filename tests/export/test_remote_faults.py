@@ -13,6 +13,7 @@ from qwen_vit.export import store_folder
 from qwen_vit.export.estimate import estimate_export
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.feature_files.describe import describe_features
+from qwen_vit.feature_files.read import load_features
 from qwen_vit.feature_files.verify import verify_features
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder
@@ -238,3 +239,18 @@ def test_a_torn_shard_is_written_again(server: S3Server) -> None:
     export(encoder=encoder)
     assert encoder.encoded == 3
     assert server.objects("out") == local()
+
+
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_lost_settings_are_restored_from_the_shards(server: S3Server, is_cut: bool) -> None:
+    export()
+    server.delete("out/export.json")
+    if is_cut:
+        server.put("out/export.json", b"{")
+    encoder = FakeEncoder()
+    with pytest.raises(ExportError, match=r"which restores export\.json"):
+        load_features(OUT)
+    export(encoder=encoder)
+    assert encoder.encoded == 0
+    assert server.objects("out") == local()
+    assert scratch() == []
