@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from qwen_vit.common.missing_name import missing_name
 from qwen_vit.errors import plural
 from qwen_vit.feature_files import tables
 from qwen_vit.features import ImageFeatures
@@ -316,11 +317,14 @@ class FeatureSubset(Features):
     def __len__(self) -> int:
         return len(self.keys)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.ids and name in self.source
+
     def locate(self, key: int | str) -> Any:
         if not isinstance(key, str):
             return self.source.locate(self.keys[self.position(key)])
         if key not in self.ids:
-            raise KeyError(f"{key!r} is not in {self}, which contains {plural(len(self), 'image')}")
+            raise KeyError(missing_name(key, self, self.ids))
         return self.source.locate(key)
 
     def content(self) -> Any:

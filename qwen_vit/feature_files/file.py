@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from qwen_vit.common.missing_name import missing_name
 from qwen_vit.common.store_path import AnyPath, StorePath, as_path
 from qwen_vit.errors import ExportError, plural
 from qwen_vit.feature_files.collection import Features
@@ -104,6 +105,9 @@ class FeatureFile(Features):
     def __len__(self) -> int:
         return len(self._ids)
 
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self._index
+
     def locate(self, key: int | str) -> int:
         if not isinstance(key, str):
             return self.position(key)
@@ -111,7 +115,7 @@ class FeatureFile(Features):
             reasons = {failed.id: f"{failed.code}: {failed.message}" for failed in self.errors}
             if key in reasons:
                 raise KeyError(f"{key!r} has no features in {self}: {reasons[key]}")
-            raise KeyError(f"{key!r} is not in {self}, which contains {plural(len(self), 'image')}")
+            raise KeyError(missing_name(key, self, self._ids))
         return self._index[key]
 
     def content(self) -> Any:

@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
+from qwen_vit.common.missing_name import missing_name
 from qwen_vit.common.safetensors_header import read_header
 from qwen_vit.common.store_cache import cache_folder
 from qwen_vit.common.store_path import AnyPath, StorePath, as_path
@@ -153,9 +154,7 @@ class FeatureFolder(Features):
     def locate(self, key: int | str) -> tuple[int, int]:
         if isinstance(key, str):
             if key not in self._listed.shard_of:
-                listed = plural(len(self.listing), "image")
-                like = f", such as {self.listing[0]!r}" if self.listing else ""
-                raise KeyError(f"{key!r} is not in {self}, which lists {listed}{like}")
+                raise KeyError(missing_name(key, self, self.listing, "lists"))
             index = self._listed.shard_of[key]
             return index, self._shard(index).locate(key)
         position = self.position(key)

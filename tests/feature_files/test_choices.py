@@ -46,6 +46,18 @@ def test_slices_and_lists_select_images_in_order(path: Path) -> None:
     assert features[1:5].metadata is features.metadata
 
 
+def test_the_error_of_a_missing_image_names_a_close_id(path: Path) -> None:
+    write_features(path, features_of("im/cat.jpg", "im/dog.jpg"), METADATA)
+    features = load_features(path)
+    for key in ("dog.jpg", "other/dog.jpg", "im/dgo.jpg"):
+        for chosen in (features, features[:]):
+            assert key not in chosen
+            with pytest.raises(KeyError, match=r"2 images. Did you mean 'im/dog.jpg'\?"):
+                chosen[key]
+    with pytest.raises(KeyError, match=r"2 images, such as 'im/cat\.jpg'"):
+        features["bicycle"]
+
+
 def test_selecting_a_missing_image_is_an_error(path: Path) -> None:
     write_features(path, features_of(*"abc"), METADATA)
     features = load_features(path)

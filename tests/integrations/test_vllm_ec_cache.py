@@ -109,7 +109,7 @@ def test_written_entries_are_read_back(tmp_path: Path) -> None:
     assert dict(cache) == {entry.id: entry for entry in entries}
     assert "tall" in cache
     assert "short" not in cache
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=r"'short' is not in .*ec, which contains"):
         cache["short"]
 
 

@@ -28,6 +28,7 @@ from qwen_vit.common.atomic_file import (
     check_parent,
     check_utf8,
 )
+from qwen_vit.common.missing_name import missing_name
 from qwen_vit.common.safetensors_header import TensorInfo, build_header, read_header
 from qwen_vit.common.strict_json import is_integer, is_number, parse_json, read_json, short_repr
 from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, display_name, plural
@@ -154,6 +155,8 @@ class EncoderCache(Mapping[str, CachedFeatures]):
         return name in self._entries
 
     def __getitem__(self, name: str) -> CachedFeatures:
+        if name not in self._entries:
+            raise KeyError(missing_name(name, self.folder, self._entries))
         entry = self._entries[name]
         self._check(self.folder / entry.uuid / ENTRY, entry)
         return entry
