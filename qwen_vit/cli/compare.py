@@ -86,9 +86,15 @@ def compare(
         from qwen_vit.compare.report import check_report, write_report
         from qwen_vit.compare.run import compare_checkpoint
         from qwen_vit.compare.text import as_text
+        from qwen_vit.inputs.listing import Item
+        from qwen_vit.inputs.unused import UnusedOptions
     if report is not None:
         check_report(report, overwrite=overwrite)
     check_paths(images, must_exist=True)
+    if images:  # a golden file may contain videos
+        unused = UnusedOptions(video=video)
+        list(unused.watch(Item(path, path) for path in images))
+        unused.warn()
     comparison = compare_checkpoint(
         images, save_golden=save_golden, keep_maps=report is not None, video=video,
         show_progress=shows_progress(), **options,

@@ -99,7 +99,9 @@ def encode(
     check_normalize(output, normalize)
     videos = take_video_options(loading)
     limits = ImageLimits(formats=formats, allow_urls=allow_urls)
-    items = list_images(images, out, column=column, id_column=id_column, limits=limits, pages=pages)
+    items = list_images(
+        images, out, column=column, id_column=id_column, limits=limits, pages=pages, **videos
+    )
     encoder = load_encoder(model, **loading)
     rows = {"output": output, "normalize": normalize, "layers": layers}
     encoder.encode([], **rows)  # raises for a block that the tower lacks, before any image

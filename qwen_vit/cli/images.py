@@ -37,26 +37,30 @@ def list_images(
     id_column: str | None = None,
     limits: "ImageLimits | None" = None,
     pages: str = "first",
+    **videos: Any,
 ) -> "list[Item]":
     """Return the images of files, folders, patterns, tars, lists, and "-" for standard input.
 
-    `pages="all"` lists every page and frame.
+    `pages="all"` lists every page and frame. Options that apply to no image give a warning.
     """
     from qwen_vit.images.image import ImageLimits
     from qwen_vit.inputs.find import find_items, is_missing, no_image_found, warn_of_skipped
     from qwen_vit.inputs.pages import page_items
     from qwen_vit.inputs.parquet import ParquetColumns
+    from qwen_vit.inputs.unused import UnusedOptions
 
     check_paths(inputs)
     left_out: Counter[str] = Counter()
     columns = ParquetColumns.of(column, id_column)
     # if no path exists, fail before loading a model; otherwise skip the missing ones
     must_exist = all(map(is_missing, inputs))
-    found = find_items(inputs, left_out, must_exist=must_exist, columns=columns)
+    unused = UnusedOptions(columns=columns, limits=limits, pages=pages, **videos)
+    found = unused.watch(find_items(inputs, left_out, must_exist=must_exist, columns=columns))
     items = list(found if pages == "first" else page_items(found, limits or ImageLimits()))
     warn_of_skipped(left_out)
     if not items:
         raise no_image_found(inputs, left_out)
+    unused.warn()
     check_distinct([item.id for item in items], [item.listed_at for item in items])
     if out is not None and any(_is_same(item.source, out) for item in items):
         raise ExportError("one of the input images", name=str(out), remedy="pass another --out")

@@ -294,15 +294,19 @@ def source_options(command: Command) -> Command:
 
 
 def verbosity_options(command: Command) -> Command:
-    def apply(ctx: click.Context, param: click.Parameter, value: int) -> None:
-        set_verbosity(value or 0)  # None in click 8.2
+    def apply(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        given = ctx.meta.setdefault("qwen_vit.verbosity", set())
+        if value:
+            given.add(param.name)
+        if len(given) > 1:
+            raise click.UsageError("--quiet does not go with --verbose. Omit one of the two.")
+        set_verbosity(1 if "verbose" in given else -1 if given else 0)
 
-    for short, long, level, help in (
-        ("-v", "--verbose", 1, "Show more details."),
-        ("-q", "--quiet", -1, "Show only results, errors and skipped images."),
+    for short, long, help in (
+        ("-v", "--verbose", "Show more details."),
+        ("-q", "--quiet", "Show only results, errors and skipped images."),
     ):
         command = click.option(
-            short, long, "verbosity", flag_value=level, default=0, type=int, expose_value=False,
-            is_eager=True, callback=apply, help=help,
-        )(command)  # fmt: skip
+            short, long, is_flag=True, expose_value=False, is_eager=True, callback=apply, help=help
+        )(command)
     return command

@@ -41,6 +41,7 @@ from qwen_vit.feature_files.schema import shard_name
 from qwen_vit.inputs.find import STDIN, find_items, no_image_found, warn_of_skipped
 from qwen_vit.inputs.listing import Item, Listing
 from qwen_vit.inputs.pages import page_items
+from qwen_vit.inputs.unused import UnusedOptions
 from qwen_vit.video.sampling import MAX_FRAMES
 
 __all__ = [
@@ -366,7 +367,11 @@ def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listin
     number, count = options.part
     left_out: Counter[str] = Counter()
     path = folder / f".listing-{number}-of-{count}{TEMPORARY_SUFFIX}"
-    items = find_items(inputs, left_out, columns=options.columns)
+    unused = UnusedOptions(
+        columns=options.columns, limits=options.limits, video=options.video,
+        as_video=options.as_video, pages=options.pages,
+    )  # fmt: skip
+    items = unused.watch(find_items(inputs, left_out, columns=options.columns))
     if options.pages == "all":
         items = page_items(items, options.limits)
     listing = Listing.freeze(path, items, options.shard_size)
@@ -374,6 +379,7 @@ def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listin
     if listing.n_images == 0:
         path.unlink()
         raise no_image_found(inputs, left_out)
+    unused.warn()
     return listing
 
 

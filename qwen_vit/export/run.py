@@ -82,8 +82,9 @@ def export_features(
         KeyboardInterrupt: An interrupt ended the export, which saved the encoded images for the
             next run.
         ExportError: The folder contains other files or another export, another process writes to
-            it, or a file cannot be read or written. An input cannot be listed, no image is found,
-            two images share an id, or `max_failures` consecutive images failed.
+            it, or a file cannot be read or written. An input cannot be listed or contains an image
+            of another input, no image is found, two images share an id, or `max_failures`
+            consecutive images failed.
         ImageError: An image failed, with on_error="raise".
         ArgumentError: `encoder` or `options` has another type, `inputs` is no list of paths or is
             empty, or `decode_threads` is not from 1 to 1,000. The encoder lacks a layer of

@@ -22,6 +22,7 @@ from qwen_vit.inputs.lists import (
     stdin_items,
     text_list_items,
 )
+from qwen_vit.inputs.overlap import Overlap
 from qwen_vit.inputs.parquet import (
     PARQUET_SUFFIX,
     ParquetColumns,
@@ -81,15 +82,18 @@ def find_items(
     With `must_exist=False`, a path that does not exist and a web address become items, whose
     reading reports the error. A problem below an input, such as an unreadable folder, becomes an
     item with `error`.
+
+    Raises ExportError if an input contains an image of another input. Lists are not checked.
     """
     left_out = Counter() if left_out is None else left_out
     _check_alone(inputs, columns)
+    overlap = Overlap(inputs)
     reported: set[str] = set()  # unreadable folders; several patterns may reach one
     for given in inputs:
         if not must_exist and is_missing(given):
             yield Item(given, given)
             continue
-        for item in _input_items(given, left_out, columns):
+        for item in overlap.checked(given, _input_items(given, left_out, columns)):
             if item.error is not None and item.error[0] == "unreadable":
                 if item.source in reported:
                     continue

@@ -1,0 +1,58 @@
+"""Reject an image that two inputs name."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from qwen_vit.common.storage import is_remote
+from qwen_vit.errors import ExportError, display_name
+from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.lists import JSON_SUFFIX, LIST_SUFFIXES
+
+__all__ = ["Overlap"]
+
+
+class Overlap:
+    """Find images inside a folder that is another input, and files that have two names.
+
+    Images of lists and of object storage are not checked. With several inputs, the memory grows
+    with the number of images outside folders and lists.
+    """
+
+    def __init__(self, inputs: Sequence[str]) -> None:
+        self._folders = {
+            Path(given).absolute(): given
+            for given in (inputs if len(inputs) > 1 else ())
+            if not is_remote(given) and os.path.isdir(given)
+        }
+        self._is_needed = len(inputs) > 1
+        self._ids: dict[tuple[str, int | None, int | None], str] = {}
+
+    def checked(self, given: str, items: Iterator[Item]) -> Iterator[Item]:
+        """Yield the items of an input. Raise ExportError for an image of another input."""
+        is_list = given == "-" or given.lower().endswith((*LIST_SUFFIXES, JSON_SUFFIX))
+        if not self._is_needed or is_list or is_remote(given):
+            yield from items
+        elif (path := Path(given).absolute()) in self._folders:
+            self._check_place(given, path)
+            yield from items
+        else:
+            for item in items:
+                self._check_place(item.id, Path(item.source))
+                key = (item.source, item.offset, item.row)
+                other = self._ids.setdefault(key, item.id)
+                if other != item.id:
+                    raise _twice(item.id, f"the same file as {display_name(other)}")
+                yield item
+
+    def _check_place(self, name: str, path: Path) -> None:
+        for above in path.parents:
+            if above in self._folders:
+                folder = display_name(self._folders[above])
+                raise _twice(name, f"also in the folder {folder}, which is another input")
+
+
+def _twice(name: str, fact: str) -> ExportError:
+    return ExportError(
+        fact, name=name, expected="each image once", remedy="omit one of the two inputs"
+    )
