@@ -92,7 +92,7 @@ def compare(
         check_report(report, overwrite=overwrite)
     check_paths(images, must_exist=True)
     if images:  # a golden file may contain videos
-        unused = UnusedOptions(video=video)
+        unused = UnusedOptions(video=video.changed)
         list(unused.watch(Item(path, path) for path in images))
         unused.warn()
     comparison = compare_checkpoint(

@@ -100,8 +100,9 @@ def encode(
     videos = take_video_options(loading)
     limits = ImageLimits(formats=formats, allow_urls=allow_urls)
     items = list_images(
-        images, out, column=column, id_column=id_column, limits=limits, pages=pages, **videos
-    )
+        images, out, column=column, id_column=id_column, limits=limits, pages=pages,
+        video=videos["video"].changed, as_video=videos["as_video"],
+    )  # fmt: skip
     encoder = load_encoder(model, **loading)
     rows = {"output": output, "normalize": normalize, "layers": layers}
     encoder.encode([], **rows)  # raises for a block that the tower lacks, before any image

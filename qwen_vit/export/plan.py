@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -12,13 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
-from qwen_vit.common.atomic_file import TEMPORARY_SUFFIX
 from qwen_vit.common.safetensors_header import MAX_HEADER_BYTES
 from qwen_vit.common.storage import is_remote
 from qwen_vit.common.store_path import AnyPath, PathOrAddress
 from qwen_vit.errors import ArgumentError, ExportError, Wording, display_name, with_options
 from qwen_vit.export.changes import InputChanges
 from qwen_vit.export.folder import ChangedError, ExportFolder, LocalFolder
+from qwen_vit.export.list_inputs import list_inputs
 from qwen_vit.export.listings import Listings
 from qwen_vit.export.lock import short_lock
 from qwen_vit.export.options import ExportOptions
@@ -38,10 +37,8 @@ from qwen_vit.export.store_folder import as_folder
 from qwen_vit.export.versions import made_by_of
 from qwen_vit.feature_files.listed import is_made_by
 from qwen_vit.feature_files.schema import shard_name
-from qwen_vit.inputs.find import STDIN, find_items, no_image_found, warn_of_skipped
+from qwen_vit.inputs.find import STDIN
 from qwen_vit.inputs.listing import Item, Listing
-from qwen_vit.inputs.pages import page_items
-from qwen_vit.inputs.unused import UnusedOptions
 from qwen_vit.video.sampling import MAX_FRAMES
 
 __all__ = [
@@ -189,7 +186,7 @@ def _find(
     them, it returns None, or raises ExportError with `options.extend`.
     """
     if paths is not None:
-        return _list(paths, scratch, options)
+        return list_inputs(paths, scratch, options)
     inputs = read_description(folder).get("inputs", {})
     recorded, started_in = inputs.get("paths", []), inputs.get("folder")
     is_here = started_in == os.getcwd() or all(map(_is_absolute, recorded))
@@ -200,7 +197,7 @@ def _find(
         reason = f"its inputs are relative to {display_name(str(started_in))}"
     else:
         try:
-            return _list(recorded, scratch, options)
+            return list_inputs(recorded, scratch, options)
         except ExportError as error:
             if options.extend:
                 raise
@@ -360,27 +357,6 @@ def plan_dry_run(
         if folder is None or not has_shards(folder):
             _check_heads(plan)
         yield plan
-
-
-def _list(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listing:
-    """List the inputs, and freeze the listing in a temporary file of this part."""
-    number, count = options.part
-    left_out: Counter[str] = Counter()
-    path = folder / f".listing-{number}-of-{count}{TEMPORARY_SUFFIX}"
-    unused = UnusedOptions(
-        columns=options.columns, limits=options.limits, video=options.video,
-        as_video=options.as_video, pages=options.pages,
-    )  # fmt: skip
-    items = unused.watch(find_items(inputs, left_out, columns=options.columns))
-    if options.pages == "all":
-        items = page_items(items, options.limits)
-    listing = Listing.freeze(path, items, options.shard_size)
-    warn_of_skipped(left_out)
-    if listing.n_images == 0:
-        path.unlink()
-        raise no_image_found(inputs, left_out)
-    unused.warn()
-    return listing
 
 
 def remove_leftovers(plan: ExportPlan) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
 from typing import NamedTuple
 
 from qwen_vit.errors import Wording, with_options
@@ -12,7 +11,6 @@ from qwen_vit.inputs.parquet import ParquetColumns
 from qwen_vit.inputs.suffixes import suffix_of
 from qwen_vit.inputs.tars import IMAGE_SUFFIXES
 from qwen_vit.inputs.urls import is_https
-from qwen_vit.video.options import VideoOptions
 
 __all__ = ["UnusedOptions"]
 
@@ -37,8 +35,9 @@ class UnusedOptions:
     >>> unused.names
     ['column']
 
-    An option with its default value is not checked. Every option applies to a file with an unknown
-    extension, to a Parquet row and to an input that cannot be read.
+    `video` names the changed options of videos. An option with its default value is not checked.
+    Every option applies to a file with an unknown extension, to a Parquet row and to an input that
+    cannot be read.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class UnusedOptions:
         *,
         columns: ParquetColumns | None = None,
         limits: ImageLimits | None = None,
-        video: VideoOptions | None = None,
+        video: Wording | None = None,
         as_video: bool = False,
         pages: str = "first",
     ) -> None:
@@ -70,10 +69,10 @@ class UnusedOptions:
         if pages == "all":
             reason = "no input has the extension of a format with pages or frames"
             found.append(_Option(with_options("{}", "pages"), reason, _may_have_pages))
-        if video is not None and video != VideoOptions():
+        if video:
             found.append(
                 _Option(
-                    _video_flags(video),
+                    video,
                     "no input has the extension of a video",
                     lambda item: item.is_video or (as_video and _may_be_animation(item)),
                 )
@@ -97,17 +96,6 @@ class UnusedOptions:
 
 def _named(*names: str) -> Wording:
     return Wording.joined(" and ", [with_options("{}", name) for name in names])
-
-
-def _video_flags(video: VideoOptions) -> Wording:
-    default = VideoOptions()
-    changed = [
-        each.name
-        for each in fields(video)
-        if getattr(video, each.name) != getattr(default, each.name)
-    ]
-    flags = [f"--{each.replace('_pixels', '_frame_pixels').replace('_', '-')}" for each in changed]
-    return Wording(f"video ({', '.join(changed)})", shell=", ".join(flags))
 
 
 def _applies(option: _Option, item: Item) -> bool:

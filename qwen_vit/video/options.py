@@ -103,6 +103,24 @@ class VideoOptions:
             )
 
     @property
+    def changed(self) -> Wording:
+        """Return the names of the options without their default value, or an empty text.
+
+        >>> print(VideoOptions(fps=1.0, max_pixels=9).changed.shell)
+        --fps, --max-frame-pixels
+        """
+        default = VideoOptions()
+        names = [
+            each.name
+            for each in fields(default)
+            if getattr(self, each.name) != getattr(default, each.name)
+        ]
+        flags = [
+            f"--{name.replace('_pixels', '_frame_pixels').replace('_', '-')}" for name in names
+        ]
+        return Wording(f"video ({', '.join(names)})" if names else "", shell=", ".join(flags))
+
+    @property
     def is_part(self) -> bool:
         """Return whether `start` or `end` selects a part of the video."""
         return self.start is not None or self.end is not None

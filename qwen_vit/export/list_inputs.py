@@ -1,0 +1,35 @@
+"""List the images of an export's inputs, and freeze the listing."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwen_vit.common.atomic_file import TEMPORARY_SUFFIX
+from qwen_vit.export.options import ExportOptions
+from qwen_vit.inputs.find import find_items, no_image_found, warn_of_skipped
+from qwen_vit.inputs.listing import Listing
+from qwen_vit.inputs.pages import page_items
+from qwen_vit.inputs.unused import UnusedOptions
+
+__all__ = ["list_inputs"]
+
+
+def list_inputs(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listing:
+    """List the inputs, and freeze the listing in a temporary file of this part."""
+    number, count = options.part
+    left_out: Counter[str] = Counter()
+    path = folder / f".listing-{number}-of-{count}{TEMPORARY_SUFFIX}"
+    unused = UnusedOptions(
+        columns=options.columns, limits=options.limits, video=options.video.changed,
+        as_video=options.as_video, pages=options.pages,
+    )  # fmt: skip
+    items = unused.watch(find_items(inputs, left_out, columns=options.columns))
+    if options.pages == "all":
+        items = page_items(items, options.limits)
+    listing = Listing.freeze(path, items, options.shard_size)
+    warn_of_skipped(left_out)
+    if listing.n_images == 0:
+        path.unlink()
+        raise no_image_found(inputs, left_out)
+    unused.warn()
+    return listing
