@@ -101,7 +101,7 @@ def encode(
     limits = ImageLimits(formats=formats, allow_urls=allow_urls)
     items = list_images(
         images, out, column=column, id_column=id_column, limits=limits, pages=pages,
-        video=videos["video"].changed, as_video=videos["as_video"],
+        video=videos["video"].changed, as_video=videos["as_video"], exif=exif,
     )  # fmt: skip
     encoder = load_encoder(model, **loading)
     rows = {"output": output, "normalize": normalize, "layers": layers}

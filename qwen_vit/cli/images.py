@@ -37,7 +37,7 @@ def list_images(
     id_column: str | None = None,
     limits: "ImageLimits | None" = None,
     pages: str = "first",
-    **options_of_videos: Any,
+    **decoding: Any,
 ) -> "list[Item]":
     """Return the images of files, folders, patterns, tars, lists, and "-" for standard input.
 
@@ -54,7 +54,7 @@ def list_images(
     columns = ParquetColumns.of(column, id_column)
     # if no path exists, fail before loading a model; otherwise skip the missing ones
     must_exist = all(map(is_missing, inputs))
-    unused = UnusedOptions(columns=columns, limits=limits, pages=pages, **options_of_videos)
+    unused = UnusedOptions(columns=columns, limits=limits, pages=pages, **decoding)
     found = unused.watch(find_items(inputs, left_out, must_exist=must_exist, columns=columns))
     items = list(found if pages == "first" else page_items(found, limits or ImageLimits()))
     warn_of_skipped(left_out)

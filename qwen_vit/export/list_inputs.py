@@ -21,7 +21,7 @@ def list_inputs(inputs: Sequence[str], folder: Path, options: ExportOptions) -> 
     path = folder / f".listing-{number}-of-{count}{TEMPORARY_SUFFIX}"
     unused = UnusedOptions(
         columns=options.columns, limits=options.limits, video=options.video.changed,
-        as_video=options.as_video, pages=options.pages,
+        as_video=options.as_video, pages=options.pages, exif=options.exif,
     )  # fmt: skip
     items = unused.watch(find_items(inputs, left_out, columns=options.columns))
     if options.pages == "all":

@@ -48,6 +48,7 @@ class UnusedOptions:
         video: Wording | None = None,
         as_video: bool = False,
         pages: str = "first",
+        exif: str = "apply",
     ) -> None:
         limits = limits or ImageLimits()
         found = []
@@ -69,6 +70,11 @@ class UnusedOptions:
         if pages == "all":
             reason = "no input has the extension of a format with pages or frames"
             found.append(_Option(with_options("{}", "pages"), reason, _may_have_pages))
+        if exif != "apply":
+            reason = "every input has the extension of a video"
+            found.append(
+                _Option(with_options("{}", "exif"), reason, lambda item: not item.is_video)
+            )
         if video:
             found.append(
                 _Option(

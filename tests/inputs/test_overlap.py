@@ -82,6 +82,14 @@ def test_an_option_that_applies_to_no_input_gives_a_warning(
     assert done.err.count("ignored") == 1
 
 
+def test_an_option_for_images_gives_a_warning_if_every_input_is_a_video(qwen_vit: Any) -> None:
+    shutil.copy(ROOT / "tests" / "videos" / "clip.mp4", "clip.mp4")
+    size = ("--max-frame-pixels", "12544", "--min-frame-pixels", "3136")
+    done = qwen_vit("encode", "clip.mp4", *OUT, *size, "--exif", "ignore")
+    assert "ignored --exif: every input has the extension of a video" in done.err
+    assert done.err.count("ignored") == 1
+
+
 def test_an_option_that_applies_to_an_input_gives_no_warning(qwen_vit: Any) -> None:
     shutil.copy(ROOT / "tests" / "videos" / "clip.mp4", "clip.mp4")
     options = ("--as-video", "--pages", "all", "--max-frame-pixels", "12544", "--fps", "1")
