@@ -3,7 +3,7 @@
 import sys
 
 from qwen_vit.cli.exit_codes import EXIT_ERROR, EXIT_INTERRUPTED
-from qwen_vit.cli.interrupts import exit_at_interrupts
+from qwen_vit.cli.interrupts import die_at_interrupts, exit_at_interrupts
 
 __all__ = ["main"]
 
@@ -18,7 +18,10 @@ def main() -> None:
         with slow_imports():
             from qwen_vit.cli.main import main as run
         exit_at_interrupts()  # until the command has imported its packages
-        run()
+        try:
+            run()
+        finally:
+            die_at_interrupts()
     except ArgumentError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(EXIT_ERROR)

@@ -1,11 +1,11 @@
-"""End the process at Ctrl-C while a command starts. This module imports quickly."""
+"""End the process at Ctrl-C while a command starts or Python exits. This module imports quickly."""
 
 import os
 import signal
 
 from qwen_vit.cli.exit_codes import EXIT_INTERRUPTED
 
-__all__ = ["exit_at_interrupts", "raise_at_interrupts"]
+__all__ = ["die_at_interrupts", "exit_at_interrupts", "raise_at_interrupts"]
 
 
 def exit_at_interrupts() -> None:
@@ -19,6 +19,15 @@ def exit_at_interrupts() -> None:
 def raise_at_interrupts() -> None:
     """Let Ctrl-C raise KeyboardInterrupt again, after `exit_at_interrupts`."""
     _replace(_exit_at_once, signal.default_int_handler)
+
+
+def die_at_interrupts() -> None:
+    """Let Ctrl-C end the process without Python, after a command has finished.
+
+    Python would print the traceback of an interrupt in an exit callback, and exit with 0.
+    """
+    for handler in (signal.default_int_handler, _exit_at_once):
+        _replace(handler, signal.SIG_DFL)
 
 
 def _replace(handler: object, by: "signal._HANDLER") -> None:

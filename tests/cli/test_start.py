@@ -205,6 +205,32 @@ def test_an_interrupt_in_the_first_imports_ends_with_130(module: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+INTERRUPTED_EXIT = """
+import atexit, os, signal
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
+from qwen_vit.__main__ import main
+main()
+"""
+
+
+@pytest.mark.usefixtures("default_interrupts")
+@pytest.mark.parametrize("arguments", [["info", "tiny", "--json"], ["--version"], ["encod"]])
+def test_an_interrupt_after_the_result_prints_no_traceback(arguments: list[str]) -> None:
+    """Torch needs 0.1 s or more to exit. Ctrl-C there once printed a traceback, and the exit code
+    was 0."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_EXIT, *arguments],
+        capture_output=True, text=True, check=False, cwd=ROOT, env=environment,
+    )  # fmt: skip
+    complete = subprocess.run(
+        [sys.executable, "-m", "qwen_vit", *arguments],
+        capture_output=True, text=True, check=False, cwd=ROOT, env=environment,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == (complete.stdout, complete.stderr)
+    assert done.returncode == -signal.SIGINT
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["-h"], *([name, "--help"] for name in cli_module.COMMANDS)]
 )
