@@ -31,12 +31,13 @@ MAX_STREAMS = 100  # FFmpeg opens a decoder for each one, which may take megabyt
 open_file = partial(open_regular, expected="a video file", remedy="pass its files")
 
 
-def require_av() -> Any:
+def require_av(name: str) -> Any:
     try:
         import av  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         raise ImageError(
-            "a video file needs PyAV, which is not installed",
+            "a video, which needs PyAV",
+            name=name,
             remedy=install_remedy("video"),
             code="no-pyav",
         ) from None
@@ -84,7 +85,7 @@ class Opener:
     """Check a video, and open it as often as necessary."""
 
     def __init__(self, source: str | bytes | BinaryIO, name: str, limits: VideoLimits) -> None:
-        require_av()
+        require_av(name)
         self.name, self.limits = name, limits
         self._source: Any = source
         if isinstance(source, str):
@@ -104,7 +105,7 @@ class Opener:
         most = {"max_streams": str(MAX_STREAMS + 1)}
         with plain_errors(self.name):
             try:
-                container = require_av().open(
+                container = require_av(self.name).open(
                     self._source, format=self._container, options=most, buffer_size=READ_BYTES
                 )
             except MemoryError:  # FFmpeg's error for too many streams in MP4 and AVI
@@ -132,7 +133,7 @@ class Opener:
 @contextmanager
 def plain_errors(name: str) -> Iterator[None]:
     """Convert errors of FFmpeg and of the system, and MemoryError, to ImageError."""
-    av = require_av()
+    av = require_av(name)
     try:
         yield
     except ImageError:
@@ -164,7 +165,7 @@ def _no_decoder(name: str, codec: str = "its codec") -> ImageError:
 def video_stream(container: Any, name: str) -> Any:
     """Return the first video stream that is not a cover image."""
     streams = [s for s in container.streams if s.type == "video"]
-    av = require_av()
+    av = require_av(name)
     cover = av.stream.Disposition.attached_pic
     streams = [s for s in streams if not s.disposition & cover]
     if not streams:

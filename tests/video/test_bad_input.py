@@ -36,6 +36,7 @@ def refused(
     error = caught.value
     assert error.code in IMAGE_CODES
     assert error.remedy
+    assert error.name == ("the video" if isinstance(path, bytes) else str(path))
     assert "0x7f" not in str(error)
     return error
 
