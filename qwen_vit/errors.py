@@ -10,6 +10,7 @@ from typing import Any, Self
 
 __all__ = [
     "IMAGE_CODES",
+    "TO_ENCODE",
     "ArgumentError",
     "CheckpointError",
     "ComparisonError",
@@ -154,6 +155,10 @@ def _as_flag(name: str, value: object) -> str:
     words = ",".join(map(str, value)) if isinstance(value, tuple) else value
     flag = f"--{name.replace('_', '-')}"
     return flag if value is None or value is True else f"{flag} {words}"
+
+
+# Add it to an option that other commands lack, such as `show` and `compare`.
+TO_ENCODE = Wording("", shell=" to `qwen-vit encode` or `qwen-vit export`")
 
 
 class QwenVitError(Exception):

@@ -307,16 +307,19 @@ def _hint_resume(out: "AnyPath") -> Iterator[None]:
 
 
 def _ask_if_large(estimate: "Estimate", folder: "AnyPath") -> None:
-    fact, most = f"the export will take about {estimate.bytes / 1e9:,.3g} GB", ASK_ABOVE_BYTES
+    from qwen_vit.cli.text import size_text
+
+    fact, most = f"the export will take about {size_text(estimate.bytes)}", ASK_ABOVE_BYTES
+    remedy = "pass fewer images, or pass --yes to export without a confirmation"
     if isinstance(folder, Path):
         free = shutil.disk_usage(folder).free
-        fact, most = f"{fact}; the disk has {free / 1e9:,.1f} GB free", min(most, free)
+        fact, most = f"{fact}, and the disk has {size_text(free)} free", min(most, free)
+        if estimate.bytes > free:
+            remedy = "pass an --out on another disk, or fewer images. --yes skips this check"
     if estimate.bytes <= most:
         return
     if not sys.stdin.isatty():
-        raise ExportError(
-            fact, name=str(folder), remedy="pass --yes to skip the question, or fewer images"
-        )
+        raise ExportError(fact, name=str(folder), remedy=remedy)
     if not click.confirm(f"{display_name(str(folder))}: {fact}. Continue?", err=True):
         raise ExportError(
             "export cancelled",

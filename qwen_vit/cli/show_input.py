@@ -61,6 +61,12 @@ def encode_images(
 ) -> ShowInput:
     items = list_images(inputs)
     encoder = load_encoder(model, **loading)
+    if layer is not None and layer >= encoder.config.depth:
+        raise ArgumentError(
+            f"--layer is {layer}",
+            expected=f"a block from 0 to {encoder.config.depth - 1}",
+            remedy="pass another --layer",
+        )
     chosen = items[:limit]
     layers = () if layer is None else (layer,)
     encoded = encode_one_by_one(encoder, chosen, "skip", output=output, layers=layers)

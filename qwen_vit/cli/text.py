@@ -21,6 +21,7 @@ __all__ = [
     "export_text",
     "facts_text",
     "features_text",
+    "size_text",
     "table",
     "unfinished_text",
     "waits_text",
@@ -31,12 +32,11 @@ ROWS_OF = {"merged": "tokens", "patch": "patches", "mean": "rows"}
 
 
 def estimate_text(estimate: Estimate, folder: AnyPath) -> str:
-    seconds, n_bytes = estimate.seconds, estimate.bytes
+    seconds = estimate.seconds
     duration = "unknown"
     if seconds is not None:
         duration = f"about {_duration(seconds)}, estimated from a few images"
     duration = duration if estimate.to_do else "none: nothing is left to do"
-    size = f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 10**9 else f"{n_bytes / 1e6:,.1f} MB"
     unfit = [
         f"{count:,} {what}"
         for count, what in (
@@ -53,10 +53,19 @@ def estimate_text(estimate: Estimate, folder: AnyPath) -> str:
         {
             "images": ", ".join(filter(None, images)),
             "rows": f"{estimate.rows:,}",
-            **_where(size, folder),
+            **_where(size_text(estimate.bytes), folder),
             "time": duration,
         }
     )
+
+
+def size_text(n_bytes: int) -> str:
+    """Return a number of bytes in a suitable unit.
+
+    >>> size_text(16_500_000_000_000), size_text(300_000)
+    ('16,500.0 GB', '0.3 MB')
+    """
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 10**9 else f"{n_bytes / 1e6:,.1f} MB"
 
 
 def _where(size: str, folder: AnyPath) -> dict[str, str]:
@@ -64,7 +73,7 @@ def _where(size: str, folder: AnyPath) -> dict[str, str]:
         return {"in the store": size}
     parents = (folder, *folder.absolute().parents)
     free = shutil.disk_usage(next(each for each in parents if each.exists())).free
-    return {"on the disk": f"{size}, where {free / 1e9:,.1f} GB are free"}
+    return {"on the disk": f"{size}, where {size_text(free)} are free"}
 
 
 def _duration(seconds: float) -> str:
@@ -106,8 +115,7 @@ def export_text(done: ExportReport) -> str:
         lines.insert(1, f"{plural(new, 'image')} in this run, {done.resumed:,} in earlier ones")
     if done.failed:
         reasons = ", ".join(f"{count:,} {code}" for code, count in done.failed.items())
-        again = "; --retry-failed tries them again"
-        lines.insert(1, f"failed: {reasons}{again * bool(done.failed_earlier)}")
+        lines.insert(1, f"failed: {reasons}; --retry-failed tries them again")
     if done.shards_missing:
         finished = done.shards - done.shards_missing
         lines.append(f"a part: {finished:,} of the folder's {plural(done.shards, 'shard')} exist")

@@ -24,7 +24,7 @@ from PIL import (
 )
 
 from qwen_vit.common.installation import install_remedy
-from qwen_vit.errors import ImageError, with_options
+from qwen_vit.errors import TO_ENCODE, ImageError, with_options
 from qwen_vit.images.gif import GifFile
 from qwen_vit.images.image import ImageLimits, check_pixels
 from qwen_vit.images.lookalikes import JSON_SUFFIX, LIST_SUFFIXES, find_lookalike
@@ -153,7 +153,8 @@ def _refused(data: bytes, name: str, on_request: str) -> ImageError:
     known = find_lookalike(data)
     if on_request:
         code, fact = "format", f"of a format that is read only on request ({on_request})"
-        remedy = with_options("pass {}, or convert it to PNG", ("formats", on_request.lower()))
+        remedy = with_options("convert it to PNG, or pass {}", ("formats", on_request.lower()))
+        remedy += TO_ENCODE
     elif known is not None and not known.start:
         code, fact, remedy = known.code, known.fact("an image"), known.remedy
     elif kind := _known_to_pillow(data):

@@ -153,14 +153,14 @@ def check_hosts(hosts: object) -> tuple[str, ...]:
     >>> check_hosts(["Images.example.org", "*.example.org:8443"])
     ('images.example.org', '*.example.org:8443')
     """
-    given = [hosts] if isinstance(hosts, str) else hosts
-    if not isinstance(given, list | tuple) or not all(
-        isinstance(each, str) and HOST.fullmatch(each) for each in given
-    ):
-        raise ArgumentError(
-            with_options("{} is {hosts!r}", "allow_urls", hosts=hosts),
-            expected='names of hosts, such as "images.example.org" or "*.example.org"',
-        )
+    given: Sequence[Any] = hosts if isinstance(hosts, list | tuple) else [hosts]
+    for each in given:
+        if not isinstance(each, str) or not HOST.fullmatch(each):
+            raise ArgumentError(
+                with_options("{} contains {each!r}", "allow_urls", each=each),
+                expected='names of hosts, such as "images.example.org" or "*.example.org", without '
+                "https:// and paths",
+            )
     return tuple(each.lower() for each in given)
 
 

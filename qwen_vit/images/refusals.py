@@ -1,6 +1,6 @@
 """Build the errors that several checks of an encoded image raise."""
 
-from qwen_vit.errors import ImageError, Wording
+from qwen_vit.errors import TO_ENCODE, ImageError, Wording
 
 __all__ = ["address_remedy", "damaged", "lacks_parts", "too_much_memory", "too_slow", "truncated"]
 
@@ -88,6 +88,7 @@ def address_remedy(address: str) -> str:
         "data": "pass its bytes: base64.b64decode(address.partition(',')[2])",
         "https": Wording(
             "download it first, or pass limits with its allow_urls",
-            shell="download it first, or pass its host to `qwen-vit encode --allow-urls`",
-        ),
+            shell="download it first, or pass --allow-urls HOST",
+        )
+        + TO_ENCODE,
     }.get(scheme, "download it first")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwen_vit.common.storage import RemoteObject, is_remote
-from qwen_vit.errors import ExportError, ImageError, display_name, with_options
+from qwen_vit.errors import TO_ENCODE, ExportError, ImageError, display_name, with_options
 from qwen_vit.images.image import ADDRESS
 from qwen_vit.images.refusals import address_remedy
 from qwen_vit.inputs.listing import Item
@@ -143,7 +143,7 @@ def no_image_found(inputs: Sequence[str], left_out: Counter[str]) -> ExportError
     return ExportError(
         f"no image found in {', '.join(map(display_name, inputs))}",
         expected="files in folders and tars to have an extension such as .jpg or .mp4",
-        remedy=with_options("pass {} to read Parquet files", "column")
+        remedy=with_options("to read Parquet files, pass {}", "column") + TO_ENCODE
         if has_parquet
         else "check the inputs",
     )
@@ -178,7 +178,8 @@ def _input_items(
     if ADDRESS.match(given):
         remedy = address_remedy(given)
         if is_https(given):
-            remedy = with_options("list it in a .txt file, and name its host in {}", "allow_urls")
+            remedy = with_options("list it in a .txt file, and pass its host as {}", "allow_urls")
+            remedy += TO_ENCODE
         raise ExportError("an address, not a file", name=given[:80], remedy=remedy)
     if os.path.lexists(given) or not glob.has_magic(given):
         yield from _path_items(given, left_out, columns, may_be_list=True)

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from qwen_vit.common.storage import is_remote
-from qwen_vit.errors import ArgumentError, ExportError, ImageError, display_name, with_options
+from qwen_vit.errors import (
+    TO_ENCODE,
+    ArgumentError,
+    ExportError,
+    ImageError,
+    display_name,
+    with_options,
+)
 from qwen_vit.inputs.listing import MAX_NAME_BYTES, Item
 from qwen_vit.inputs.parquet_file import (
     cannot_read,
@@ -131,7 +138,8 @@ def needs_column(path: str) -> ExportError:
         name=path,
         expected=f"the name of one of its columns of images: {found}" if found else
         "the name of its column of images",
-        remedy=with_options("pass {}", ("column", columns[0]) if columns else "column"),
+        remedy=with_options("pass {}", ("column", columns[0]) if columns else "column")
+        + TO_ENCODE,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwen_vit.errors import ArgumentError, ImageError, QwenVitError, with_options
+from qwen_vit.errors import TO_ENCODE, ArgumentError, ImageError, QwenVitError, with_options
 from qwen_vit.images.image import ImageSource, RgbImage
 from qwen_vit.images.load import load_image
 from qwen_vit.show.colours import PrincipalColours, similarity_map
@@ -173,7 +173,7 @@ def _map_of(features: DenseFeatures, layer: int | None, frame: int) -> Tensor:
             f"no features of layer {layer}",
             name=features.id,
             expected=f"one of its layers: {found}" if found else "",
-            remedy=with_options("encode it with {}", ("layers", (layer,))),
+            remedy=with_options("encode it again, and pass {}", ("layers", (layer,))) + TO_ENCODE,
         )
     if not 0 <= frame < len(frames):
         raise ArgumentError(

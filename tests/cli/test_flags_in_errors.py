@@ -173,9 +173,31 @@ def test_log_lines_name_flags_in_a_shell(
     Path("a.ppm").rename("a.png")
     done = qwen_vit("export", "a.png", "b.png", "--model", "tiny", "--out", "out")
     assert "skipped: a.png: " in done.err
-    assert "Pass --formats ppm" in done.err, done.err
+    assert "or pass --formats ppm" in done.err, done.err
     again = qwen_vit("encode", "a.png", "b.png", "--model", "tiny", "--out", "f.safetensors")
-    assert "Pass --formats ppm" in again.err
+    assert "or pass --formats ppm" in again.err
+
+
+@pytest.mark.parametrize("command", ["show", "compare"])
+def test_an_error_names_the_commands_that_have_its_flag(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qwen_vit: Any
+) -> None:
+    """`show` once recommended its own --formats, which does not exist. The remedy for an address
+    named `encode` alone, also when `export` printed the remedy."""
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.zeros((28, 28, 3), np.uint8)).save("a.ppm")
+    Path("a.ppm").rename("a.png")
+    Path("list.txt").write_text("https://example.org/a.png\n")
+    Path("a.parquet").write_bytes(b"PAR1")
+    owners = " to `qwen-vit encode` or `qwen-vit export`."
+    inputs = {
+        "a.png": "--formats ppm", "https://example.org/a.png": "--allow-urls",
+        **({"list.txt": "--allow-urls", "a.parquet": "--column"} if command == "show" else {}),
+    }  # fmt: skip
+    for given, flag in inputs.items():
+        done = qwen_vit(command, given, "--model", "tiny")
+        assert done.code == 2
+        assert re.search(re.escape(flag) + "( HOST)?" + owners, done.err), done.err
 
 
 def test_python_reads_its_own_names(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -49,7 +50,7 @@ def test_the_command_reports_skipped_files(export_dir: Path, run: Any) -> None:
     code, out, err = run("p", "--out", "out")
     assert code == 1
     assert out.startswith("10 done, 0 to do, 1 failed: 40 rows, 0.0 MB, ")
-    assert "failed: 1 truncated\n" in out
+    assert "failed: 1 truncated; --retry-failed tries them again\n" in out
     assert "manifest: out/manifest.parquet" in out
     assert err.startswith("skipped: x.png: a truncated PNG")
     assert len(err.splitlines()) == 1  # without a terminal, no progress bar
@@ -240,11 +241,26 @@ def test_a_large_export_needs_a_confirmation(
     code, out, err = run("p", "--out", "out")
     assert (code, out) == (2, "")
     assert "out: the export will take about" in err
-    assert "Pass --yes" in err
+    assert "Pass fewer images, or pass --yes to export without a confirmation." in err
     assert shards() == {}
     assert run("p", "--out", "out")[0] == 2  # the second run asks again
     assert run("p", "--out", "out", "--yes")[0] == 1
     assert run("p", "--out", "out")[0] == 0  # an unfinished export needs no confirmation
+
+
+def test_a_full_disk_needs_another_disk(
+    export_dir: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error once read "0.00109 GB; the disk has 0.0 GB free", and recommended --yes."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=300))
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115 - no terminal
+    code, _, err = run("p", "--out", "out")
+    assert code == 2
+    assert re.search(
+        r"out: the export will take about 0\.\d MB, and the disk has 0\.0 MB free\. Pass an --out "
+        r"on another disk, or fewer images\. --yes skips this check\.$", err
+    )  # fmt: skip
+    assert shards() == {}
 
 
 def test_an_answer_of_no_cancels_the_export(
@@ -324,11 +340,12 @@ def test_twenty_failures_are_printed_and_the_others_counted(export_dir: Path, ru
 
 
 def test_the_command_reports_its_waits_and_how_to_retry(export_dir: Path, run: Any) -> None:
+    """The command once named --retry-failed only when it met the failure again."""
     _, out, _ = run("p", "--out", "out", "--profile")
     assert re.search(r"waited for: read and decode \d+%, encode \d+%, copy back \d+%, write", out)
-    assert "--retry-failed" not in out
     _, again, _ = run("p", "--out", "out")
-    assert "failed: 1 truncated; --retry-failed tries them again" in again
+    for each in (out, again):
+        assert "failed: 1 truncated; --retry-failed tries them again" in each
     assert "waited for" not in again
 
 

@@ -114,7 +114,7 @@ def test_commands_take_columns(data: Path, qwen_vit: Callable[..., Any]) -> None
     done = qwen_vit("export", *arguments, "out")
     assert (done.code, done.err.count("Pass --column image")) == (2, 1)
     done = qwen_vit("export", "data", *arguments[1:], "out")
-    assert (done.code, done.err.count("Pass --column to read Parquet files")) == (2, 1)
+    assert (done.code, done.err.count("To read Parquet files, pass --column")) == (2, 1)
     columns = ("--column", "image", "--id-column", "key")
     done = qwen_vit("encode", *arguments, "x.safetensors", *columns)
     assert done.code == 0, done.err

@@ -125,7 +125,7 @@ def test_a_layer_is_drawn_in_place_of_the_output() -> None:
     assert np.array_equal(view.colours, expected.colours)
     with pytest.raises(ArgumentError, match=r"no features of layer 3\. Expected one of its .*: 7"):
         view_features([deep], layer=3)
-    with pytest.raises(ArgumentError, match=r"of layer 7\. Encode it with layers=\(7,\)"):
+    with pytest.raises(ArgumentError, match=r"of layer 7\. Encode it again.* layers=\(7,\)\."):
         view_features([same], layer=7)
 
 
