@@ -39,7 +39,10 @@ __all__ = ["compare"]
 @click.option("--golden", type=FILE, help="Compare with this golden file, without transformers.")
 @click.option("--save-golden", type=FILE, help="Save Hugging Face's results in a golden file.")
 @click.option("--report", type=FILE, help="Write a page with pictures into this folder.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing golden file or report.")
+@click.option(
+    "--overwrite", is_flag=True,
+    help="Replace an existing golden file or report, or write a report into a folder with files.",
+)  # fmt: skip
 @click.option(
     "--attention", type=click.Choice(ATTENTIONS),
     help="Set Hugging Face's attention implementation.  [default: sdpa]",
@@ -99,16 +102,19 @@ def compare(
         images, save_golden=save_golden, keep_maps=report is not None, video=video,
         show_progress=shows_progress(), **options,
     )  # fmt: skip
+    for _, error in comparison.skipped:
+        print_log(f"skipped: {error.text(in_shell=True)}")
     print_data(
         json.dumps(comparison.to_json(), indent=2)
         if as_json
         else as_text(comparison, has_stages=is_verbose())
     )
+    print_written = print_log if as_json else print_data
     if save_golden is not None:
-        print_log(f"wrote {display_name(str(save_golden))}")
+        print_written(f"wrote {display_name(str(save_golden))}")
     if report is not None and comparison.images:
         page = write_report(report, comparison, command=shlex.join(["qwen-vit", *sys.argv[1:]]))
-        print_log(f"wrote {display_name(str(page))}")
+        print_written(f"wrote {display_name(str(page))}")
     elif report is not None:
         print_log(f"wrote nothing to {display_name(str(report))}: no image was compared")
     if not comparison.images:

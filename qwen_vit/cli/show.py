@@ -50,7 +50,7 @@ class _Point(click.ParamType[tuple[float, float]]):
     "--out", type=FILE, default=DEFAULT_OUT, show_default=True,
     help="Write a page (.html), a picture of one image (.png), or a folder with both.",
 )  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace an existing page or pictures.")
+@click.option("--overwrite", is_flag=True, help="Replace existing files of the same names.")
 @click.option(
     "--point",
     type=_Point(),
@@ -105,7 +105,7 @@ def show(
     """
     with slow_imports():
         from qwen_vit.cli.show_input import encode_images, read_stored
-        from qwen_vit.cli.show_output import check_target, write
+        from qwen_vit.cli.show_output import check_target, older_pictures, write
         from qwen_vit.feature_files.describe import holds_features
         from qwen_vit.show.draw import check_packages
         from qwen_vit.show.views import view_features
@@ -146,6 +146,11 @@ def show(
         print_data(json.dumps(report, indent=2))
     else:
         print_data("\n".join(f"wrote {display_name(str(file))}" for file in files))
+    if older := older_pictures(out, files):
+        print_log(
+            f"{display_name(str(out))} still contains {plural(len(older), 'older picture')}, first "
+            f"{older[0]}"
+        )
     if given.failed:
         sys.exit(EXIT_SKIPPED)
 

@@ -1,6 +1,7 @@
 """Write the output of `show`: a page, one picture, or a folder with a page and pictures."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from qwen_vit.show.page import PageText, feature_page
 from qwen_vit.show.sheets import panel_titles
 from qwen_vit.show.views import FeatureViews
 
-__all__ = ["check_target", "write"]
+__all__ = ["check_target", "older_pictures", "write"]
 
 PAGE, PICTURE, FOLDER_PAGE = ".html", ".png", "index.html"
+PICTURE_NAME = re.compile(r"\d{2,}-[A-Za-z0-9_-]{0,40}\.png")  # as `_file_name` returns it
 
 
 def check_target(out: Path, overwrite: bool) -> None:
@@ -76,6 +78,14 @@ def write(
         with atomic_file(path) as file:
             file.write(content)
     return files, _report(out, files, views, given, layer)
+
+
+def older_pictures(out: Path, files: Sequence[Path]) -> list[str]:
+    """Return the names of pictures in a folder that `show` did not write in this run."""
+    if not out.is_dir():
+        return []
+    names = {path.name for path in out.iterdir()} - {file.name for file in files}
+    return sorted(filter(PICTURE_NAME.fullmatch, names))
 
 
 def _sheets(views: FeatureViews) -> list[bytes]:

@@ -88,11 +88,12 @@ def check_report(folder: Path, *, overwrite: bool) -> None:
                 remedy=Wording("pass another folder", shell="pass another --report"),
             )
         check_parent(folder)
-        if (folder / PAGE).exists() and not overwrite:
+        if not overwrite and folder.exists() and any(folder.iterdir()):
             raise ExportError(
-                "already exists",
-                name=str(folder / PAGE),
-                remedy=with_options("pass {} to replace it", ("overwrite", True)),
+                "the folder already contains files",
+                name=str(folder),
+                expected="a new or empty folder",
+                remedy=with_options("pass {} to write into this folder", ("overwrite", True)),
             )
     except OSError as error:
         raise cannot_write(folder, error) from None

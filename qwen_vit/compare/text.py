@@ -105,7 +105,6 @@ def verdict_lines(comparison: Comparison) -> list[str]:
             f"{golden['weights_sha256'][:16]} in the golden): {plural(len(changed), 'tensor')}, "
             f"{', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}"
         )
-    lines += [f"skipped: {error}" for _, error in comparison.skipped]
     for image in comparison.images:
         if image.problems:
             lines.append(

@@ -208,13 +208,14 @@ def test_an_image_that_cannot_be_read_is_skipped_and_ends_with_1(run: Any, tmp_p
     assert [(each["id"], each["code"]) for each in document["skipped"]] == [
         (str(torn), "truncated")
     ]
-    code, out, _ = run(torn, *SMALL)
-    assert (code, "skipped: " in out, "agrees" in out) == (2, True, False)  # as in `encode`
-    assert out.splitlines()[1] == "nothing was compared: every image was skipped"
+    code, out, err = run(torn, *SMALL)
+    assert (code, "skipped: " in out, "agrees" in out) == (2, False, False)
+    assert err.count(f"skipped: {torn}: ") == 1  # as in `encode`
+    assert out.splitlines()[0] == "nothing was compared: every image was skipped"
     saved = tmp_path.parent / f"{tmp_path.name}.safetensors"
     _, out, err = run(CHELSEA, torn, *SMALL, "--save-golden", saved)
     assert "agrees: 1 of 1 image," in out
-    assert err.endswith(f"wrote {saved}\n")
+    assert out.endswith(f"\nwrote {saved}\n")
     code, out, err = run(torn, *SMALL, "--save-golden", tmp_path / "golden.safetensors")
     assert (code, out, list(tmp_path.iterdir())) == (2, "", [torn])
     assert f"not saved: 1 of 1 image failed ({torn}" in err

@@ -120,9 +120,9 @@ def test_a_difference_and_a_skipped_image_are_shown(undrawn: None, tmp_path: Pat
     wrong = replace(comparison(), images=(replace(image, stages=stages),), skipped=skipped)
     tags = Tags(report.write_report(tmp_path / "page", wrong).read_text("utf-8"))
     text = " ".join(tags.text.split())
-    assert "skipped: torn.png is truncated" in text
+    assert "torn.pngskipped torn.png is truncated" in text
     assert "merger: 0.5 from Hugging Face, allowed 1e-05" in text
-    assert text.index("tiny differs from Hugging Face") < text.index("skipped: torn.png")
+    assert text.index("tiny differs from Hugging Face") < text.index("torn.pngskipped")
     badges = [attributes["class"] for tag, attributes in tags.found if tag == "span"]
     assert badges.count("badge bad") == 1  # one for the image; the heading has the summary
 
@@ -239,12 +239,20 @@ def test_other_weights_than_the_goldens_have_no_ratio(undrawn: None, tmp_path: P
     assert "closer" not in page
 
 
-def test_an_existing_page_is_not_overwritten_without_the_option(page: Path) -> None:
-    with pytest.raises(
-        ExportError, match=r"index.html: already exists\. Pass overwrite=True to replace it\."
-    ):
-        report.check_report(page.parent, overwrite=False)
-    report.check_report(page.parent, overwrite=True)
+def test_a_folder_with_files_is_refused_without_the_option(page: Path, tmp_path: Path) -> None:
+    """A report once put its pictures between photographs, which `encode` then took for inputs."""
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    report.check_report(photographs, overwrite=False)
+    (photographs / "a.jpg").touch()
+    for folder in (page.parent, photographs):
+        with pytest.raises(
+            ExportError,
+            match=r": the folder already contains files\. Expected a new or empty folder\. "
+            r"Pass overwrite=True to write into this folder\.",
+        ):
+            report.check_report(folder, overwrite=False)
+        report.check_report(folder, overwrite=True)
 
 
 def test_only_the_pictures_of_an_older_report_are_removed(undrawn: None, tmp_path: Path) -> None:

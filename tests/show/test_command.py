@@ -95,7 +95,20 @@ def test_a_folder_gets_the_page_and_a_picture_of_each(folder: Path, run: Any) ->
     assert (first["id"], first["size_px"], first["windows"]) == ("a.png", [56, 56], 1)
     assert (second["grid_hw"], second["cells_hw"]) == ([4, 6], [4, 6])
     assert "the folder already contains files" in run("p", *TINY, "--out", "out").err
-    assert run("p", *TINY, "--out", "out", "--overwrite").code == 0
+    again = run("p", *TINY, "--out", "out", "--overwrite")
+    assert (again.code, "older picture" in again.err) == (0, False)
+
+
+def test_pictures_of_an_older_page_are_kept_and_named(folder: Path, run: Any) -> None:
+    run("p", *TINY, "--out", "out")
+    Path("out", "holiday.png").touch()
+    done = run("p/b.jpg", *TINY, "--out", "out", "--overwrite")
+    assert (done.code, done.err.splitlines()[-1]) == (
+        0, "out still contains 2 older pictures, first 01-a.png"
+    )  # fmt: skip
+    assert sorted(os.listdir("out")) == [
+        "01-a.png", "01-b.png", "02-b.png", "holiday.png", "index.html"
+    ]  # fmt: skip
 
 
 def test_a_file_without_a_suffix_is_never_replaced(folder: Path, run: Any) -> None:
@@ -114,7 +127,7 @@ def test_a_layer_is_shown(undrawn: None, folder: Path, run: Any) -> None:
     assert "the residual stream after block 1" in Page("show.html").text
     done = run("p", *TINY, "--layer", "9", "--out", "n.html")
     assert (done.code, done.out) == (2, "")
-    assert "layers contains 9. Expected blocks from 0 to 4" in done.err
+    assert done.err == "error: --layer is 9. Expected a block from 0 to 4. Pass another --layer.\n"
 
 
 def test_one_image_becomes_one_picture(folder: Path, run: Any) -> None:
