@@ -18,6 +18,7 @@ __all__ = [
     "HubError",
     "ImageError",
     "QwenVitError",
+    "UnreadableError",
     "Wording",
     "check_choice",
     "display_name",
@@ -48,7 +49,7 @@ IMAGE_CODES = {
     "no-decoder": "PyAV's FFmpeg cannot decode the codec of the video",
     "no-pyav": "the file is a video, and PyAV (the extra `video`) is not installed",
     "no-video": "the file has sound or data, but no video frames",
-    "not-a-file": "the path is a FIFO, socket or device, or a tar's member is no plain file",
+    "not-a-file": "the path is a FIFO, socket or device, or a tar's member is not a plain file",
     "not-an-image": "the content is text, a web page, a git-lfs pointer or unknown bytes",
     "not-finite": "the embeddings contain NaN or infinity",
     "null": "the Parquet row has no image or no id",
@@ -297,7 +298,7 @@ class CheckpointError(QwenVitError, ValueError):
 
 
 class ComparisonError(QwenVitError):
-    """Report that results cannot be compared, for example because a golden file is damaged."""
+    """Report that qwen_vit cannot compare results, for example because a golden file is damaged."""
 
 
 class HubError(QwenVitError):
@@ -306,6 +307,13 @@ class HubError(QwenVitError):
 
 class ExportError(QwenVitError):
     """Report that qwen_vit could not list inputs, or could not write, read or resume features."""
+
+
+class UnreadableError(ExportError):
+    """Report that features are missing, cannot be read or have another schema.
+
+    For damaged features, qwen_vit raises ExportError instead.
+    """
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

@@ -130,7 +130,7 @@ class LoadedTower:
         raise ArgumentError("a VisionEncoder keeps its device and dtype", remedy=remedy)
 
     def encode_patches(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """Encode the output of Hugging Face's processor, like Hugging Face's vision encoder.
+        """Encode the output of Hugging Face's processor, as Hugging Face's vision encoder does.
 
         >>> from qwen_vit import VisionEncoder
         >>> encoder = VisionEncoder.from_pretrained("tiny")

@@ -34,7 +34,7 @@ def pixel_weight_exponent(dtype: torch.dtype) -> int:
     """Return the exponent e of pixel_weight's scale 2**e: 10 for bfloat16, 0 for float32.
 
     With bfloat16, the folded weights are float16, which has 3 more mantissa bits but a smaller
-    range. The factor keeps small weights out of float16's subnormal range.
+    range. The scale keeps small weights out of float16's subnormal range.
 
     >>> pixel_weight_exponent(torch.bfloat16)
     10
@@ -127,8 +127,9 @@ def fp8_column_order(n_columns: int) -> Tensor:
 def interleave_fp8(gate: Tensor, up: Tensor) -> Tensor:
     """Interleave the rows of gate and up, 64 of each, for the e4m3 GEMM with SwiGLU.
 
-    The GEMM's 128 columns are 8 groups of 8 gates and 8 ups. Each of the 4 threads of a row has 2
-    of every 8, and its 16 results are adjacent columns of the 64.
+    Each 128 columns of the GEMM are 8 groups of 8 gate columns and 8 up columns.
+    Each of the 4 threads of a row has 2 of every 8, and its 16 results are adjacent columns of the
+    64.
     """
     halves = [half.unflatten(0, (-1, 4, 8, 2)) for half in (gate, up)]  # (64s, thread, group, 2)
     return torch.stack(halves, 1).movedim(3, 1).flatten(0, 4)  # (64s, group, half, thread, 2)

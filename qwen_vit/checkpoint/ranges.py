@@ -72,7 +72,7 @@ class TransferError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Describe bytes `start` to `end` of `file`, and the place `to` to copy them to."""
+    """Describe the bytes of `file` from `start` up to `end`, and their offset `to` in the copy."""
 
     file: str
     start: int

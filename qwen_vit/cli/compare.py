@@ -33,7 +33,7 @@ from qwen_vit.errors import display_name
 __all__ = ["compare"]
 
 
-@click.command(short_help="Compare with Hugging Face's encoder, stage by stage.")
+@click.command(short_help="Compare the encoder with Hugging Face's, stage by stage.")
 @click.argument("images", nargs=-1, type=NAME)
 @model_option
 @click.option("--golden", type=FILE, help="Compare with this golden file, without transformers.")
@@ -63,7 +63,7 @@ def compare(
     images: tuple[str, ...], save_golden: Path | None, report: Path | None, overwrite: bool,
     as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Compare with Hugging Face's encoder and float64 on IMAGES or videos, stage by stage.
+    """Compare the encoder with Hugging Face's, and both with float64, on IMAGES or videos.
 
     \b
     qwen-vit compare photo.jpg --model tiny --report page

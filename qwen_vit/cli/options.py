@@ -261,7 +261,7 @@ as_video_option = click.option(
 
 
 def take_video_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Move the video options out of `options`, into the arguments `video` and `as_video`."""
+    """Remove the video options from `options`, and return the arguments `video` and `as_video`."""
     from qwen_vit.video.options import VideoOptions
 
     source = click.get_current_context().get_parameter_source

@@ -28,8 +28,8 @@ class InputChanges:
         new: images that the export lacks, or whose earlier listing error is gone.
         moved: images whose place or listing error changed, each with the old file.
         replaced: images in objects of a store whose version changed.
-        is_reordered: whether the ids of the new listing are no prefix of those of the export's only
-            listing. False if the export has several listings.
+        is_reordered: whether the export's only listing does not begin with the ids of the new one.
+            False if the export has several listings.
     """
 
     new: list[Item] = field(default_factory=list)

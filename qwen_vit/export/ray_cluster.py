@@ -320,7 +320,7 @@ def _threads_of_a_shard(wanted: int | None, resources: Mapping[str, float]) -> i
 
 @contextmanager
 def _cluster(address: str | None) -> Iterator[None]:
-    """Connect to a cluster for the block, unless the caller has connected to one."""
+    """Connect to a cluster or start a local one for the block, unless the caller has connected."""
     try:
         import ray
     except ImportError:

@@ -3,12 +3,12 @@
 from typing import Any
 
 from qwen_vit.common.strict_json import is_integer
-from qwen_vit.errors import ExportError
+from qwen_vit.errors import ExportError, UnreadableError
 from qwen_vit.export.folder import ExportFolder
 from qwen_vit.export.versions import made_by_of
 from qwen_vit.feature_files.file import open_shard
 from qwen_vit.feature_files.listed import LISTINGS
-from qwen_vit.feature_files.schema import SHARD, UnreadableError, shard_name
+from qwen_vit.feature_files.schema import SHARD, shard_name
 
 __all__ = ["restore_description"]
 
@@ -17,7 +17,7 @@ OF_LISTING = ("n_images", "listing_sha256")
 
 
 def restore_description(folder: ExportFolder) -> dict[str, Any] | None:
-    """Return the description of an export without its inputs, or None if no shard is intact.
+    """Return an export's description, which lacks the inputs, or None if no shard is intact.
 
     The versions of the first intact shard become those of the export's start, and other versions
     become accepted ones. No shard records the kind of its listing, or which images a later listing

@@ -86,8 +86,8 @@ def export_features(
             of another input, no image is found, two images share an id, or `max_failures`
             consecutive images failed.
         ImageError: An image failed, with on_error="raise".
-        ArgumentError: `encoder` or `options` has another type, `inputs` is no list of paths or is
-            empty, or `decode_threads` is not from 1 to 1,000. The encoder lacks a layer of
+        ArgumentError: `encoder` or `options` has the wrong type, `inputs` is empty or not a list of
+            paths, or `decode_threads` is outside 1 to 1,000. The encoder lacks a layer of
             `options.layers`, or `ec_cache` is given without output="merged".
     """
     if not hasattr(encoder, "image_config"):

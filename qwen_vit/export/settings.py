@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from qwen_vit.common.atomic_file import cannot_write
-from qwen_vit.errors import ExportError, Wording, display_name, plural, with_options
+from qwen_vit.errors import (
+    ExportError,
+    UnreadableError,
+    Wording,
+    display_name,
+    plural,
+    with_options,
+)
 from qwen_vit.export.changes import InputChanges, failed_items
 from qwen_vit.export.folder import OTHER_FOLDER, ExportFolder
 from qwen_vit.export.listings import Listings
@@ -31,7 +38,6 @@ from qwen_vit.feature_files.schema import (
     READABLE,
     SCHEMA_VERSION,
     SHARD,
-    UnreadableError,
     shard_name,
 )
 from qwen_vit.images.image import EXIF_IGNORED
@@ -165,7 +171,7 @@ class StoredExport:
     ) -> None:
         """Raise ExportError if the current settings or inputs differ from those of the export.
 
-        Another name or commit of the model is no difference. With `options.extend`, other inputs
+        Another name or commit of the model does not count. With `options.extend`, other inputs
         are a difference only if an image is in another place. The method accepts, and adds to
         `accepted`, versions that only add a missing decoder. With `options.accept_versions`, it
         accepts all versions.

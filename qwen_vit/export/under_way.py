@@ -1,7 +1,8 @@
 """Record the images that a process is decoding, in a file that remains if the process is killed.
 
 An image can end the decoding process, because the system runs out of memory or a decoder crashes. A
-resumed export first decodes such an image in a child process, so it cannot end the export again.
+resumed export first decodes each recorded image in a child process, so a crash of the decoder does
+not end the export again.
 """
 
 import fcntl

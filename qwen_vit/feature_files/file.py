@@ -15,14 +15,13 @@ from torch import Tensor
 
 from qwen_vit.common.missing_name import missing_name
 from qwen_vit.common.store_path import AnyPath, StorePath, as_path
-from qwen_vit.errors import ExportError, plural
+from qwen_vit.errors import ExportError, UnreadableError, plural
 from qwen_vit.feature_files.collection import Features
 from qwen_vit.feature_files.head import WRITE_AGAIN, cannot_read, open_tensors
 from qwen_vit.feature_files.schema import (
     EMBEDS,
     RESUME,
     StoredFacts,
-    UnreadableError,
     layer_name,
     parse_errors,
     parse_image_facts,

@@ -6,13 +6,12 @@ from safetensors import safe_open
 
 from qwen_vit.common.safetensors_header import read_header
 from qwen_vit.common.store_path import AnyPath, StorePath
-from qwen_vit.errors import CheckpointError, ExportError
+from qwen_vit.errors import CheckpointError, ExportError, UnreadableError
 from qwen_vit.feature_files.ranges import RangedTensors
 from qwen_vit.feature_files.schema import (
     EMBEDS,
     INTEGERS,
     METADATA_KEY,
-    UnreadableError,
     parse_metadata,
 )
 

@@ -17,14 +17,13 @@ from qwen_vit.common.missing_name import missing_name
 from qwen_vit.common.safetensors_header import read_header
 from qwen_vit.common.store_cache import cache_folder
 from qwen_vit.common.store_path import AnyPath, StorePath, as_path
-from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, plural
+from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, UnreadableError, plural
 from qwen_vit.feature_files.collection import Features
 from qwen_vit.feature_files.file import FeatureFile, file_content, open_shard
 from qwen_vit.feature_files.head import cannot_read
 from qwen_vit.feature_files.listed import ListedImages
 from qwen_vit.feature_files.schema import (
     RESUME,
-    UnreadableError,
     read_description,
     shard_name,
 )
@@ -255,7 +254,7 @@ def load_features(
 
     >>> load_features("no-such-file.safetensors")
     Traceback (most recent call last):
-    qwen_vit.errors.ExportError: no-such-file.safetensors: does not exist. Expected a feature \
+    qwen_vit.errors.UnreadableError: no-such-file.safetensors: does not exist. Expected a feature \
 file of `qwen-vit encode` or a folder of `qwen-vit export`. Check the path.
 
     Args:

@@ -2,8 +2,8 @@
 
 A feature file is one safetensors file. The file contains `image_embeds` (T, D), `image_grid_thw`
 (N, 3) int64 and `image_token_offsets` (N + 1,) int64. Image i has the rows offsets[i] : offsets[i +
-1]. Each block k of `layers` adds `layer_k` (P, C), with a row for each of an image's t * h * w
-patches. The metadata is a single key with sorted JSON, because the same features must give the same
+1]. Each block k of `layers` adds `layer_k` (P, C), with a row for each patch of all images. The
+metadata is a single key with sorted JSON, because the same features must give the same
 bytes, and safetensors would write several keys in random order.
 
 Every file of schema 2 has the keys of `FILE_FACTS`. The list `images` contains an object for each
@@ -40,7 +40,7 @@ from qwen_vit.common.strict_json import (
     read_json,
     short_repr,
 )
-from qwen_vit.errors import CheckpointError, ExportError, ImageError
+from qwen_vit.errors import CheckpointError, ExportError, ImageError, UnreadableError
 from qwen_vit.features import UNKNOWN_SIZE, FailedImage, FeatureOutput, ImageFeatures
 
 __all__ = [
@@ -56,7 +56,6 @@ __all__ = [
     "ItemFacts",
     "RowFacts",
     "StoredFacts",
-    "UnreadableError",
     "layer_name",
     "n_bytes_of",
     "parse_errors",
@@ -83,10 +82,6 @@ RESTORE = (
     "export.json"
 )
 OTHER_SCHEMA = "read it with the version of qwen_vit that wrote it"
-
-
-class UnreadableError(ExportError):
-    """Report that features cannot be read, although no byte of them is known to be damaged."""
 
 
 # The keys of a file's metadata, except `ids`, `images` and `schema_version`.
@@ -307,7 +302,8 @@ def _is_right(facts: StoredFacts) -> bool:
 
 
 def read_description(path: AnyPath, names: Iterable[str] = ()) -> dict[str, Any]:
-    """Read an export's description. `names` are the names in its folder."""
+    """Read an export's description. If it is missing, `names`, the names in its
+    folder, show whether there are shards."""
     if not path.is_file():
         has_shards = any(map(SHARD.fullmatch, names))
         raise (ExportError if has_shards else UnreadableError)(

@@ -10,11 +10,11 @@ from typing import Any
 
 from qwen_vit.common.store_path import as_path
 from qwen_vit.common.tensors import all_finite
-from qwen_vit.errors import ExportError, display_name, plural
+from qwen_vit.errors import ExportError, UnreadableError, display_name, plural
 from qwen_vit.feature_files.file import FeatureFile
 from qwen_vit.feature_files.listed import listings_of
 from qwen_vit.feature_files.read import FeatureFolder, open_features
-from qwen_vit.feature_files.schema import RESUME, UnreadableError, rows_by_tensor, shard_name
+from qwen_vit.feature_files.schema import RESUME, rows_by_tensor, shard_name
 from qwen_vit.feature_files.writer import rows_sha256
 
 __all__ = ["Verification", "verify_features"]

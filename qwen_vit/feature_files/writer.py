@@ -136,7 +136,7 @@ class FeatureWriter:
     def save(self, facts: Mapping[str, Any], path: Path | None = None) -> None:
         """Write the header with these `facts`, and rename the temporary file to `path`.
 
-        `path` must be in the folder of `self.path`, which is the default.
+        `path` must be in the folder of `self.path`. The default is `self.path`.
         """
         path = path or self.path
         head = build_head(

@@ -122,7 +122,7 @@ def decode_pil(
 def _to_rgb(
     image: Image.Image, name: str, deep: bool, exif: ExifPolicy, turned: int | None
 ) -> tuple[Image.Image, tuple[str, ...]]:
-    """Run `to_rgb`, and handle the orientation `turned` that Pillow already applied to a TIFF."""
+    """Run `to_rgb`. Note the orientation `turned` of a TIFF, or undo it for exif="ignore"."""
     picture, notes = to_rgb(image, name, deep, exif)
     if turned is None:
         return picture, notes

@@ -22,8 +22,8 @@ PAUSES_S = (0.1, 1.0)
 
 
 def read_item(item: Item, limits: ImageLimits) -> bytes:
-    """Return an image's bytes. Try again up to twice after an I/O error in TRANSIENT whose code is
-    not "slow".
+    """Return an image's bytes. Try again up to twice after an I/O error in TRANSIENT, but not after
+    the code "slow".
 
     >>> rocket = Item("rocket", "tests/photographs/rocket.jpg")
     >>> read_item(rocket, ImageLimits())[:3]

@@ -74,8 +74,8 @@ def to_hf(
         of all videos, and `image_grid_thw` and `video_grid_thw` contain their grids, (n, 3) int64.
 
     Raises:
-        ArgumentError: transformers is missing or too old. There are no features, or an item is not
-            features or has an invalid grid. The grid of ImageFeatures in `features` has several
+        ArgumentError: transformers is missing or too old. `features` is empty, or an item has
+            another type or an invalid grid. The grid of ImageFeatures in `features` has several
             time steps. `second_per_grid_ts` does not give one number above 0 for each video.
             `input_ids` is not a tensor (batch, sequence), or its runs of placeholder tokens do not
             have the lengths of the items.

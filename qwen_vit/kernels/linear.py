@@ -276,8 +276,8 @@ def normed_linear(
 ) -> torch.Tensor:
     """Return `epilogue(rms_norm(stream) @ weight.T + bias)`. `weight` includes the norm's weight.
 
-    The epilogue `plain` maps (N, C) to (N, O), and `swiglu`, silu(gate) * up, maps (N, C) to (N,
-    I). For `swiglu`, groups of 8 rows of `weight` (2 I, C) alternate between gate and up.
+    For a stream (N, C), the epilogue `plain` gives (N, O), and `swiglu`, silu(gate) * up, (N, I).
+    For `swiglu`, groups of 8 rows of `weight` (2 I, C) alternate between gate and up.
     """
     x = stream.values
     if x.device.type == "cpu":

@@ -61,8 +61,8 @@ def _fp8_gemm(
 
     `x`, `weight`, `residual` and `out` are tensor descriptors with TMA, otherwise pointers. For
     swiglu, `out` is e4m3, half as wide, and `beside` are its scales. The row scale is 1 / rms, from
-    SQUARES chunks of sums of squares. For a residual, `out` is the sum, and `beside` (N / 128, M)
-    are its sums of squares.
+    SQUARES chunks of sums of squares, or 1 without them. For a residual, `out` is the sum, and
+    `beside` (N / 128, M) are its sums of squares.
     """
     i_m, i_n = first_row_and_column(M, N, BM, BN, GROUP)
     o_m = i_m + tl.arange(0, BM)  # [BM]

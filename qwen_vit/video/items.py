@@ -22,7 +22,7 @@ __all__ = ["open_video_item", "patches_by_header", "video_of_item"]
 
 @contextmanager
 def open_video_item(item: Item, limits: VideoLimits) -> Iterator[tuple[BinaryIO | None, str]]:
-    """Yield an open file, or None for a whole file on the disk, and the video bytes' SHA-256.
+    """Yield a pair: an open file (None for a whole file on the disk), and the bytes' SHA-256.
 
     The open file is a tar member, or a temporary copy of a video in object storage. The function
     removes the copy when the block ends.

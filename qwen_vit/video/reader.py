@@ -132,8 +132,8 @@ class FileFrames:
         return picture if self._turn is None else picture.transpose(self._turn)
 
     def memory(self, frame: Any) -> FrameMemory:
-        """Return the bytes of a decoded, upright frame, 4 per pixel and row by row, in any
-        thread."""
+        """Turn a decoded frame upright, and return its bytes, 4 per pixel, row by row.
+        Thread-safe."""
         if self._turn is not None or frame.width % WHOLE_WIDTH:
             return memory_of(self.upright(frame))
         plane = frame.reformat(format="rgb0", threads=1).planes[0]

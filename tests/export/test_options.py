@@ -156,7 +156,7 @@ def test_a_failure_to_list_inputs_does_not_blame_the_output(
         yield from find_items(["p/0.png"])
         raise OSError(errno.EIO, "Input/output error", "p")
 
-    monkeypatch.setattr(plan_module, "find_items", items)
+    monkeypatch.setattr("qwen_vit.export.list_inputs.find_items", items)
     with pytest.raises(
         ExportError, match=r"p: cannot be listed \(Input/output error\)\. Check its"
     ):

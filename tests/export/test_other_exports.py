@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from qwen_vit.errors import ExportError
-from qwen_vit.export import plan as plan_module
 from qwen_vit.export.estimate import estimate_export
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.feature_files.read import load_features
@@ -149,7 +148,7 @@ def reword_listing_errors(patch: pytest.MonkeyPatch, code: str | None = None) ->
             words = item.error and (code or item.error[0], f"{item.id} was worded differently")
             yield replace(item, error=words)
 
-    patch.setattr(plan_module, "find_items", items)
+    patch.setattr("qwen_vit.export.list_inputs.find_items", items)
 
 
 def list_as_before(folder: Path) -> None:

@@ -25,9 +25,9 @@ def to_sglang(features: AnyFeatures) -> list[dict[str, Any]]:
     Raises:
         ExportError: The features are not finite merged tokens of one width and dtype, or an image
             failed.
-        ArgumentError: There are no features, or an item is not features or has an invalid grid. An
-            item is VideoFeatures, or its grid has several time steps. SGLang 0.5.23 passes a
-            video's features to its tower as pixels, and its scheduler then crashes for every user.
+        ArgumentError: `features` is empty, or an item has another type or an invalid grid. An item
+            is VideoFeatures, or its grid has several time steps. SGLang 0.5.23 passes a video's
+            features to its tower as pixels, and its scheduler then crashes for every user.
     """
     images = check_features(features)
     embeds, grids = rows_and_grids(images)

@@ -62,7 +62,7 @@ class Qwen2_5_VLForConditionalGeneration(  # noqa: N801  # SGLang finds models b
             ) from error
         if version("sglang") not in RUN_WITH:
             logger.warning(
-                "qwen_vit was tested with SGLang %s, not with %s. This version has the "
+                "We tested qwen_vit with SGLang %s, not with %s. This version has the "
                 "names that qwen_vit needs, so qwen_vit continues.",
                 " and ".join(RUN_WITH), version("sglang"),
             )  # fmt: skip

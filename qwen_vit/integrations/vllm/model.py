@@ -226,7 +226,7 @@ if names := _missing_names():
     Qwen2_5_VLForConditionalGeneration = theirs.Qwen2_5_VLForConditionalGeneration  # type: ignore[misc]
 elif vllm.__version__.split("+")[0] not in RUN_WITH:
     logger.warning(
-        "qwen_vit was tested with vLLM %s, not with %s. This version has the names that "
+        "We tested qwen_vit with vLLM %s, not with %s. This version has the names that "
         "qwen_vit needs, so qwen_vit continues.",
         " and ".join(RUN_WITH), vllm.__version__,
     )  # fmt: skip
