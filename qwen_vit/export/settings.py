@@ -214,8 +214,10 @@ class StoredExport:
             if "inputs" in self.description:  # otherwise export.json is missing or damaged
                 resume = f", or only --resume {self.folder}"
                 ways[0] += Wording(", or inputs of None", shell=resume)
-            if changes.new and is_same_start:
-                ways.append(with_options("to add the new images, pass {}", ("extend", True)))
+            lost = [item for item in changes.gone if item.error is not None]
+            if (changes.new or lost) and is_same_start:
+                aim = "add the new images" if changes.new else "withdraw the inputs that failed"
+                ways.append(with_options(f"to {aim}, pass {{}}", ("extend", True)))
         ways.append("to start a new export, " + OTHER_FOLDER)
         if not has_shards(self.folder):
             ways[-1] += f", or delete {self.folder / SETTINGS}: no shard exists yet"

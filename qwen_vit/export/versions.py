@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["MADE_BY", "adds_only_decoders", "flat", "made_by_of", "makers_in"]
+__all__ = ["MADE_BY", "POLICY", "adds_only_decoders", "flat", "made_by_of", "makers_in"]
 
 MADE_BY = ("versions", "gpu")  # `accept_versions` allows changes of these
 POLICY = "image_policy"  # it names the decoder of videos

@@ -88,7 +88,8 @@ def _entries(description: Mapping[str, Any], path: AnyPath) -> list[Mapping[str,
 
 
 def _is_entry(entry: Any) -> bool:
-    if not isinstance(entry, dict) or not isinstance(entry.get("withdrawn", []), list):
+    withdrawn = entry.get("withdrawn", []) if isinstance(entry, dict) else None
+    if not isinstance(withdrawn, list) or not all(isinstance(name, str) for name in withdrawn):
         return False
     n_images = entry.get("n_images")
     return is_integer(n_images) and n_images >= 0 and isinstance(entry.get("listing_sha256"), str)

@@ -56,6 +56,7 @@ __all__ = [
     "ItemFacts",
     "RowFacts",
     "StoredFacts",
+    "check_description",
     "layer_name",
     "n_bytes_of",
     "parse_errors",
@@ -314,8 +315,7 @@ def read_description(path: AnyPath, names: Iterable[str] = ()) -> dict[str, Any]
         )
     try:
         description = read_json(path)
-        for name in ("n_images", "shard_size"):
-            check_integer(description.get(name), name, 2**63)
+        check_description(description)
     except CheckpointError as error:
         if isinstance(error.__cause__, OSError):
             raise UnreadableError.of(error) from None
@@ -323,6 +323,23 @@ def read_description(path: AnyPath, names: Iterable[str] = ()) -> dict[str, Any]
         raise ExportError.of(error, name=str(path), remedy=RESTORE) from None
     _check_schema_version(description, path)
     return description
+
+
+def check_description(description: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a value of another type."""
+    for name in ("n_images", "shard_size"):
+        check_integer(description.get(name), name, 2**63)
+    objects = {name: description.get(name, {}) for name in ("inputs", "image_policy", "versions")}
+    accepted = description.get("accepted", [])
+    for number, value in enumerate(accepted if isinstance(accepted, list) else [accepted]):
+        objects[f"accepted[{number}]"] = value
+    if isinstance(objects["inputs"], dict):
+        paths = objects["inputs"].get("paths") or []
+        is_right = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
+        objects["inputs.paths"] = {} if is_right else paths
+    for name, value in objects.items():
+        if not isinstance(value, dict):
+            raise CheckpointError(f"its {name} is {short_repr(value)}", expected="an object")
 
 
 def read_listing(path: AnyPath, n_images: int) -> list[str]:
