@@ -8,6 +8,8 @@ from qwen_vit.common.storage import is_remote
 from qwen_vit.errors import ExportError, display_name
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.lists import JSON_SUFFIX, LIST_SUFFIXES
+from qwen_vit.inputs.suffixes import suffix_of
+from qwen_vit.inputs.tars import COMPRESSED_TARS, MEDIA_SUFFIXES, TAR_SUFFIX
 
 __all__ = ["Overlap"]
 
@@ -16,7 +18,7 @@ class Overlap:
     """Find images inside a folder that is another input, and files that have two names.
 
     Images of lists and of object storage are not checked. With several inputs, the memory grows
-    with the number of images outside folders and lists.
+    with the number of files outside folders and lists, but not with the images inside a file.
     """
 
     def __init__(self, inputs: Sequence[str]) -> None:
@@ -26,7 +28,7 @@ class Overlap:
             if not is_remote(given) and os.path.isdir(given)
         }
         self._is_needed = len(inputs) > 1
-        self._ids: dict[tuple[str, int | None, int | None], str] = {}
+        self._ids: dict[str, str] = {}  # the first id of each file
 
     def checked(self, given: str, items: Iterator[Item]) -> Iterator[Item]:
         """Yield the items of an input. Raise ExportError for an image of another input."""
@@ -37,12 +39,16 @@ class Overlap:
             self._check_place(given, path)
             yield from items
         else:
+            source = folder = ""
             for item in items:
-                self._check_place(item.id, Path(item.source))
-                key = (item.source, item.offset, item.row)
-                other = self._ids.setdefault(key, item.id)
-                if other != item.id:
-                    raise _twice(item.id, f"the same file as {display_name(other)}")
+                if item.source != source:  # the images of a tar follow each other
+                    source = item.source
+                    if _is_taken(item) and os.path.dirname(source) != folder:
+                        folder = os.path.dirname(source)
+                        self._check_place(item.id, Path(source))
+                    other = self._ids.setdefault(source, item.id)
+                    if other != item.id:
+                        raise _twice(item.id, f"the same file as {display_name(other)}")
                 yield item
 
     def _check_place(self, name: str, path: Path) -> None:
@@ -50,6 +56,12 @@ class Overlap:
             if above in self._folders:
                 folder = display_name(self._folders[above])
                 raise _twice(name, f"also in the folder {folder}, which is another input")
+
+
+def _is_taken(item: Item) -> bool:
+    """Return whether the search of a folder also returns the file of an item."""
+    is_tar = item.source.lower().endswith((TAR_SUFFIX, *COMPRESSED_TARS))
+    return is_tar or item.row is not None or suffix_of(item.source) in MEDIA_SUFFIXES
 
 
 def _twice(name: str, fact: str) -> ExportError:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from qwen_vit.errors import ExportError
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.inputs.find import find_items
+from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.overlap import Overlap
 from qwen_vit.video.options import VideoOptions
 from tests.support import ROOT
 from tests.support.encoders import picture, png, tiny
@@ -53,6 +56,26 @@ def test_a_list_may_repeat_an_image_of_a_folder() -> None:
     assert len(list(find_items(["im", "list.jsonl"]))) == 5
     assert len(list(find_items(["im", "im/names.txt"]))) == 4
     assert len(list(find_items(["im/a.png", "im/sub", "im/c.tar"]))) == 3
+
+
+def test_a_file_that_the_search_of_a_folder_skips_is_accepted() -> None:
+    Path("im/scan").write_bytes(png(picture(56, 56)))
+    Path("im/table.parquet").write_bytes(b"")
+    found = [item.id for item in find_items(["im", "im/scan", "im/table.parquet"])]
+    assert found == ["a.png", "c.tar/d.png", "sub/b.png", "im/scan", "im/table.parquet"]
+
+
+def test_the_images_of_a_tar_take_no_memory() -> None:
+    Path("other").mkdir()
+    overlap = Overlap(["a.tar", "b.tar", "other"])
+    source = str(Path("a.tar").absolute())
+    items = (Item(f"a.tar/{n}.jpg", source, offset=n, size=1) for n in range(50_000))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in overlap.checked("a.tar", items)) == 50_000
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
 
 
 # Options without effect
