@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from qwen_vit.common.missing_name import missing_name
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.feature_files.write import write_features
 from tests.support.features import METADATA, features_of
@@ -99,3 +100,10 @@ def test_files_folders_and_subsets_can_be_pickled(folder: Folder) -> None:
         other = pickle.loads(pickle.dumps(each))
         assert list(other.ids) == list(each.ids)
         assert torch.equal(other[0].embeds, each[0].embeds)
+
+
+def test_a_missing_long_id_is_not_compared_with_every_id() -> None:
+    """A comparison of two ids of 3,000 characters takes milliseconds."""
+    for length, expected in ((100, "Did you mean 'xxx"), (3_000, "images, such as 'xxx")):
+        names = [f"{'x' * length}{number}" for number in range(200)]
+        assert expected in missing_name(f"{'x' * length}-", "f.safetensors", names)
