@@ -245,6 +245,8 @@ def _begin_or_resume(
         if found is None:  # another process removed its settings after the check
             raise ExportError("no export to resume", name=str(folder), remedy="start a new export")
         warn_of_new(folder, options)
+        if paths is None:
+            inputs = read_description(folder)["inputs"]
         stored = StoredExport.new(folder, settings, found, inputs)
         if scratch is None:
             stored.save()

@@ -238,3 +238,18 @@ def test_values_of_another_type_in_the_settings_are_damage(
             read("out")
     export(encoder=NeverAsked())
     assert files() == before
+
+
+# Recorded inputs
+
+
+def test_resuming_a_declined_export_keeps_its_recorded_inputs(growing_dir: Path) -> None:
+    def decline(_: Any) -> None:
+        raise ExportError("declined")
+
+    with pytest.raises(ExportError, match="declined"):
+        export(confirm=decline)
+    before = SETTINGS.read_bytes()
+    export_features(FakeEncoder(), None, "out", OPTIONS)
+    assert SETTINGS.read_bytes() == before
+    assert json.loads(before)["inputs"]["paths"] == ["p"]

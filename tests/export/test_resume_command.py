@@ -140,8 +140,11 @@ def test_a_damaged_description_has_a_remedy_that_works(run: Any) -> None:
 def test_settings_of_another_type_are_refused(run: Any) -> None:
     run(*START)
     settings = json.loads(Path("out/export.json").read_text())
-    Path("out/export.json").write_text(json.dumps({**settings, "image_policy": 5}))
-    code, _, err = run("--resume", "out")
-    assert code == 2
-    assert "its settings cannot be read" in err
-    assert "Pass another --out." in err
+    for changes, words in (
+        ({"limits": 5}, ("its settings cannot be read", "Pass another --out.")),
+        ({"image_policy": 5}, ("its image_policy is 5", "which restores export.json.")),
+    ):
+        Path("out/export.json").write_text(json.dumps({**settings, **changes}))
+        code, _, err = run("--resume", "out")
+        assert code == 2
+        assert all(each in err for each in words)
