@@ -7,13 +7,16 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from contextlib import suppress
 from email.parser import Parser
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import qwen_vit
@@ -218,6 +221,15 @@ def test_every_pin_satisfies_its_requirement() -> None:
         if requirement.name != PROJECT["name"]:
             (pin,) = pins[canonicalize_name(requirement.name)].specifier
             assert requirement.specifier.contains(pin.version), line
+
+
+def test_every_pin_accepts_the_oldest_python() -> None:
+    """A pin that required Python 3.11.5 once broke the installation on Debian 12, with 3.11.2."""
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    for name in constraints():
+        with suppress(PackageNotFoundError):  # the pins of extras that this machine lacks
+            accepted = metadata(name)["Requires-Python"] or ""
+            assert SpecifierSet(accepted).contains(oldest), f"{name}: {accepted}"
 
 
 def test_the_pins_fit_a_machine_with_a_gpu_and_one_without() -> None:
