@@ -9,8 +9,10 @@ from qwen_vit.checkpoint.hub import Download, Source
 from qwen_vit.checkpoint.load import config_hash, load_checkpoint
 from qwen_vit.checkpoint.published import published_checkpoints
 from qwen_vit.checkpoint.tower_names import expected_tensors
+from qwen_vit.errors import ArgumentError
 from qwen_vit.images.load import load_image
 from qwen_vit.images.patches import patchify
+from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, suffix_of
 
 __all__ = ["describe", "describe_download", "licence_of"]
 
@@ -43,6 +45,12 @@ def describe(source: Source, image: str | os.PathLike[str] | None = None) -> dic
         "image_config": image_config.to_json(),
     }
     if image is not None:
+        if suffix_of(os.fspath(image)) in VIDEO_SUFFIXES:
+            raise ArgumentError(
+                "a video, and --image counts the tokens of an image",
+                name=os.fspath(image),
+                remedy="run `qwen-vit export --dry-run` for the tokens of a video",
+            )
         rgb = load_image(image)
         [grid] = patchify(rgb.picture, image_config, name=rgb.name).grids
         facts["image"] = {

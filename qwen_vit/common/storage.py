@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple
 
 from qwen_vit.common.installation import install_command
-from qwen_vit.errors import ExportError
+from qwen_vit.errors import UnreadableError
 
 __all__ = [
     "BLOCK_BYTES",
@@ -295,6 +295,8 @@ def _info(files: Any, path: str) -> Any:
 def files_of(address: str) -> tuple[Any, str]:
     """Return the file system of an address, and the address in that file system's form."""
     scheme, _, path = address.partition("://")
+    if not path.partition("/")[0]:
+        raise OSError(errno.EINVAL, "names no bucket")
     files = _filesystem(scheme.lower())
     return files, path if is_s3(files) else files._strip_protocol(address)
 
@@ -309,7 +311,7 @@ def _filesystem(scheme: str) -> Any:
         return fsspec.filesystem(scheme, use_listings_cache=False, **settings)
     except ImportError as error:
         command = install_command(EXTRAS[scheme]) if scheme in EXTRAS else "pip install fsspec"
-        raise ExportError(
+        raise UnreadableError(
             f"{scheme}:// needs a package that is not installed ({error})",
             remedy=f"run {command}",
         ) from None
@@ -341,7 +343,7 @@ def os_errors() -> Iterator[None]:
     """Convert every error of a store's packages to an OSError."""
     try:
         yield
-    except (ExportError, ReplacedError):
+    except (UnreadableError, ReplacedError):
         raise
     except Exception as error:
         kind = type(error).__name__

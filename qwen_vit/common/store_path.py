@@ -18,6 +18,7 @@ from qwen_vit.common.storage import (
     storage_errors,
 )
 from qwen_vit.common.store_cache import read_cached
+from qwen_vit.errors import ArgumentError
 
 __all__ = ["AnyPath", "PathOrAddress", "StorePath", "as_path"]
 
@@ -123,12 +124,24 @@ PathOrAddress: TypeAlias = str | os.PathLike[str] | StorePath
 def as_path(path: PathOrAddress) -> AnyPath:
     """Return a path on this machine, or an address in object storage.
 
+    Raises ArgumentError for an address without a bucket.
+
     >>> as_path("s3://bucket/features")
     StorePath(address='s3://bucket/features')
     """
     if isinstance(path, StorePath):
         return path
-    return StorePath(path) if isinstance(path, str) and is_remote(path) else Path(path)
+    if not (isinstance(path, str) and is_remote(path)):
+        return Path(path)
+    scheme, _, place = path.partition("://")
+    if not place.partition("/")[0]:  # for example of an empty variable
+        raise ArgumentError(
+            "names no bucket",
+            name=path,
+            expected=f"{scheme}://BUCKET/NAME",
+            remedy="check the address",
+        )
+    return StorePath(path)
 
 
 class _Ranges(io.RawIOBase):

@@ -30,6 +30,8 @@ def text_list_items(path: str) -> Iterator[Item]:
 
 def stdin_items() -> Iterator[Item]:
     """Yield the images of a list on standard input. Paths are relative to the current folder."""
+    if sys.stdin is None:  # the caller started this process without one
+        raise ExportError("closed", name="standard input", remedy="pipe a list of paths into it")
     for _, line in _bounded_lines(sys.stdin.buffer, "standard input"):
         if line.strip():
             path = os.fsdecode(line.rstrip(b"\r\n"))

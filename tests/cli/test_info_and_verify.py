@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qwen_vit.cli.verification import Findings
+from qwen_vit.common import storage
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
@@ -271,3 +273,19 @@ def test_info_on_a_broken_image_or_checkpoint_ends_with_2(folder: Path, run: Any
     assert "error: " in torn.err
     assert "model/model.safetensors" in torn.err
     assert "Traceback" not in torn.err
+
+
+def test_a_missing_package_is_an_error_and_no_damage(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`verify` once reported damage with exit code 1, so scripts would export again."""
+
+    def missing(*_: Any, **__: Any) -> None:
+        raise ImportError("install gcsfs")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    storage._filesystem.cache_clear()
+    for command in ("verify", "info"):
+        done = run(command, "gs://bucket/export")
+        assert (done.code, done.out) == (2, "")
+        assert "gs:// needs a package that is not installed (install gcsfs). Run" in done.err

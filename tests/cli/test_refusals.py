@@ -139,7 +139,25 @@ BAD_USAGE = {
     "info without": (("info",), "Missing argument 'MODEL|FEATURES'"),
     "odd name": (("info", "tiny", "--image", "\x1b[31mred\n"), r"'\x1b[31mred\n': does not exist"),
     "no name": (("info", "tiny", "--image", ""), "'': does not exist"),
+    "a video as --image": (
+        ("info", "tiny", "--image", "clip.mp4"),
+        "clip.mp4: a video, and --image counts the tokens of an image. Run",
+    ),
 }
+for number, (scheme, command) in enumerate(  # an empty variable gives s3://$BUCKET no bucket
+    [
+        ("s3://", ("export", "a.png", "--model", "tiny", "--out", "s3://")),
+        ("gs://", ("export", "--resume", "gs://")),
+        ("s3://", ("info", "s3://")),
+        ("az://", ("verify", "az://")),
+        ("s3://", ("show", "s3://")),
+    ]
+):
+    BAD_USAGE[f"no bucket {number}"] = (command, f"error: {scheme}: names no bucket. Expected")
+BAD_USAGE["an input without a bucket"] = (
+    ("export", "s3:///k", "--model", "tiny", "--out", "out"),
+    "error: s3:///k: is not a valid address (names no bucket). Check the address.",
+)
 
 
 @pytest.mark.parametrize("fault", BAD_USAGE)

@@ -133,3 +133,11 @@ def test_a_skipped_image_has_a_separate_line_above_the_progress_bar(folder: Path
     done = in_a_terminal(line, folder)
     assert "3/3" in done
     assert re.search(r"(^|[\r\n])\s*skipped: broken\.png: a truncated PNG[^|]*\n", done)
+
+
+@pytest.mark.parametrize("command", ["encode - --out f.safetensors", "export - --out f"])
+def test_a_list_on_a_closed_stdin_is_an_error_of_one_line(folder: Path, command: str) -> None:
+    """Some supervisors start jobs without a standard input; this once printed a traceback."""
+    done = piped(f"qwen-vit {command} --model tiny --device cpu <&-", folder)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"error: standard input: closed. Pipe a list of paths into it.\n"
