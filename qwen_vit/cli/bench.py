@@ -16,12 +16,13 @@ from qwen_vit.cli.options import (
     source_options,
     verbosity_options,
 )
+from qwen_vit.cli.sections import SectionedCommand
 from qwen_vit.workloads import WORKLOADS
 
 __all__ = ["bench"]
 
 
-@click.command(short_help="Time the tower on this GPU against its roofline.")
+@click.command(cls=SectionedCommand, short_help="Time the tower on this GPU against its roofline.")
 @model_option
 @click.option(
     "--workload", "workloads", multiple=True, type=click.Choice(tuple(WORKLOADS)),

@@ -26,6 +26,7 @@ from qwen_vit.cli.options import (
     verbosity_options,
     video_options,
 )
+from qwen_vit.cli.sections import SectionedCommand
 from qwen_vit.common.progress import shows_progress
 from qwen_vit.compare.choices import ATTENTIONS, PROCESSORS
 from qwen_vit.errors import display_name
@@ -33,7 +34,9 @@ from qwen_vit.errors import display_name
 __all__ = ["compare"]
 
 
-@click.command(short_help="Compare the encoder with Hugging Face's, stage by stage.")
+@click.command(
+    cls=SectionedCommand, short_help="Compare the encoder with Hugging Face's, stage by stage."
+)
 @click.argument("images", nargs=-1, type=NAME)
 @model_option
 @click.option("--golden", type=FILE, help="Compare with this golden file, without transformers.")

@@ -8,11 +8,12 @@ import click
 from qwen_vit.cli.console import print_data
 from qwen_vit.cli.imports import slow_imports
 from qwen_vit.cli.options import json_option, model_argument, source_options, verbosity_options
+from qwen_vit.cli.sections import SectionedCommand
 
 __all__ = ["download"]
 
 
-@click.command(short_help="Fetch a checkpoint's vision tower.")
+@click.command(cls=SectionedCommand, short_help="Fetch a checkpoint's vision tower.")
 @model_argument
 @click.option("--full", is_flag=True, help="Download whole shards and check the Hub's sha256.")
 @json_option

@@ -34,6 +34,7 @@ from qwen_vit.cli.options import (
     verbosity_options,
     video_options,
 )
+from qwen_vit.cli.sections import SectionedCommand
 from qwen_vit.errors import display_name
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["encode"]
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("images", nargs=-1, required=True, type=NAME)
 @model_option
 @click.option("--out", required=True, type=FILE, help="Write this feature file.")

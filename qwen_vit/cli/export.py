@@ -41,6 +41,7 @@ from qwen_vit.cli.options import (
     verbosity_options,
     video_options,
 )
+from qwen_vit.cli.sections import SectionedCommand
 from qwen_vit.common.progress import shows_progress
 from qwen_vit.errors import ExportError, QwenVitError, Wording, display_name, plural, with_options
 
@@ -63,7 +64,7 @@ OF_START = (
 )  # fmt: skip
 
 
-@click.command(short_help="Encode many images into a folder, or resume.")
+@click.command(cls=SectionedCommand, short_help="Encode many images into a folder, or resume.")
 @click.argument("inputs", nargs=-1, type=NAME)
 @model_name_option
 @click.option(

@@ -17,12 +17,13 @@ from qwen_vit.cli.options import (
     source_options,
     verbosity_options,
 )
+from qwen_vit.cli.sections import SectionedCommand
 from qwen_vit.errors import ArgumentError
 
 __all__ = ["info"]
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @model_or_features_argument
 @click.option("--image", type=NAME, help="Count this image's tokens.")
 @click.option("--verify", is_flag=True, help="Run the checks of `qwen-vit verify`.")

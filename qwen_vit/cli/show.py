@@ -25,6 +25,7 @@ from qwen_vit.cli.options import (
     source_options,
     verbosity_options,
 )
+from qwen_vit.cli.sections import SectionedCommand
 from qwen_vit.errors import ArgumentError, display_name, plural
 
 __all__ = ["show"]
@@ -43,7 +44,7 @@ class _Point(click.ParamType[tuple[float, float]]):
         return float(match[1]), float(match[2])
 
 
-@click.command(short_help="Draw features as pictures or a page.")
+@click.command(cls=SectionedCommand, short_help="Draw features as pictures or a page.")
 @click.argument("inputs", nargs=-1, required=True, type=NAME)
 @click.option("--model", shell_complete=complete_model, help="Encode images with this model.")
 @click.option(

@@ -16,11 +16,12 @@ from qwen_vit.cli.options import (
     source_options,
     verbosity_options,
 )
+from qwen_vit.cli.sections import SectionedCommand
 
 __all__ = ["verify"]
 
 
-@click.command(short_help="Check that a checkpoint or features are whole.")
+@click.command(cls=SectionedCommand, short_help="Check that a checkpoint or features are whole.")
 @model_or_features_argument
 @json_option
 @source_options

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import torch
 from safetensors import safe_open
@@ -283,7 +282,7 @@ def test_a_missing_package_is_an_error_and_no_damage(
     def missing(*_: Any, **__: Any) -> None:
         raise ImportError("install gcsfs")
 
-    monkeypatch.setattr(fsspec, "filesystem", missing)
+    monkeypatch.setattr("fsspec.filesystem", missing)
     storage._filesystem.cache_clear()
     for command in ("verify", "info"):
         done = run(command, "gs://bucket/export")

@@ -1,6 +1,7 @@
 """Test the start of the command: fast help and usage errors, imports, interrupts."""
 
 import os
+import re
 import resource
 import shlex
 import signal
@@ -16,6 +17,8 @@ import pytest
 
 from qwen_vit import __version__
 from qwen_vit.cli import main as cli_module
+from qwen_vit.cli.main import cli
+from qwen_vit.cli.sections import SECTION_OF, SECTIONS
 from tests.support import ROOT
 
 # Starting
@@ -251,3 +254,26 @@ def test_help_shows_examples_that_parse(run: Any, arguments: list[str]) -> None:
 def test_version_is_the_packages(run: Any) -> None:
     done = run("--version")
     assert (done.code, done.out) == (0, f"qwen-vit, version {__version__}\n")
+
+
+def test_the_help_divides_the_options_into_sections(run: Any) -> None:
+    """`export --help` once listed 52 options in one list."""
+    text = run("export", "--help").out
+    own, *sections = text.split("\n\nOptions:\n")[1].split("\n\n")
+    assert [section.partition(":\n")[0] for section in sections] == list(SECTIONS)
+    assert own.count("\n  --") < 20
+    printed = re.findall(r"(?m)^  (?:-., )?(--[a-z-]+)", text)
+    command = cli.get_command(click.Context(cli), "export")
+    assert command is not None
+    options = [option for option in command.params if isinstance(option, click.Option)]
+    assert sorted(printed) == sorted([option.opts[-1] for option in options] + ["--help"])
+
+
+def test_every_option_of_a_section_belongs_to_a_command() -> None:
+    options = {
+        option.opts[-1]
+        for name in cli.commands
+        if (command := cli.get_command(click.Context(cli), name)) is not None
+        for option in command.params
+    }
+    assert set(SECTION_OF) - options == {"--help"}

@@ -1,0 +1,34 @@
+"""Divide a command's help into sections, because some commands have about 50 options."""
+
+import click
+
+__all__ = ["SECTIONS", "SECTION_OF", "SectionedCommand"]
+
+SECTIONS = {
+    "Input options": "--column --id-column --formats --pages --allow-urls --exif --as-video",
+    "Size options": "--min-pixels --max-pixels",
+    "Video options": (
+        "--fps --n-frames --start --end --max-frames --max-frame-pixels --min-frame-pixels "
+        "--sampling"
+    ),
+    "Compute options": "--device --dtype --quantization --decode-threads --ray",
+    "Failure options": "--on-error --allow-failed --max-failures --retry-failed",
+    "Hub options": "--revision --subfolder --cache-dir --local-files-only",
+    "Message options": "--json --quiet --verbose --help",
+}
+SECTION_OF = {option: name for name, options in SECTIONS.items() for option in options.split()}
+
+
+class SectionedCommand(click.Command):
+    """Print options that several commands share in sections, after the command's own options."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        records: dict[str, list[tuple[str, str]]] = {"Options": []}
+        records |= {name: [] for name in SECTIONS}
+        for option in self.get_params(ctx):  # an argument has no line: the usage names it
+            if isinstance(option, click.Option) and (record := option.get_help_record(ctx)):
+                records[SECTION_OF.get(option.opts[-1], "Options")].append(record)
+        for name, lines in records.items():
+            if lines:
+                with formatter.section(name):
+                    formatter.write_dl(lines)
