@@ -35,7 +35,7 @@ class AtomicFile:
     >>> growing.file.write(b"whole or absent")  # doctest: +SKIP
     >>> growing.commit()  # doctest: +SKIP
 
-    A killed process may leave the hidden file behind, whose name ends in TEMPORARY_SUFFIX. With
+    A killed process may leave a hidden file, whose name ends in TEMPORARY_SUFFIX. With
     `overwrite=False`, `commit` raises ExportError if `path` exists.
     """
 

@@ -33,8 +33,8 @@ def ask_child(
 ) -> Any:
     """Run `python -m MODULE`, which calls `answer_request`, and return the answer.
 
-    Raises the child's ImageError, or `late` after `timeout_s`. If the child fails in another way,
-    raises an ImageError with code "memory" about `late.name`.
+    Raises the child's ImageError, or the error `late` after `timeout_s`. If the child fails in
+    another way, raises an ImageError with the code "memory" and the name `late.name`.
     """
     path = os.pathsep.join([str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")])
     try:

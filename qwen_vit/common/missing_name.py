@@ -1,4 +1,4 @@
-"""Describe a name that a collection lacks, with a close or an existing name."""
+"""Describe a name that a collection lacks, and suggest a similar name or an existing one."""
 
 import difflib
 from collections.abc import Collection

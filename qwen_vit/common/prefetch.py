@@ -33,7 +33,8 @@ def core_count() -> int:
 
 
 def thread_count(wanted: int | None, cores: int | None = None) -> int:
-    """Return the number of loader threads: `wanted`, or one per two cores, from 2 to 16.
+    """Return the number of loader threads: `wanted`, or one per two cores, at least 2 and at most
+    16. On a single core, the default is 1.
 
     >>> thread_count(3), thread_count(None, cores=16), thread_count(None, cores=1)
     (3, 8, 1)
@@ -59,9 +60,9 @@ def thread_count(wanted: int | None, cores: int | None = None) -> int:
 class Job(Generic[Result]):
     """Describe a call that computes one result, and the bytes that the call keeps until its end.
 
-    After delivery, `then` continues in the same thread. It receives the result, and a function that
-    returns whether the caller has stopped taking results. It must not raise an error. With one
-    thread, `then` does not run, and the caller itself does the remaining work.
+    After delivery, the same thread calls `then` with the result, and with a function that returns
+    whether the caller has stopped taking results. `then` must not raise an error. With one thread,
+    `then` does not run, and the caller itself does the remaining work.
     """
 
     run: Callable[[], Result]

@@ -1,4 +1,4 @@
-"""Decide whether to show progress: on a terminal, unless the package hides warnings."""
+"""Decide whether to show progress: only on a terminal, and only if the package logs warnings."""
 
 import logging
 import sys

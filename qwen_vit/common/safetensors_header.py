@@ -1,9 +1,9 @@
 """Read and check the header of a safetensors file before any library opens it.
 
 A file is 8 bytes of header length (little endian), a JSON header, then the tensors' bytes. The
-tensors' bytes must cover the rest without overlaps or gaps. The safetensors library accepts
-duplicate keys, and its errors about a file's content do not name the file. The errors of this
-module name the file and the remedy.
+tensors' bytes must cover the rest of the file without overlaps or gaps. The safetensors library
+accepts duplicate keys, and its errors about a file's content do not name the file. The errors of
+this module name the file and the remedy.
 """
 
 import json
@@ -207,8 +207,7 @@ def _check_tiling(tensors: dict[str, TensorInfo], data_bytes: int, named: str) -
         position, previous = info.end, name
     if position > data_bytes:
         raise CheckpointError(
-            f"truncated: {position - data_bytes} bytes of {short_repr(previous)} and of the "
-            "tensors before it are missing",
+            f"truncated: the last {position - data_bytes} bytes of the tensors are missing",
             name=named,
             remedy=DOWNLOAD_AGAIN,
         )

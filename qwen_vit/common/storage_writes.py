@@ -1,8 +1,8 @@
 """Write objects completely or not at all.
 
 Conditional writes detect that another process has written an object. S3 and Azure support
-`If-None-Match: *` for a new object, and `If-Match` for the next version of an object. GCS has
-`ifGenerationMatch` for both.
+`If-None-Match: *` for a new object, and `If-Match` for the next version of an object. GCS supports
+`ifGenerationMatch` in both cases.
 """
 
 import errno
@@ -56,9 +56,9 @@ def put_file(address: str, path: Path, *, is_new: bool) -> None:
 def put_bytes(address: str, data: bytes, *, replaces: str | None = None) -> str | None:
     """Write a new small object, or replace the version `replaces`. Return the object's version.
 
-    Without `replaces`, raises FileExistsError if the object exists. Otherwise raises
-    FileExistsError if S3, GCS or Azure finds another version. The same error can mean that this
-    call wrote the object, and that the response was lost before a retry.
+    Without `replaces`, raises FileExistsError if the object exists. With `replaces`, raises
+    FileExistsError if S3, GCS or Azure finds another version. FileExistsError can also mean that
+    this call itself wrote the object, but that the response was lost before a retry.
     """
     files, place = files_of(address)
     _with_condition(lambda: _put(files, place, data, replaces))
@@ -78,7 +78,7 @@ def remove_object(address: str) -> None:
 def has_conditions(address: str, data: bytes) -> bool:
     """Return whether the store rejects a conditional write of an object that already exists.
 
-    The object must contain `data`. Some servers ignore the condition.
+    The object must contain `data`. Some servers ignore the condition, and write `data` again.
     """
     files, place = files_of(address)
     try:

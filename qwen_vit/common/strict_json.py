@@ -1,6 +1,7 @@
 """Read JSON strictly, and format values for messages."""
 
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
@@ -58,7 +59,7 @@ def _is_file(path: AnyPath) -> bool:
 
 
 def parse_json(raw: bytes, *, source: str) -> dict[str, Any]:
-    """Parse one JSON object strictly: UTF-8, no duplicate keys, no NaN or Infinity.
+    """Parse one JSON object strictly: UTF-8, no duplicate keys, and only finite numbers.
 
     >>> parse_json(b'{"depth": 4}', source="config.json")
     {'depth': 4}
@@ -68,6 +69,16 @@ def parse_json(raw: bytes, *, source: str) -> dict[str, Any]:
         raise CheckpointError(
             f"contains {name}, which is not JSON", name=source, remedy="correct this value"
         )
+
+    def finite(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            raise CheckpointError(
+                f"contains {short_repr(digits)}, which is too large for a float",
+                name=source,
+                remedy="correct this value",
+            )
+        return value
 
     def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -84,7 +95,9 @@ def parse_json(raw: bytes, *, source: str) -> dict[str, Any]:
 
     try:
         text = raw.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
+        value = json.loads(
+            text, object_pairs_hook=unique, parse_constant=refuse_constant, parse_float=finite
+        )
     except CheckpointError:
         raise
     except UnicodeDecodeError as error:

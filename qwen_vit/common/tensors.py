@@ -14,8 +14,8 @@ def all_finite(tensor: Tensor) -> bool:
     >>> all_finite(torch.tensor([1.0, 2.0])), all_finite(torch.tensor([1.0, float("nan")]))
     (True, False)
 
-    The function tests only the minimum and the maximum. On a CPU, this is at least 10 times as fast
-    as `isfinite().all()`.
+    The function tests only the minimum and the maximum. On a CPU, this test is at least 10 times as
+    fast as `isfinite().all()`.
     """
     return tensor.numel() == 0 or bool(extremes(tensor).isfinite().all())
 

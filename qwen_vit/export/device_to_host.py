@@ -23,8 +23,8 @@ MAX_UNWRITTEN_BYTES = RING_BYTES // 4 * 3  # of copies: room remains for one mor
 
 
 class HostCopy(NamedTuple):
-    """Hold the rows of a group of images, which a GPU may still copy to the CPU. `event` marks
-    the end of the copy, and is None if nothing is copied."""
+    """Hold the rows of a group of images, which a GPU may still copy to the CPU. `event` marks the
+    end of the copy, and is None if no copy is in progress."""
 
     rows: dict[str, Tensor]  # by tensor, in the order of the images
     is_finite: Tensor  # for each row of image_embeds: a NaN in a layer reaches image_embeds

@@ -1,4 +1,4 @@
-"""Also write an export's features to vLLM's encoder cache, after each shard."""
+"""Write an export's features to vLLM's encoder cache, after each shard."""
 
 import json
 import os
@@ -34,8 +34,8 @@ class CacheWriter:
         self._name = sha256(text.encode()).hexdigest()[:24]
 
     def add(self, done: DoneShard) -> None:
-        """Write a shard's entries, unless earlier runs made the shard and the cache has its
-        list."""
+        """Write a shard's entries, unless earlier runs made the shard and the cache contains the
+        shard's list."""
         index = f"{self._name}-{done.shard:08}"
         if done.n_kept == len(done.rows) and index_file(self._folder, index).exists():
             return

@@ -97,8 +97,8 @@ def estimate_export(
 ) -> Estimate:
     """Count images, rows and bytes, and time a sample of the images, without writing to `folder`.
 
-    The counts of unfinished images come from the images' headers, and those of other images from
-    the shards and segments.
+    For unfinished images, the counts come from the images' headers. For other images, they come
+    from the shards and segments.
 
     >>> encoder = VisionEncoder.from_pretrained("tiny")
     >>> estimate_export(encoder, ["tests/photographs/rocket.jpg"]).rows
@@ -137,7 +137,7 @@ def estimate_export(
 
 
 def estimate_plan(encoder: VisionEncoder, plan: ExportPlan) -> Estimate:
-    """Estimate a plan from a sample of its images, without the encoder time."""
+    """Estimate a plan's counts from a sample of its images, without timing the encoder."""
     sample = plan.listing.spread(SAMPLE)
     if any(item.row is not None for item in sample):
         sample = plan.listing.spread(SAMPLE_OF_ROWS)
@@ -256,8 +256,8 @@ def _is_on_disk(source: str) -> bool:
 
 
 def _patches(item: Item, config: ImageConfig, options: ExportOptions) -> int | None:
-    """Return the patch count by the header, or None if this fails, for example for a missing
-    file."""
+    """Return the number of patches from the image's header, or None for an unreadable or
+    unsupported image."""
     try:
         if item.is_video:
             return patches_by_header(item, options.video, options.video_limits, config)
@@ -275,9 +275,9 @@ def _seconds(
 ) -> float | None:
     """Return the seconds for the work, or None if no image was timed.
 
-    The first timing includes the loading of kernels. The result therefore adds the part of this
-    timing that the times per batch and patch do not explain. A batch of one small image takes
-    longer per patch than a full batch, so the number of images grows from one timing to the next.
+    The first timing also includes the time to load kernels. The result includes this time once. A
+    batch of one small image takes longer per patch than a full batch, so the number of images grows
+    from one timing to the next.
     """
     if not work.patches:
         return 0.0
@@ -342,7 +342,7 @@ def _rates(few: tuple[float, _Work], many: tuple[float, _Work]) -> tuple[float, 
 def _size_in_header(item: Item, limits: ImageLimits) -> tuple[int, int] | None:
     """Return (height, width) before any rotation, which does not change the number of tokens.
 
-    The result is None for an unreadable header and for too many pixels.
+    The result is None for an unreadable header or too many pixels.
     """
     # in a tar or a store: first read only the head
     if item.size is not None and item.size > HEAD_BYTES:

@@ -1,7 +1,7 @@
 """Define the access to an export's folder, and implement it for a folder on a disk.
 
-The writer appends to files on a disk: for a local export, in the export's own folder. For object
-storage, it writes to a scratch folder of this machine, from which `publish` uploads each whole
+The shard writer needs files on a disk. A local export keeps them in its own folder. For object
+storage, the shard writer uses a scratch folder of this machine, and `publish` uploads each finished
 file.
 """
 
@@ -24,7 +24,7 @@ OTHER_FOLDER = Wording("pass another folder", shell="pass another --out")
 
 
 class ChangedError(ExportError):
-    """Report that another process wrote the file after this process last looked at it."""
+    """Report that another process wrote the file after this process read the file's version."""
 
 
 class ExportFolder(ABC):
@@ -82,8 +82,8 @@ class ExportFolder(ABC):
     def fetch(self, name: str, sha256: str | None = None) -> Path | None:
         """Return a finished file's path on this machine's disk, or None if the file does not exist.
 
-        The method downloads no file whose copy in `scratch` has the hash. Without a hash, it
-        accepts any copy.
+        The method returns a copy in `scratch` without a download if the copy has the hash `sha256`,
+        or if `sha256` is None.
         """
 
     @abstractmethod

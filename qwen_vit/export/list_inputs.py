@@ -1,4 +1,4 @@
-"""List the images of an export's inputs, and freeze the listing."""
+"""List the images of an export's inputs, and write the listing to a file."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ __all__ = ["list_inputs"]
 
 
 def list_inputs(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listing:
-    """List the inputs, and freeze the listing in a temporary file of this part."""
+    """List the inputs, and write the listing to a temporary file of this part."""
     number, count = options.part
     left_out: Counter[str] = Counter()
     path = folder / f".listing-{number}-of-{count}{TEMPORARY_SUFFIX}"

@@ -21,7 +21,7 @@ __all__ = ["CurrentImages", "Listings"]
 class Listings:
     """Combine listings in order, with the ids that each listing withdraws.
 
-    A withdrawn id stood for an input that could not be listed, such as a temporarily unreadable
+    A withdrawn id belongs to an input that could not be listed, such as a temporarily unreadable
     folder.
     """
 
@@ -42,7 +42,7 @@ class Listings:
 
     @property
     def n_images(self) -> int:
-        """Return the number of lines, of which a replaced image has several."""
+        """Return the number of lines. A replaced image has several lines."""
         return sum(listing.n_images for listing in self.all)
 
     def number_of(self, shard: int) -> int:

@@ -170,7 +170,7 @@ def _is_file_of(descriptor: int, path: Path) -> bool:
 
 
 def _sign(descriptor: int, kind: int, path: Path, *, is_locked: bool) -> None:
-    """Replace the name in the lock file: by ours, or by none for a shared lock.
+    """Write this process's name to the lock file, or empty the file for a shared lock.
 
     Raise _HeldError if a named owner may still write: an owner on another host, or, on a disk
     without locks, a running process of this host.

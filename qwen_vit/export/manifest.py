@@ -31,9 +31,9 @@ class ManifestRow:
     """Describe the outcome of one image. `index` is the image's line number, counted from 0 across
     all listings.
 
-    `kind` is "image" or "video". The kind of a failed image follows from its name, and is "image"
-    for a row of a Parquet file. `status` is "ok" or "error". The image's features are the rows
-    `row_begin` to `row_end` - 1 of `shard`. Sizes are in pixels and the grid is in patches.
+    `kind` is "image" or "video". For a failed image, the kind depends on the extension, and is
+    "image" for a row of a Parquet file. `status` is "ok" or "error". The image's features are the
+    rows `row_begin` to `row_end` - 1 of `shard`. Sizes are in pixels and the grid is in patches.
     `sha256` is the hash of the image's or video's encoded bytes.
     """
 
@@ -60,7 +60,8 @@ class ManifestRow:
 
 
 def shard_rows(file: FeatureFile, items: Sequence[Item], first: int) -> list[ManifestRow]:
-    """Return the rows in the order of `items`, of which the first has the line `first`."""
+    """Return the manifest rows in the order of `items`. `first` is the line number of the first
+    item."""
     facts, shard = file.metadata, file.path.name
     places = {name: place for place, name in enumerate(file.ids)}
     errors = {error.id: error for error in file.errors}

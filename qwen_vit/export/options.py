@@ -46,8 +46,8 @@ class ExportOptions:
             this much work. None saves only at an interrupt.
         extend: whether to add new and changed images of the inputs to an existing export.
         retry_failed: whether to try the failed images of an existing export again.
-        accept_versions: whether to resume an export with other package versions, or on another kind
-            of GPU, than at its start. Each shard records its versions and GPU.
+        accept_versions: whether to resume an export with different package versions or a different
+            kind of GPU. Each shard records its versions and GPU.
         normalize: whether to divide a mean by its length, as in `encode`.
         layers: the blocks whose dense features the export also stores, as in `encode`.
         column: the column of images in Parquet files. With None, the export reads no Parquet files.

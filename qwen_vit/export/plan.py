@@ -1,4 +1,4 @@
-"""Plan an export: its frozen listing, its settings and its folder."""
+"""Plan an export: its listing, its settings and its folder."""
 
 import json
 import logging
@@ -92,7 +92,7 @@ class ExportPlan:
 
     @property
     def n_images(self) -> int:
-        """Return the number of this part's lines, of which a replaced image has several."""
+        """Return the number of this part's lines. A replaced image has several lines."""
         return sum(map(self.listing.shard_length, self.shards))
 
     def path(self, shard: int) -> AnyPath:
@@ -137,7 +137,7 @@ def open_export(
     >>> with open_export(encoder, ["photos"], Path("out"), ExportOptions()) as plan:
     ...     print(plan.n_images)  # doctest: +SKIP
 
-    With inputs of None, the export continues with its own listing. Unless `options.extend` is set,
+    If `inputs` is None, the export continues with its own listing. Unless `options.extend` is set,
     the function logs changes of the recorded inputs.
     """
     paths, folder = None if inputs is None else _paths(inputs), as_folder(folder)
@@ -180,7 +180,7 @@ def check_is_export(folder: PathOrAddress | ExportFolder) -> None:
 def _find(
     paths: Sequence[str] | None, folder: ExportFolder, scratch: Path, options: ExportOptions
 ) -> Listing | None:
-    """Return the listing of the inputs, frozen in `scratch`.
+    """Write the listing of the inputs to `scratch`, and return the listing.
 
     Without paths, the function lists the existing export's own inputs. If this machine cannot list
     them, it returns None, or raises ExportError with `options.extend`.
@@ -362,8 +362,8 @@ def plan_dry_run(
 
 
 def remove_leftovers(plan: ExportPlan) -> None:
-    """Remove this part's segments of finished shards, and temporary files of killed runs except
-    those of other parts."""
+    """Remove this part's segments of finished shards, and the temporary files of killed runs,
+    except files of other parts."""
     shards, part, folder = plan.shards, plan.options.part, plan.folder
     with short_lock(folder.scratch):
         for name in os.listdir(folder.scratch):

@@ -73,7 +73,8 @@ def export_on_ray(
     Images, checkpoint and `folder` must have the same paths on every node.
 
     Args:
-        decode_threads: loader threads of a shard. [default: by CPU cores per GPU; 1 without GPUs]
+        decode_threads: the number of loader threads for a shard. The default depends on the CPU
+            cores per GPU, and is 1 without GPUs.
         ec_cache: as in `export_features`. This process writes the encoder cache.
         address: the cluster's address. None selects RAY_ADDRESS, or a running or new local cluster.
         device: "auto", "cuda" or "cpu". "auto" selects the GPUs if the cluster has any.
@@ -347,7 +348,8 @@ def _cluster(address: str | None) -> Iterator[None]:
 
 @contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """Restore the signal handlers afterwards, because Ray's would end the process silently."""
+    """Restore the signal handlers afterwards, because Ray's handlers would end the process
+    silently."""
     is_main = current_thread() is main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
     before = {number: signal.getsignal(number) for number in numbers}

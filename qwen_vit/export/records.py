@@ -48,10 +48,11 @@ class ImageRecord:
 class ShardStart(NamedTuple):
     """Mark the start of a shard, before the records of its images.
 
-    A finished shard that the export keeps has `rows`, and no records follow.
+    For a finished shard that the export keeps, `rows` are its manifest rows, and no image records
+    follow.
 
-    `segments` contain images that an earlier run saved, for which no records follow. `firsts`
-    contains the places of the first images of all segments, including damaged ones. `replaces`
+    `segments` contain images that an earlier run saved. No image records follow for these images.
+    `firsts` contains the index of each segment's first image, also for damaged segments. `replaces`
     marks an existing shard that the export writes again.
     """
 

@@ -22,13 +22,13 @@ OPENED_AT_A_TIME = 16  # a store answers slowly
 
 
 def restore_description(folder: ExportFolder) -> dict[str, Any] | None:
-    """Return an export's description, which lacks the inputs, or None if the intact shards and the
-    listings do not give one.
+    """Return an export's description without its inputs, or None if the description does not follow
+    from the intact shards and the listings.
 
-    The versions of the first intact shard become those of the export's start, and other versions
-    become accepted ones. Shards with other settings are ignored. No shard records the kind of its
-    listing, or which images a later listing withdrew. Every later listing becomes an extension that
-    withdraws no image, and the next extension withdraws the images again.
+    The versions of the first intact shard become the export's first versions, and other versions
+    become accepted versions. The function ignores shards with other settings. No shard records the
+    kind of its listing, or which images a later listing withdrew. Therefore every later listing
+    becomes an extension that withdraws no image, and the next extension withdraws the images again.
     """
     matches = filter(None, map(SHARD.fullmatch, folder.names()))
     numbers = sorted(int(match[1]) for match in matches)
@@ -56,7 +56,8 @@ def restore_description(folder: ExportFolder) -> dict[str, Any] | None:
 
 
 def _settings_in(folder: ExportFolder, number: int) -> dict[str, Any] | None:
-    """Return the settings that a shard repeats, or None for a damaged file or another file."""
+    """Return the settings that a shard repeats, or None if the file is damaged or is not a
+    shard."""
     try:
         metadata = open_shard(folder / shard_name(number)).metadata
         check_description(metadata)  # raises for a feature file of `encode`
@@ -83,8 +84,8 @@ def _listings(
 ) -> Sequence[Mapping[str, Any]] | None:
     """Return the facts of each listing up to the last shard, or None if they contradict the shards.
 
-    A listing without an intact shard gets the facts of its file, and every later file must then be
-    intact. Two retries of the same images have equal listings.
+    If no shard of a listing is intact, the function takes the facts from the listing's file. The
+    file of every later listing must then be intact.
     """
     numbers, found, first = sorted(shards), list[Mapping[str, Any]](), 0
     may_replace_files = True
@@ -100,6 +101,7 @@ def _listings(
             return None
         end = first - (-facts["n_images"] // shard_size)
         of_listing = numbers[place : bisect_left(numbers, end)]
+        # `facts` may come from a later listing: two retries of the same images have equal listings
         if not of_listing and stored != facts:
             return None
         if any(shards[number][name] != facts[name] for number in of_listing for name in facts):

@@ -56,8 +56,8 @@ class ExportReport:
 
 @dataclass(slots=True)
 class ExportCounts:
-    """Count an unfinished export. A later listing's images replace earlier ones in all counts
-    except `bytes`."""
+    """Count the images, rows and bytes of an unfinished export. A later listing's images replace
+    earlier ones in all counts except `bytes`."""
 
     current: CurrentImages
 

@@ -20,7 +20,7 @@ __all__ = ["StartOptions", "read_start_options"]
 
 @dataclass(frozen=True, slots=True)
 class StartOptions:
-    """Describe the model and options of an export's start.
+    """Describe the model and options with which an export started.
 
     Attributes:
         model: a repository, a folder, or "tiny".

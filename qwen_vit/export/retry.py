@@ -26,7 +26,8 @@ def may_work_now(plan: ExportPlan, shard: int, rows: Sequence[ManifestRow]) -> b
     """Return whether an image of a finished shard is readable now, after a possibly temporary
     error.
 
-    A child process decodes an image with code "memory", because decoding it may end the process.
+    A child process decodes an image whose error has the code "memory", because decoding may end the
+    process.
     """
     current = plan.listing.current  # a later listing may have retried an image
     failed = [

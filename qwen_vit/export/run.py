@@ -67,7 +67,7 @@ def export_features(
             "s3://bucket/features".
         options: how to encode and store the images. None selects `ExportOptions()`.
         confirm: a function that receives an estimate before the first shard, and may raise an
-            error. It is not called if a shard of the part exists.
+            error. The export does not call the function if a shard of the part exists.
         show_progress: show a progress bar on a terminal, or a line per minute in a log.
         decode_threads: threads that read and decode. [default: one per two cores, 2 to 16, but 1 on
             a single core]

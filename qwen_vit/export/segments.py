@@ -22,7 +22,7 @@ RESULT = re.compile(r"(?:shard-\d{8}|segment-\d{8}-\d{8})\.safetensors")
 
 
 def find_segments(folder: ExportFolder) -> Mapping[int, Sequence[int]]:
-    """Return the places of the first images of each shard's segments, in order."""
+    """Return the indices of the first images of each shard's segments, in order."""
     return segments_among({*folder.names(), *os.listdir(folder.scratch)})
 
 

@@ -134,7 +134,7 @@ class StoredExport:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return the settings of the export's start."""
+        """Return the settings with which the export started."""
         return {n: value for n, value in self.description.items() if n not in OF_EXPORT}
 
     @property
@@ -171,10 +171,9 @@ class StoredExport:
     ) -> None:
         """Raise ExportError if the current settings or inputs differ from those of the export.
 
-        Another name or commit of the model does not count. With `options.extend`, other inputs
-        are a difference only if an image is in another place. The method accepts, and adds to
-        `accepted`, versions that only add a missing decoder. With `options.accept_versions`, it
-        accepts all versions.
+        The model's name and commit may differ. With `options.extend`, the inputs may differ, unless
+        an image is in another place. The method accepts versions that only add a missing decoder,
+        and adds them to `accepted`. With `options.accept_versions`, it accepts all versions.
         """
         ours = makers_in(settings)
         known = [makers_in({**self.settings, **each}) for each in ({}, *self.accepted)]
@@ -243,7 +242,8 @@ class StoredExport:
             self._append("extend", [*changes.new, *changed], withdrawn, scratch)
         if options.retry_failed and self._has_open_retry():
             logger.warning(
-                "an earlier %s is unfinished: this run finishes it, and starts no new one",
+                "an earlier run with %s is unfinished: this run finishes its retries, and starts "
+                "no new ones",
                 with_options("{}", "retry_failed"),
             )
         elif options.retry_failed:
@@ -271,7 +271,7 @@ class StoredExport:
     def _append(
         self, kind: str, items: Sequence[Item], withdrawn: Sequence[str], scratch: Path | None
     ) -> None:
-        """Write another listing's file before `export.json` names the listing."""
+        """Write the file of another listing, and then add the listing to `export.json`."""
         if not items and not withdrawn:
             return
         name = listing_name(len(self.listings.all))
@@ -296,8 +296,8 @@ def read_stored(
     """Return the export in the folder, or None if the folder has no export.
 
     The listing of the inputs, `found`, replaces a missing or damaged listing with the same hash. If
-    `found` is given and this run is not split into parts, an export without any shard counts as no
-    export.
+    `found` is given and this run is not split into parts, the function ignores an export without
+    shards.
     """
     if not is_export(folder):
         return None
@@ -330,7 +330,7 @@ def warn_of_new(folder: ExportFolder, options: ExportOptions) -> None:
 
 def read_description(folder: ExportFolder, *, may_restore: bool = False) -> dict[str, Any]:
     """Read export.json. If the file is missing or damaged, and `may_restore` is True, return the
-    description that the shards give."""
+    description restored from the shards."""
     path = folder / SETTINGS
     try:
         description = schema.read_description(path, () if folder.has(SETTINGS) else folder.names())

@@ -35,11 +35,11 @@ logger = logging.getLogger("qwen_vit")
 
 
 class ShardWriter:
-    """Write the rest of a shard, of which earlier runs may have saved segments.
+    """Write the images of a shard that earlier runs have not saved as segments.
 
     An interrupt in the block saves the images written so far as another segment. `batch_starts` are
-    the places of the first images of batches. On a CPU, where bits depend on the batch, a segment
-    ends before one of these places.
+    the indices of the first images of batches. On a CPU, where bits depend on the batch, a segment
+    ends before one of these images.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ShardWriter:
 
     @property
     def end(self) -> int:
-        """Return the place after the last written image."""
+        """Return the index after the last written image."""
         return self._first + len(self._has_rows)
 
     def may_be_cut_before(self, place: int) -> bool:

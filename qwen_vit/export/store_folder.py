@@ -223,7 +223,7 @@ def _scratch_of(address: str) -> Path:
 
 
 def _make_private(folder: Path) -> None:
-    """Make a folder and its parent, which no other user may read or write."""
+    """Make a folder and its parent folder. Only this user may read or write them."""
     for each in (folder.parent, folder):
         try:
             each.mkdir(mode=0o700, exist_ok=True)

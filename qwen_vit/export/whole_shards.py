@@ -68,8 +68,8 @@ def segments_to_keep(
 
 
 def publish_unsent(plan: ExportPlan, shard: int) -> None:
-    """For a store, upload a shard that an earlier run left in `scratch`. Only remove the file if it
-    is damaged or belongs to another export."""
+    """For a store, upload a shard that an earlier run left in `scratch`. Remove the file without an
+    upload if it is damaged or belongs to another export."""
     path = plan.folder.scratch / shard_name(shard)
     if path == plan.path(shard) or not path.exists():
         return

@@ -34,9 +34,9 @@ class Features(ABC):
     """Access the features of images in order, and read rows on demand.
 
     An index is a position or an id. A slice, or a list, tuple, range, array or tensor of positions
-    or ids, selects a subset, and so does a mask with one truth value per image. A subset also reads
-    rows on demand. The rows may be views of the mapped file, so clone them before you write to
-    them.
+    or ids, selects a subset. A mask with one truth value per image also selects a subset. A subset
+    also reads rows on demand. The rows may be views of the mapped file, so clone them before you
+    write to them.
     """
 
     metadata: dict[str, Any]
@@ -121,7 +121,8 @@ class Features(ABC):
         Args:
             input_ids: the prompts' tokens (batch, sequence), which the method checks.
             image_token_id: the token id of `<|image_pad|>`.
-            mm_token_type_ids: False for Qwen2.5-Omni, which rejects this argument.
+            mm_token_type_ids: whether to return `mm_token_type_ids`. Pass False for Qwen2.5-Omni,
+                which rejects this argument.
 
         Returns:
             The keyword arguments, as from `downstream.to_hf`.

@@ -62,7 +62,7 @@ class FeatureFolder(Features):
 
     Raises:
         ExportError: The folder cannot be read, `export.json` or a listing is missing or damaged, or
-            the schema is another one. A damaged shard raises this error at its first use.
+            the schema is unknown. A damaged shard raises this error at its first use.
     """
 
     def __init__(self, path: str | AnyPath, *, verify: bool = False) -> None:
@@ -273,8 +273,8 @@ file of `qwen-vit encode` or a folder of `qwen-vit export`. Check the path.
     Raises:
         ExportError: The file or folder is missing, cannot be read, is damaged, contains no features
             or has another schema. A damaged shard raises this error at its first use. With
-            `verify`, a read raises it if a bit differs, or if the file has no digests, as in
-            schema 1. Also if the package for an address is not installed.
+            `verify`, a read raises this error if a bit differs, or if the file has no digests, as
+            in schema 1. The package for an address is not installed.
         ArgumentError: `path` is not a path.
     """
     if not isinstance(path, (str, os.PathLike, StorePath)):

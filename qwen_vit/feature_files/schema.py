@@ -238,7 +238,7 @@ def parse_row_facts(metadata: Mapping[str, Any], path: AnyPath, remedy: str) -> 
 
 
 def parse_errors(value: Any, path: AnyPath, remedy: str) -> Sequence[FailedImage]:
-    """Return a shard's failed images: no image if `value` is None."""
+    """Return a shard's failed images, or an empty list if `value` is None."""
     value = [] if value is None else value
     names = {"id", "stage", "code", "message"}
     is_right = isinstance(value, list) and all(
@@ -270,7 +270,8 @@ class StoredFacts(NamedTuple):
 
 
 def parse_image_facts(value: Any, path: AnyPath, remedy: str) -> Sequence[StoredFacts]:
-    """Return the facts of each image, or none if `value` is None, as in some files of schema 1."""
+    """Return the facts of each image, or an empty list if `value` is None, as in some files of
+    schema 1."""
     value = [] if value is None else value
     try:
         facts = [
@@ -303,8 +304,8 @@ def _is_right(facts: StoredFacts) -> bool:
 
 
 def read_description(path: AnyPath, names: Iterable[str] = ()) -> dict[str, Any]:
-    """Read an export's description. If it is missing, `names`, the names in its
-    folder, show whether there are shards."""
+    """Read an export's description. If the file is missing, `names`, the names in its folder, show
+    whether shards exist."""
     if not path.is_file():
         has_shards = any(map(SHARD.fullmatch, names))
         raise (ExportError if has_shards else UnreadableError)(

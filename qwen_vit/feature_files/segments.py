@@ -1,7 +1,7 @@
 """Read the segments of an unfinished shard: the images that an interrupted export saved.
 
 A segment is a feature file with consecutive images of one shard, including their errors. The file
-name gives the shard's number and the place of the segment's first image in the shard.
+name contains the shard's number and the index of the segment's first image in the shard.
 """
 
 import logging
@@ -43,7 +43,7 @@ def segment_name(shard: int, first: int) -> str:
 
 
 def segments_among(names: Iterable[str]) -> Mapping[int, Sequence[int]]:
-    """Return the places of the first images of each shard's segments, in order, from file names.
+    """Return the indices of the first images of each shard's segments, in order, from file names.
 
     >>> segments_among(["export.json", segment_name(7, 32), segment_name(7, 0)])
     {7: [0, 32]}
@@ -68,7 +68,7 @@ def open_segments(
         path_of: a function that returns a segment's path from its name. None means that a store
             listed a removed file.
         shard: the shard's number.
-        firsts: the places of the segments' first images, in order.
+        firsts: the indices of the segments' first images, in order.
         names: the shard's ids, in order.
         is_ours: a function that returns whether a segment's metadata have the expected settings.
     """

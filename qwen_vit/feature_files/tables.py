@@ -229,7 +229,8 @@ def _list_array(arrays: Sequence[NDArray[np.float32]]) -> Any:
 def whole_numbers_in_pandas(schema: Any) -> Any:
     """Return an Arrow schema for which pandas reads int64 columns as Int64, with missing values.
 
-    Without this note, pandas converts a whole-number column with a missing value to floats.
+    Without the metadata of this schema, pandas converts a whole-number column with a missing value
+    to floats.
     """
     columns = [
         {

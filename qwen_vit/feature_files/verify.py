@@ -58,8 +58,8 @@ def verify_features(
     rows that its grid implies. The rows must be finite and match the recorded digests. An export
     must also have all its shards, and its listings must match their recorded hashes.
 
-    Raises ExportError if the file or folder is missing, cannot be read, has another schema or was
-    never features.
+    Raises ExportError if the file or folder is missing, cannot be read, has another schema, or is
+    neither a feature file nor an export.
     """
     check = _Check(on_image)
     try:

@@ -73,8 +73,8 @@ def write_features(
 
     Raises:
         ExportError: `path` exists with `overwrite=False`, is a symbolic link, is not UTF-8 or
-            cannot be written. No image succeeded, `features` or `metadata` has other values than
-            the list above allows, or the file's header exceeds 100 MB.
+            cannot be written. No image succeeded, a value of `features` or `metadata` is not as
+            described above, or the file's header exceeds 100 MB.
         ArgumentError: `features` or `metadata` has another type.
     """
     path = Path(path)
@@ -274,7 +274,8 @@ def _patches_per_row(path: Path, features: Sequence[ImageFeatures], is_mean: boo
     if len(found) > 1:
         (first, one), (second, other), *_ = found.items()
         raise ExportError(
-            f"{one!r} has {first} patches per row and {other!r} has {second}",
+            f"the numbers of patches per row differ: {one!r} has {first} and {other!r} has "
+            f"{second}",
             name=str(path),
             expected="the same number",
             remedy="write merged features and features of patches to separate files",

@@ -1,4 +1,4 @@
-"""Find the images of inputs, in one order."""
+"""Find the images of inputs, in a fixed order."""
 
 import glob
 import logging
@@ -83,7 +83,8 @@ def find_items(
     reading reports the error. A problem below an input, such as an unreadable folder, becomes an
     item with `error`.
 
-    Raises ExportError if an input contains an image of another input. Lists are not checked.
+    Raises ExportError if an input contains an image of another input. The function does not check
+    lists or addresses in object storage.
     """
     left_out = Counter() if left_out is None else left_out
     _check_alone(inputs, columns)
@@ -150,7 +151,7 @@ def no_image_found(inputs: Sequence[str], left_out: Counter[str]) -> ExportError
 
 
 def _check_alone(inputs: Sequence[str], columns: ParquetColumns | None) -> None:
-    """Reject Parquet files without a column if there is no other input, and a single input of an
+    """Reject inputs that are all Parquet files, if no column is given. Reject a single input of an
     unsupported kind, such as .csv."""
     if columns is None and all(given.lower().endswith(PARQUET_SUFFIX) for given in inputs):
         for path in (path for given in inputs for path in [given, *glob.iglob(given)]):
@@ -225,8 +226,8 @@ def _remote_items(
 
 
 def _versioned(items: Iterator[Item], found: RemoteObject) -> Iterator[Item]:
-    """Add an object's version to its parts, so that reading a part of a replaced object is an
-    error."""
+    """Add an object's version to the items in the object, so that reading from a replaced object is
+    an error."""
     return (replace(item, version=found.version) for item in items)
 
 
@@ -347,7 +348,8 @@ def _folder_items(
 
 
 def _entries(folder: str, below: str) -> Iterator[tuple[Item, bool]]:
-    """Return a folder's entries, and whether each is a folder, or one item with an error."""
+    """Return each entry of a folder with whether the entry is a folder. For an unreadable folder,
+    return one failed item."""
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: os.fsencode(entry.name))

@@ -1,4 +1,4 @@
-"""Define the items of a listing, each with an id and a source, and freeze listings in files.
+"""Define the items of a listing, each with an id and a source, and write listings to files.
 
 A listing has one JSON object per line: `{"id": ..., "source": ...}`. An export stores its listing
 in its folder, and does not change it afterwards. An image inside a tar also has `offset` and `size`
@@ -117,8 +117,8 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Describe a frozen listing by its file, its image count and the first byte of each shard's
-    lines.
+    """Describe the file of a listing: its path, its number of images and the first byte of each
+    shard's lines.
 
     `n_videos` counts items with a video's name, and is 0 after `open`.
     """
@@ -132,7 +132,7 @@ class Listing:
 
     @classmethod
     def freeze(cls, path: Path, items: Iterable[Item], shard_size: int) -> Self:
-        """Write the file completely or not at all.
+        """Write the items to a file, completely or not at all, and describe the file.
 
         For each image, the method keeps a hash of 8 bytes in memory, and for the first 100,000 also
         the id.

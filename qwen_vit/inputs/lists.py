@@ -180,8 +180,8 @@ def _listed(
 
 
 def _failure(error: object) -> tuple[str, str] | None:
-    """Return the error that a listing of an export recorded. Return None for any other value than a
-    pair of a code of IMAGE_CODES and a message."""
+    """Return the error that a listing of an export recorded. Return None if the value is not a pair
+    of a code in IMAGE_CODES and a message."""
     if not isinstance(error, list) or len(error) != 2:
         return None
     code, message = error

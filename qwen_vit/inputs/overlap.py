@@ -17,8 +17,8 @@ __all__ = ["Overlap"]
 class Overlap:
     """Find images inside a folder that is another input, and files that have two names.
 
-    Images of lists and of object storage are not checked. With several inputs, the memory grows
-    with the number of files outside folders and lists, but not with the images inside a file.
+    The class does not check images of lists or of object storage. With several inputs, the memory
+    grows with the number of files outside folders and lists, but not with the images inside a file.
     """
 
     def __init__(self, inputs: Sequence[str]) -> None:

@@ -104,7 +104,7 @@ def _size(file: BinaryIO) -> int:
 
 
 def _check_rows(metadata: Any, n_bytes: int, name: str) -> None:
-    """Raise ImageError for more rows than both MANY_ROWS and the file's bytes, or if the number
+    """Raise ImageError if the number of rows exceeds both MANY_ROWS and the file's bytes, or
     differs from the sum of the row groups.
 
     The number comes only from the footer, so a few bytes may claim any number of rows.

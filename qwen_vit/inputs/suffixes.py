@@ -19,7 +19,7 @@ def suffix_of(name: str) -> str:
 
 def count_left_out(left_out: Counter[str], name: str) -> None:
     """Count a skipped file by its extension, except a file whose name begins with "readme",
-    "license" or "licence" in any case of the letters.
+    "license" or "licence", in upper or lower case.
 
     >>> counts = Counter()
     >>> for name in ("a/README.md", "LICENSE", "a/notes.md"):

@@ -28,7 +28,7 @@ class _Option(NamedTuple):
 
 
 class UnusedOptions:
-    """Find options that apply to no input, for one warning line each.
+    """Find options that apply to no input, to log a warning for each.
 
     >>> unused = UnusedOptions(columns=ParquetColumns("image"), as_video=True)
     >>> items = list(unused.watch([Item("a.gif", "/data/a.gif")]))

@@ -54,8 +54,8 @@ def is_https(source: str) -> bool:
 
 
 def read_url(url: str, name: str, limits: ImageLimits) -> bytes:
-    """Return the bytes at an address. `limits.allow_urls` must name its host and the hosts of
-    redirects.
+    """Return the bytes at an address. `limits.allow_urls` must contain the address's host and the
+    hosts of redirects.
 
     After a transient network error, the error's context is a TimeoutError with the number
     ETIMEDOUT.
@@ -73,7 +73,7 @@ def read_url(url: str, name: str, limits: ImageLimits) -> bytes:
         raise ImageError(error.fact, name=name, remedy=error.remedy, code=error.code) from None
     except ssl.SSLCertVerificationError as error:
         raise ImageError(
-            f"its host has no valid certificate ({error.verify_message})",
+            f"the host has no valid certificate ({error.verify_message})",
             name=name,
             remedy="check the address",
             code="unreadable",
@@ -165,7 +165,7 @@ def _checked(url: str, limits: ImageLimits) -> tuple[SplitResult, str, int]:
     if not is_allowed_host(host, port, limits.allow_urls):
         where = host if port == HTTPS_PORT else f"{host}:{port}"
         raise _RefusedError(
-            f"its host {where} is not allowed", with_options("add it to {}", "allow_urls"), "url"
+            f"host {where} is not allowed", with_options("add it to {}", "allow_urls"), "url"
         )
     return parts, host, port
 
@@ -198,7 +198,7 @@ def _public_addresses(host: str, port: int) -> list[str]:
     for address in addresses:
         if not _is_public(address):
             raise _RefusedError(
-                f"its host {host} is at {address}, which is not a public address",
+                f"host {host} is at {address}, which is not a public address",
                 "download the image first",
                 "url",
             )
@@ -234,7 +234,7 @@ def _body(response: http.client.HTTPResponse, name: str, limits: ImageLimits, en
         raise _RefusedError(f"cannot be fetched (HTTP {status})", "check the address", "unreadable")
     if response.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise _RefusedError(
-            "its server compresses the image", "download the image first", "unreadable"
+            "the server compresses the image", "download the image first", "unreadable"
         )
     length = response.length
     if length is not None:

@@ -1,5 +1,5 @@
-"""Open a listed video, as a file, inside a tar or in object storage, and count its patches from its
-header."""
+"""Open a listed video, as a file, inside a tar or in object storage, and estimate its number of
+patches from its header."""
 
 import hashlib
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def video_of_item(item: Item, options: VideoOptions) -> Video:
 def patches_by_header(
     item: Item, options: VideoOptions, limits: VideoLimits, config: ImageConfig
 ) -> int:
-    """Count a video's patches from its header alone."""
+    """Estimate a video's number of patches from its header alone."""
     with _opened(item, limits) as (file, is_whole):
         source: Any = item.source if is_whole else file
         header = read_header(source, item.id, limits)

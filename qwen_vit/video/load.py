@@ -111,10 +111,10 @@ def load_pieces(
     `Patches.split_steps`. Frames that a caller passes are one piece. Without `most`, every video is
     one piece.
 
-    The function reads `file` in place of `video.source`. `threads` threads decode, and as many
-    resize. `keep` collects the frames of a file that the CPU resizes, (height, width, 3), by index
-    among the sampled frames. With `on_gpu`, pieces of moderate size are decoded frames, which a GPU
-    resizes and cuts.
+    The function reads `file` in place of `video.source`. `threads` threads decode, and the same
+    number of other threads resize. If the CPU resizes the frames of a file, `keep` collects the
+    resized frames (height, width, 3) by index among the sampled frames. With `on_gpu`, pieces of
+    moderate size are decoded frames, which a GPU resizes and cuts.
     """
     limits = VideoLimits() if limits is None else limits
     name = "the video" if video.name is None else video.name

@@ -120,7 +120,8 @@ class FileFrames:
                 yield frame
 
     def upright(self, frame: Any) -> Image.Image:
-        """Convert a decoded frame to an upright image of mode RGB or RGBX. Thread-safe."""
+        """Convert a decoded frame to an upright image of mode RGB or RGBX. Any thread may call
+        the method."""
         size = (frame.width, frame.height)
         # swscale's threads write past row ends into each other's rows: 4 pixels were wrong
         if frame.width % WHOLE_WIDTH:  # as 4 bytes a pixel, the last columns could be random
@@ -132,8 +133,8 @@ class FileFrames:
         return picture if self._turn is None else picture.transpose(self._turn)
 
     def memory(self, frame: Any) -> FrameMemory:
-        """Turn a decoded frame upright, and return its bytes, 4 per pixel, row by row.
-        Thread-safe."""
+        """Turn a decoded frame upright, and return its bytes, 4 per pixel, row by row. Any thread
+        may call the method."""
         if self._turn is not None or frame.width % WHOLE_WIDTH:
             return memory_of(self.upright(frame))
         plane = frame.reformat(format="rgb0", threads=1).planes[0]

@@ -182,7 +182,10 @@ def entry(start: int, end: int, *, dtype: str = "F32", shape: object = None) -> 
         (safetensors_file({"a": entry(0, 8, shape=[3])}, bytes(8)), "has 8 bytes, but its shape"),
         (safetensors_file({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)), "and 'b' overlap"),
         (safetensors_file({"a": entry(0, 4), "b": entry(8, 12)}, bytes(12)), "4 bytes before 'b'"),
-        (safetensors_file({"a": entry(0, 8)}, bytes(5)), "truncated: 3 bytes of 'a'"),
+        (
+            safetensors_file({"a": entry(0, 8)}, bytes(5)),
+            "truncated: the last 3 bytes of the tensors are missing",
+        ),
         (
             safetensors_file({"a": entry(0, 8)}, bytes(9)),
             "the last 1 bytes belong to no tensor. Expected no hole.",

@@ -239,7 +239,10 @@ def test_an_unfinished_retry_ends_before_the_next_retry(
         with pytest.raises(OSError, match="as a kill"):
             export(RETRY)
     export(RETRY)
-    assert "an earlier retry_failed is unfinished: this run finishes it" in caplog.text
+    assert (
+        "an earlier run with retry_failed is unfinished: this run finishes its retries"
+        in caplog.text
+    )
     assert listings() == ["listing-0001.jsonl", "listing.jsonl"]
 
 

@@ -102,7 +102,7 @@ def test_a_header_above_the_limit_of_readers_is_refused(
 def test_merged_and_patch_features_do_not_share_a_file(tmp_path: Path) -> None:
     merged = ImageFeatures("a.jpg", torch.zeros(4, 8), (1, 4, 4))
     patch = ImageFeatures("b.jpg", torch.zeros(16, 8), (1, 4, 4))
-    with pytest.raises(ExportError, match=r"4 patches per row and .b\.jpg. has 1"):
+    with pytest.raises(ExportError, match=r".a.jpg. has 4 and .b\.jpg. has 1"):
         write_features(tmp_path / "f.safetensors", [merged, patch], {})
     for features, expected in ((merged, 4), (patch, 1)):
         path = write_features(tmp_path / f"{expected}.safetensors", [features], {})
