@@ -36,7 +36,7 @@ def bounded_progress(name: str, limit: int | None) -> Any:
 
 def _too_large(name: str, n_bytes: int, limit: int) -> HubError:
     return HubError(
-        f"{n_bytes} bytes or more",
+        f"has {n_bytes} bytes or more",
         name=name,
         expected=f"at most {limit}",
         remedy="check the mirror (HF_ENDPOINT)",

@@ -107,13 +107,13 @@ def find(folder: Path) -> Manifest | None:
             raise CheckpointError(
                 "missing" if size is None else f"{size} bytes",
                 name=str(path),
-                expected=f"the {recorded['bytes']} bytes that were written",
+                expected=f"the {recorded['bytes']} bytes that {MANIFEST_FILE} records",
                 remedy=_remedy(folder),
             )
     header = _header_sha256(folder / VISION_FILE)
     if header != manifest.header_sha256:
         raise CheckpointError(
-            f"its header changed after it was written (sha256 {header[:12]}...)",
+            f"the header changed after the download (sha256 {header[:12]}...)",
             name=str(folder / VISION_FILE),
             expected=f"{manifest.header_sha256[:12]}...",
             remedy=_remedy(folder),
@@ -290,7 +290,7 @@ def _read_manifest(folder: Path) -> Manifest:
     checksum = document.pop("checksum", None)
     if checksum != _checksum(document) or document.get("format") != FORMAT:
         raise CheckpointError(
-            "changed after it was written, or a newer version of qwen_vit wrote it",
+            "changed after the download, or a newer version of qwen_vit wrote it",
             name=str(path),
             remedy=_remedy(folder),
         )
@@ -339,7 +339,7 @@ def _is_alive(process: int) -> bool:
 
 
 def _last_change(folder: Path) -> float:
-    """A running download writes constantly."""
+    """Return the latest time at which a download wrote: a running download writes constantly."""
     return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
 
 

@@ -60,7 +60,7 @@ ROWS_FOLDED_AT_ONCE = 64  # for the patch embedding
 
 
 def rotary_permutation(head_dim: int) -> Tensor:
-    """Return the order that moves the rotary pair (j, j + D/2) of a head to (2j, 2j + 1).
+    """Return the permutation that moves the rotary pair (j, j + D/2) of a head to (2j, 2j + 1).
 
     >>> rotary_permutation(6).tolist()
     [0, 3, 1, 4, 2, 5]

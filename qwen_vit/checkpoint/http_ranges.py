@@ -80,7 +80,7 @@ def fetch_json(url: str, token: str | bool | None, *, deadline_s: float) -> Any:
                 raise HubError(
                     f"{len(body)} bytes of JSON arrived within {deadline_s:g} s",
                     name=url,
-                    expected=f"a whole document of at most {MAX_JSON_BYTES}",
+                    expected=f"a whole document of at most {MAX_JSON_BYTES} bytes",
                 )
     return json.loads(body)
 
@@ -114,7 +114,9 @@ def _check_range(response: Any, start: int, end: int) -> int:
         raise
     if status != 206:
         size = headers.get("Content-Length", "unknown")
-        raise RangesRefusedError(f"the server ignores ranges and sends all of its {size} bytes")
+        raise RangesRefusedError(
+            f"the server ignores ranges and sends the whole file ({size} bytes)"
+        )
     if headers.get("Content-Encoding", "identity") != "identity":
         raise RangesRefusedError(f"the server encodes ranges as {headers['Content-Encoding']}")
     found = CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))

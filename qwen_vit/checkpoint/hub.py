@@ -107,7 +107,7 @@ def download(
     full: bool = False,
     subfolder: str | None = None,
 ) -> Download:
-    """Find a checkpoint as `find_checkpoint` does, and report the bytes.
+    """Find a checkpoint as `find_checkpoint` does, and count the download's bytes.
 
     >>> download("tiny").fetched_bytes
     0
@@ -255,8 +255,10 @@ def _folder(repository: Repository) -> Path:
 
 
 def _kept(repository: Repository) -> Download | None:
-    """Return an earlier download of the commit, or None. Discard a damaged download, but raise its
-    error offline."""
+    """Return an earlier download of the commit, or None.
+
+    If the download is damaged, discard it and return None. Offline, raise an error instead.
+    """
     if repository.commit is None:
         return None
     folder = _folder(repository)
@@ -275,7 +277,7 @@ def _kept(repository: Repository) -> Download | None:
     except CheckpointError as error:
         if repository.is_offline():
             raise
-        logger.warning("%s qwen_vit now does so itself.", error)
+        logger.warning("%s qwen_vit now deletes the folder itself.", error)
         cache.discard(folder)
         return None
     source = Source(folder=folder, name=repository.full_name, commit=repository.commit)

@@ -150,7 +150,7 @@ config.json and safetensors weights.
 def find_tower(folder: Path, remote: RemoteFiles | None = None) -> Tower:
     """Find the vision tower in a folder, and check its config, names, shapes and types.
 
-    `remote` are weight files on the Hub, of which the function reads only the headers.
+    `remote` lists weight files on the Hub. The function reads only their headers.
     """
     prefix = ""
 

@@ -112,8 +112,8 @@ def write_tower(tower: Tower, shards: Shards, folder: Path, label: str) -> None:
 
 
 def plan_file(tower: Tower, shards: Shards) -> tuple[bytes, list[Piece]]:
-    """Return the new file's header, and for each tensor the range of its bytes in a shard with
-    their place in the new file."""
+    """Return the new file's header, and each tensor's byte range in a shard with its offset in the
+    new file."""
     # Write wide types first, as safetensors does, so that every tensor begins aligned.
     tensors = sorted(
         tower.stored(),

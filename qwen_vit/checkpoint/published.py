@@ -24,7 +24,7 @@ MIN_LIKENESS = 0.7  # of two names, by difflib; "qwen2-vl-7b" does not match "Qw
 
 
 def packaged_weights() -> Path:
-    """Return `weights/` inside an installed package, or beside it in a checkout."""
+    """Return `weights/` inside an installed package, or beside the package in a checkout."""
     package = Path(__file__).parent.parent
     inside = package / "weights"
     return inside if inside.is_dir() else package.parent / "weights"

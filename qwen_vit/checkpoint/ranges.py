@@ -105,7 +105,7 @@ class Pace:
 
 
 def merge(pieces: Iterable[Piece]) -> list[Piece]:
-    """Join consecutive pieces that are adjacent in file and destination. Drop empty pieces.
+    """Join consecutive pieces that are adjacent in the file and in the copy. Drop empty pieces.
 
     >>> merge([Piece("a", 0, 4, 100), Piece("a", 4, 6, 104), Piece("a", 8, 9, 106)])
     [Piece(file='a', start=0, end=6, to=100), Piece(file='a', start=8, end=9, to=106)]
@@ -141,7 +141,7 @@ def fetch(
     descriptor: int,
     progress: Callable[[int], object],
 ) -> None:
-    """Write each piece to its place in an open file, in parallel.
+    """Write each piece at its offset in an open file, in parallel.
 
     If a piece fails, the function stops the others and raises the piece's error, such as
     RangesRefusedError or TransferError.

@@ -167,7 +167,7 @@ class Repository:
             except CheckpointError as error:
                 if self.is_offline():
                     raise
-                logger.warning("%s qwen_vit now does so itself.", error)
+                logger.warning("%s qwen_vit now deletes the file itself.", error)
             else:
                 return path
             # delete it at once, so that no later call uses it if the next attempt fails
@@ -320,7 +320,10 @@ class Repository:
         return self._found_address
 
     def _remote_digest(self, name: str) -> str | None:
-        """Return a file's digest from the Hub, or None if unknown, for a cache without links."""
+        """Ask the Hub for a file's digest, because a cache without links does not contain it.
+
+        Return None if the Hub gives none.
+        """
         if self.is_offline():
             return None
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
@@ -352,8 +355,10 @@ class Repository:
 
 
 def _check_small(path: Path) -> None:
-    """Compare a small file with the digest in its link each time, if its link has one, because
-    every later call would use a damaged file."""
+    """Compare a small file with the digest in its link, if the link has one.
+
+    Do so for each call, because every later call would use a damaged file.
+    """
     digest = cache.hub_digest(path)
     if digest is not None:
         cache.check_digest(path, digest)

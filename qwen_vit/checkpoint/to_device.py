@@ -24,8 +24,10 @@ SLOTS_PER_THREAD = 2  # one is filled while the GPU fetches the other
 
 
 class _Span(NamedTuple):
-    """Hold the source and target of some of a tensor's bytes. `whole` is set only in a tensor's
-    last span."""
+    """Hold the source and target of a range of a tensor's bytes.
+
+    `whole` is the tensor in its last span, and None in its other spans.
+    """
 
     source: Any  # uint8 array
     target: Tensor  # uint8, of the same length

@@ -143,7 +143,8 @@ def check_tower(
     source: str,
     locate: Callable[[str], str],
 ) -> dict[str, tuple[str, ...]]:
-    """Check a tower. Return each published tensor's stored names: its own, or those of q, k and v.
+    """Check a tower. Return each published tensor's stored names: its own, or the names of q, k and
+    v.
 
     `infos` maps names without prefix to header entries.
     """
@@ -171,8 +172,10 @@ def check_tower(
 
 
 def check_tensor(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError unless `shapes` contains this tensor's name and shape, or it is a q, k
-    or v of such a tensor. Its type must be float32, bfloat16 or float16.
+    """Raise CheckpointError for a name or shape that contradicts `shapes`, or for another type than
+    float32, bfloat16 and float16.
+
+    `shapes` contains q, k and v as one tensor. Each of the three must be a third of this tensor.
 
     >>> shapes = {"merger.ln_q.weight": (1280,)}
     >>> check_tensor("merger.ln_q.weight", torch.ones(80), shapes)

@@ -1,6 +1,6 @@
 """Write published tensors, in any order and a few at a time, into a tower's parameters.
 
-An inference engine reads weights itself, and passes them on as it reads. A trainer sends new
+An inference engine reads weights itself, and passes each tensor to this module. A trainer sends new
 weights while the tower is in use. The parameters keep their memory, so captured CUDA graphs remain
 valid.
 """
@@ -65,8 +65,7 @@ class WeightUpdates:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Return the sorted published names of the missing tensors without which received tensors
-        cannot be written."""
+        """Return the sorted published names of tensors that incomplete parameters need."""
         partners = {
             source
             for name in self._waiting

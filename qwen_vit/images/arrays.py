@@ -22,8 +22,8 @@ def tensor_to_array(tensor: torch.Tensor, name: str) -> NDArray[Any]:
         return tensor.numpy()
     except (TypeError, RuntimeError, NotImplementedError):
         raise ImageError(
-            f"a {tensor.dtype} tensor ({tensor.layout}, device {tensor.device}) without plain "
-            "values",
+            f"a {tensor.dtype} tensor ({tensor.layout}, device {tensor.device}) that NumPy cannot "
+            "represent",
             name=name,
             expected="a dense uint8 or floating-point tensor",
             remedy="convert it",

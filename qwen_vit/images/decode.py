@@ -122,7 +122,8 @@ def decode_pil(
 def _to_rgb(
     image: Image.Image, name: str, deep: bool, exif: ExifPolicy, turned: int | None
 ) -> tuple[Image.Image, tuple[str, ...]]:
-    """Run `to_rgb`. Note the orientation `turned` of a TIFF, or undo it for exif="ignore"."""
+    """Run `to_rgb`. Pillow has already applied `turned`, the orientation of a TIFF: add a note, or
+    undo the orientation for exif="ignore"."""
     picture, notes = to_rgb(image, name, deep, exif)
     if turned is None:
         return picture, notes
@@ -132,7 +133,10 @@ def _to_rgb(
 
 
 def _lazy_bytes(image: Image.Image, limits: ImageLimits) -> bytes | None:
-    """Return a lazy PNG's or JPEG's file bytes, for the checks that need them, or None."""
+    """Return the file bytes of a lazy PNG or JPEG, which the checks need.
+
+    Return None for other images, and if the file is unreadable.
+    """
     if not isinstance(image, PngImagePlugin.PngImageFile | JpegImagePlugin.JpegImageFile):
         return None
     if not image.tile or image.fp is None or image.decoderconfig:  # draft mode

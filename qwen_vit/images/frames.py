@@ -121,7 +121,7 @@ class FrameRows:
     column.
 
     The patches cover `n_frames` frames of `size_px`, starting with the sampled frame `first`.
-    `keep`, if given, receives a copy of each resized frame, by the number of the sampled frame.
+    `keep`, if given, receives a copy of each resized frame under the sampled frame's number.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class FrameRows:
         del owner
 
     def put(self, at: int, pixels: NDArray[np.uint8]) -> None:
-        """Cut a frame of this size, (height, width, >= 3 channels), into its patches."""
+        """Cut a resized frame (height, width, >= 3 channels) into its patches."""
         if self._keep is not None:
             self._keep[self._first + at] = pixels[..., :CHANNELS].copy()
         px, merge = self._config.patch_px, self._config.merge_size

@@ -81,8 +81,8 @@ class ImageLimits:
     536870912
 
     If a file's header shows that a slow core might exceed `max_seconds`, a child process decodes
-    the file, and qwen_vit kills the child process at that limit. This process itself decodes every
-    PIL image.
+    the file. qwen_vit kills the child process at that limit. The calling process itself decodes
+    every PIL image.
 
     The limits apply to one call. qwen_vit neither reads nor sets Pillow's process-wide
     MAX_IMAGE_PIXELS, but some of Pillow's plug-ins, for example for WebP and GIF, do read it.
@@ -97,8 +97,8 @@ class ImageLimits:
 
     Raises:
         ArgumentError: `max_pixels` or `max_file_bytes` is not a whole number above 0, or
-            `max_seconds` is not a number above 0. Also for an unknown format, and for a value of
-            `allow_urls` that is not the name of a host.
+            `max_seconds` is not a number above 0. `formats` contains an unknown format, or
+            `allow_urls` contains a value that is not the name of a host.
     """
 
     max_pixels: int = 178_956_970
@@ -122,7 +122,7 @@ class ImageLimits:
 @dataclass(frozen=True, slots=True, eq=False)
 class RgbImage:
     """Hold a loaded image. `picture` is a decoded PIL image of mode RGB. It shares no memory with
-    the source, unless the source was lent.
+    the source, unless the caller passed `is_lent=True`.
 
     `format` is the format of the content ("JPEG", ..., "PIL", "array", "tensor"). `name` identifies
     the image in messages. `notes` lists remarks, such as "EXIF orientation 6 applied".

@@ -55,13 +55,14 @@ def load_image(
     >>> image.pixels.shape, image.notes
     ((20, 30, 3), ('grey to RGB',))
 
-    Arrays and tensors are uint8, or floating point in [0, 1] (times 255, rounded half to even). The
-    shape of an array is (H, W), or has a channel axis of 1, 3 or 4. `layout` places that axis.
+    Arrays and tensors are uint8, or floating point in [0, 1]. The function multiplies floating
+    point by 255 and rounds half to even. The shape of an array is (H, W), or has a channel axis of
+    1, 3 or 4. `layout` states whether the channel axis is the last ("HWC") or the first ("CHW").
     "auto" raises an error if the axis is ambiguous. A PIL image gives its current frame. The loader
     may trigger Pillow's lazy loading, but does not change the image otherwise. Pass exif="ignore"
     for images that are already upright, because Pillow's `transpose` keeps the tag. With `is_lent`,
-    the result may share the pixels of a PIL image, which then must not change. Many threads may
-    call the function at the same time.
+    the result may share the pixels of a PIL image, so do not change the image afterwards. Many
+    threads may call the function at the same time.
     """
     limits = ImageLimits() if limits is None else limits
     if layout not in ("auto", "HWC", "CHW"):

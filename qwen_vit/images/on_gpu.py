@@ -162,7 +162,7 @@ def _resize_and_cut_frames(videos: Sequence[Frames], device: torch.device) -> to
 
 
 def _copy_staged(blocks: Iterable[memoryview], buffer: torch.Tensor) -> None:
-    """Copy bytes to the start of a GPU buffer through pinned memory of one size.
+    """Copy bytes to the start of a GPU buffer through pinned blocks of equal size.
 
     torch reuses a block of pinned memory after the GPU has read it, but does not free it, so this
     function always requests the same size. A memoryview copies small blocks and keeps the GIL,

@@ -126,7 +126,7 @@ def _joined(parts: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
 
 
 def memory_of(rgb: Image.Image) -> tuple[memoryview, object]:
-    """Return the bytes of a picture's pixels, and the object that keeps them."""
+    """Return the bytes of a picture's pixels, and the object that owns their memory."""
     try:
         _, array = rgb.__arrow_c_array__()
     except (ValueError, AttributeError):  # memory of another library, or an older Pillow

@@ -97,8 +97,8 @@ def pixels_for_tower(
 ) -> Tensor:
     """Convert uint8 rows (N, P) to the tower's input, on the same device.
 
-    With `still`, both frames of a row are equal, and the result is the first frame, (N, P / 2). For
-    videos, it is the normalised float32 rows (N, P).
+    With `still`, both frames of a row are equal, and the result is the first frame, (N, P / 2).
+    Otherwise, the result is the normalised float32 rows (N, P).
     """
     frames = config.in_channels, config.temporal_patch_size, config.patch_px**2
     pixels = rows.view(len(rows), *frames)

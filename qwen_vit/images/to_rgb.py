@@ -35,10 +35,10 @@ BAND_PIXELS = 2**20  # pixels to convert at a time
 def to_rgb(
     image: Image.Image, name: str, deep: bool, exif: ExifPolicy = "apply"
 ) -> tuple[Image.Image, tuple[str, ...]]:
-    """Convert a decoded image to upright RGB without changing it, and list the changes.
+    """Return a decoded image as upright RGB, and notes on its conversion.
 
-    `deep` is the result of `is_deep` before decoding. With exif="ignore", the function does not
-    rotate the image. The result may be the image itself.
+    The input does not change, and may itself be the result. `deep` is the result of `is_deep` before
+    decoding. With exif="ignore", the function does not rotate the image.
     """
     notes: list[str] = []
     try:

@@ -1,8 +1,8 @@
 """Provide the tower for inference engines, as an `nn.Module` that the engine's loader fills.
 
-vLLM and SGLang build a model, and pass weights to it while they read a checkpoint. They measure its
-memory, and call it with patch rows from their processors. This package has a thin model class for
-each engine. This module contains the code that both classes share.
+vLLM and SGLang build a model, and pass weights to it while they read a checkpoint. They measure the
+model's memory, and pass patch rows from their processors to the tower. This package has a thin
+model class for each engine. This module contains the code that both classes share.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,7 +36,7 @@ class EngineTower(nn.Module):
     The parameters are stored in the tower's own format (padded, permuted, norms folded in).
     `load_weights` writes them in place, so the engine can count, offload and restore them like any
     other parameters. `image_config` has the mean and std that normalise uint8 rows. `dtype` is the
-    engine's, bfloat16 or float32. On a CPU, the tower computes in float32.
+    engine's dtype, bfloat16 or float32. On a CPU, the tower computes in float32.
     """
 
     def __init__(

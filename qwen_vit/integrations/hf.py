@@ -57,7 +57,7 @@ def to_hf(
 
     Args:
         features: features of images, in the prompts' order. The function treats VideoFeatures in
-            this list as videos, and puts them before those in `videos`.
+            this list as videos, and puts them before the features in `videos`.
         input_ids: the prompts' tokens (batch, sequence). The function checks them against the
             features, and computes `mm_token_type_ids` from them. Without `mm_token_type_ids`,
             Qwen2.5-VL silently assigns text positions to the tokens of images and videos.
@@ -74,11 +74,11 @@ def to_hf(
         of all videos, and `image_grid_thw` and `video_grid_thw` contain their grids, (n, 3) int64.
 
     Raises:
-        ArgumentError: transformers is missing or too old. `features` is empty, or an item has
-            another type or an invalid grid. The grid of ImageFeatures in `features` has several
-            time steps. `second_per_grid_ts` does not give one number above 0 for each video.
-            `input_ids` is not a tensor (batch, sequence), or its runs of placeholder tokens do not
-            have the lengths of the items.
+        ArgumentError: transformers is missing or too old. `features` and `videos` are both empty,
+            or an item has another type or an invalid grid. The grid of ImageFeatures in `features`
+            has several time steps. `second_per_grid_ts` does not give one number above 0 for each
+            video. `input_ids` is not a tensor (batch, sequence), or its runs of placeholder tokens
+            do not have the lengths of the items.
         ExportError: The features are not finite merged tokens of one width and dtype, or an image
             failed.
     """
@@ -144,7 +144,7 @@ def expand_placeholders(
         The prompt with one placeholder per token.
 
     Raises:
-        ArgumentError: The text does not have one placeholder for each grid. Or a grid is not three
+        ArgumentError: The text does not have one placeholder for each grid. A grid is not three
             whole numbers above 0, with height and width divisible by `merge_size`.
     """
     for kind, pad, of_kind in (("image", IMAGE_PAD, grids), ("video", VIDEO_PAD, video_grids)):

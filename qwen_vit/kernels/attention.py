@@ -394,8 +394,8 @@ def attention(
     """Apply RoPE to Q and K, and attend within segments: (N, 3, H, D) to (N, H, D).
 
     With `adjacent_pairs`, rotary pair j of Q and K is at dims (2j, 2j + 1) instead of (j, j + D /
-    2). Rows that no tile covers are not written. Benchmarks and GPU tests use `tiles` to run the
-    Triton kernel with a different tile, for which the caller must then cut `segments`.
+    2). The kernels do not write rows that no tile covers. Benchmarks and GPU tests use `tiles` to
+    run the Triton kernel with a different tile. The caller must then cut `segments` for this tile.
     """
     N, _, H, D = qkv.shape
     out = torch.empty((N, H, D), dtype=qkv.dtype, device=qkv.device)

@@ -27,9 +27,10 @@ def empty_results(
 
 @triton.jit
 def scale_for(largest):
-    """Return the scale for a row whose largest magnitude is `largest`, or NaN if not finite.
+    """Return the scale for a row whose largest magnitude is `largest`.
 
-    The scale is a power of two. The row divided by the scale has magnitudes of at most 448.
+    The scale is a power of two, or NaN if `largest` is not finite. The row divided by the scale has
+    magnitudes of at most 448.
     """
     scale = ((_exponent(largest) - 8) << 23).to(tl.float32, bitcast=True)
     return tl.where(largest < float("inf"), scale, float("nan"))

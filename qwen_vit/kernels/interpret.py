@@ -40,7 +40,7 @@ def interpreted(kernel: JITFunction) -> Callable[..., None]:
 
 
 def _function(kernel: JITFunction, language: "_Language") -> types.FunctionType:
-    """Return the kernel's function. It and its helpers use this module's `tl` and `range`."""
+    """Return the kernel's function, which, like its helpers, uses this module's `tl` and `range`."""
     source = kernel.fn
     names = {
         name: _function(value, language) if isinstance(value, JITFunction) else value
@@ -223,7 +223,7 @@ class _Pointers:
         return _Pointers(self.memory, self.offsets + offsets)
 
     def view(self) -> Tensor | None:
-        """Return a view (places, ...), in which lane i reads at its start, or None for a gather."""
+        """Return a strided view that a lane indexes with its start, or None if it must gather."""
         at = self.offsets
         if not isinstance(at, _Integers):
             return None
@@ -305,7 +305,7 @@ class _Language:
             return _Block(x.values.sum(axis + 1))
         if combine is tl.standard._elementwise_max:
             return _Block(x.values.amax(axis + 1))
-        raise NotImplementedError(f"a reduction by {combine}")
+        raise NotImplementedError(f"the interpreter has no reduction by {combine}")
 
     def exp2(self, x: _Block) -> _Block:
         return _Block(torch.exp2(x.values))

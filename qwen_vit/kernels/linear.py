@@ -111,7 +111,7 @@ def load_tile(
     matrix, i_row, i_column, n_rows, n_columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of a matrix (n_rows, n_columns); 0 beyond the edges.
+    """Load a tile of a matrix (n_rows, n_columns), with 0 beyond the edges.
 
     With TMA, `matrix` is a tensor descriptor, otherwise a pointer: GPUs without TMA would load a
     descriptor's tiles without a pipeline. If WHOLE is set, the tiles have no columns beyond the
@@ -276,8 +276,8 @@ def normed_linear(
 ) -> torch.Tensor:
     """Return `epilogue(rms_norm(stream) @ weight.T + bias)`. `weight` includes the norm's weight.
 
-    For a stream (N, C), the epilogue `plain` gives (N, O), and `swiglu`, silu(gate) * up, (N, I).
-    For `swiglu`, groups of 8 rows of `weight` (2 I, C) alternate between gate and up.
+    For a stream (N, C), the epilogue `plain` gives (N, O), and `swiglu` gives silu(gate) * up,
+    (N, I). For `swiglu`, groups of 8 rows of `weight` (2 I, C) alternate between gate and up.
     """
     x = stream.values
     if x.device.type == "cpu":

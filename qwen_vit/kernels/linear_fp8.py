@@ -103,7 +103,9 @@ def gated_rows(
     """
     rows = stream.quantized
     if rows is None:
-        raise ValueError("the stream has no e4m3 values: linear_residual makes them")
+        raise ValueError(
+            "the stream has no e4m3 values. Pass a stream from linear_residual(..., quantized=True)"
+        )
     if rows.values.device.type == "cpu":
         C = rows.values.shape[1]
         row_scale = torch.rsqrt(stream.squares.sum(0).unsqueeze(1) / C + eps)

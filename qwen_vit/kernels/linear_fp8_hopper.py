@@ -1,10 +1,10 @@
 """Compute the MLP's e4m3 GEMMs on Hopper, warp-specialised as in `linear_hopper`.
 
 The matrix instruction sums e4m3 products with a short mantissa. Therefore each step of 128 columns
-of K starts from zero, and its sums are multiplied by the rows' scales for these columns and added
-in float32. An MMA partition of 256 columns, for SwiGLU, multiplies the left half and then the
-right. The reason is that the registers hold only the float32 accumulators of one tile, and one
-step's sums for half a tile.
+of K starts from zero. The kernel multiplies the step's sums by the rows' scales for these columns,
+and adds them in float32. An MMA partition of 256 columns, for SwiGLU, multiplies the left half and
+then the right. The reason is that the registers hold only the float32 accumulators of one tile, and
+one step's sums for half a tile.
 """
 
 import torch

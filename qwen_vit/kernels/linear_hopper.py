@@ -350,7 +350,7 @@ def _hopper_gemm(
 ):  # fmt: skip
     """Compute out (M, N) = epilogue(row scale * x (M, K) @ weight (N, K)^T + bias).
 
-    With `rows_out`, a residual's result is stored in e4m3 as well, with its scales.
+    With `rows_out`, the kernel also stores a residual's result in e4m3, with its scales.
     """
     descs = (x, weight, residual)
     operands = (bias, squares, eps)

@@ -68,7 +68,7 @@ class Cut(NamedTuple):
 
 
 class _Launch(NamedTuple):
-    """Hold the places in the table where a launch's rows and its programs' row numbers begin."""
+    """Hold where a launch's rows and its programs' row numbers begin in the table."""
 
     rows: int
     owners: int
@@ -116,7 +116,7 @@ class ResizePlan:
 def _launch(
     parts: list[Integers], rows: Sequence[Pass] | Sequence[Cut], programs: list[int]
 ) -> _Launch:
-    """Append a launch's part of the table, and return its place and size."""
+    """Append a launch's part of the table, and return its offsets and its number of programs."""
     begin = sum(map(len, parts))
     if not rows:
         return _Launch(begin, begin, 0)

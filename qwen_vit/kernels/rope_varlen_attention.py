@@ -25,21 +25,21 @@ def fused_rope_varlen_attention(
     kernel in float32. The softmax scale is D ** -0.5. The function has no gradient.
 
     Args:
-        qkv: (N, 3, H, D), the fused projection's output. A contiguous tensor is read in place. D is
-            even: 16 to 128 on a GPU, 2 to 1,024 on a CPU.
+        qkv: (N, 3, H, D), the fused projection's output. The kernel reads a contiguous tensor in
+            place. D is even: 16 to 128 on a GPU, 2 to 1,024 on a CPU.
         cos: (N, D / 2) float32. Pair j rotates dims j and j + D / 2.
         sin: (N, D / 2) float32, in the order of `cos`.
         cu_seqlens: (S + 1,) int32 or int64, non-decreasing, from 0 to at most N. On a GPU, the
-            values are never copied to the host, so wrong ones give wrong results instead of an
-            error.
+            function does not copy the values to the host, so wrong values give wrong results
+            instead of an error.
 
     Returns:
-        (N, H, D) in qkv's dtype. Rows from `cu_seqlens[-1]` on are not written.
+        (N, H, D) in qkv's dtype. The kernel does not write rows from `cu_seqlens[-1]` on.
 
     Raises:
         ArgumentError: An argument is not a dense tensor, has another shape or dtype than the list
-            above allows, or is on another device than `qkv`. On a CPU, also if `cu_seqlens` has
-            wrong values.
+            above allows, or is on another device than `qkv`. On a CPU, `cu_seqlens` has wrong
+            values.
     """
     _check_arguments(qkv, cos, sin, cu_seqlens)
     cut = tiling(qkv.device, qkv.dtype, "full")

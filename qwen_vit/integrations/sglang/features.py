@@ -22,11 +22,18 @@ def to_sglang(features: AnyFeatures) -> list[dict[str, Any]]:
     The request also needs `input_ids`: the tokens of a prompt from `expand_placeholders`. Source:
     SGLang's docs/advanced_features/vlm_query.ipynb and srt/multimodal/processors/base_processor.py.
 
+    Args:
+        features: features of images, in the prompt's order.
+
+    Returns:
+        A list of one item, which contains the rows (M, D) of all images, on the CPU, and the grids
+        (images, 3).
+
     Raises:
         ExportError: The features are not finite merged tokens of one width and dtype, or an image
             failed.
-        ArgumentError: `features` is empty, or an item has another type or an invalid grid. An item
-            is VideoFeatures, or its grid has several time steps. SGLang 0.5.23 passes a video's
+        ArgumentError: `features` is empty. An item has another type or an invalid grid, is a
+            VideoFeatures, or has a grid of several time steps. SGLang 0.5.23 passes a video's
             features to its tower as pixels, and its scheduler then crashes for every user.
     """
     images = check_features(features)

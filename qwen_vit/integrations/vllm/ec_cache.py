@@ -5,8 +5,8 @@ tensor `ec_cache` (tokens, width). The connector does not check entries, and row
 or number stop the engine for all users. Therefore all entries of a folder share one model, its
 image settings, a dtype, a width and a quantization. The folder's `qwen_vit.json` records these
 settings. Each entry's uuid contains a digest of the settings, and a digest of the grid and rows.
-`index/` maps images to entries, with one file for each list of entries, so any number of processes
-may write.
+`index/` maps images to entries. Each call writes one file there, so any number of processes may
+write.
 """
 
 import json
@@ -324,7 +324,7 @@ def _check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, 
 
 
 def _write_entry(folder: Path, rows: Tensor) -> None:
-    """Keep a file of the right size, because the entry's name identifies the content."""
+    """Keep an existing file of the right size, because the entry's name identifies the content."""
     path, data = folder / ENTRY, _bytes_of(rows)
     info = TensorInfo(STORED_AS[rows.dtype], tuple(rows.shape), 0, data.nbytes)
     header = build_header({"ec_cache": info})

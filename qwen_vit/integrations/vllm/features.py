@@ -46,12 +46,16 @@ def to_vllm(
         width: the language model's width. The function rejects features of any other width, which
             would stop vLLM's engine. None disables the check.
 
+    Returns:
+        The rows (M, D) and the grids (n, 3) of all images and of all videos, and the videos'
+        seconds per time step.
+
     Raises:
         ExportError: The features are not finite merged tokens of one dtype and one width, the
             width is not `width`, or an image failed.
-        ArgumentError: There are no features, or an item is not features or has an invalid grid. The
-            grid of ImageFeatures in `features` has several time steps. `second_per_grid_ts` does
-            not give one number above 0 for each video.
+        ArgumentError: `features` and `videos` are both empty, or an item has another type or an
+            invalid grid. The grid of ImageFeatures in `features` has several time steps.
+            `second_per_grid_ts` does not give one number above 0 for each video.
     """
     found, of_videos, seconds = split_videos(features, videos, second_per_grid_ts)
     pictures, clips = check_modalities(found, of_videos, seconds, width)
