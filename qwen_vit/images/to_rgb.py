@@ -37,8 +37,8 @@ def to_rgb(
 ) -> tuple[Image.Image, tuple[str, ...]]:
     """Return a decoded image as upright RGB, and notes on its conversion.
 
-    The input does not change, and may itself be the result. `deep` is the result of `is_deep` before
-    decoding. With exif="ignore", the function does not rotate the image.
+    The input does not change, and may itself be the result. `deep` is what `is_deep` returned
+    before decoding. With exif="ignore", the function does not rotate the image.
     """
     notes: list[str] = []
     try:

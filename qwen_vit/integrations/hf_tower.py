@@ -46,8 +46,10 @@ class _Shown:
 
 @dataclass(frozen=True, slots=True)
 class PublishedWeight:
-    """Describe a part's weight or bias. There is no tensor, because writing to it would have no
-    effect."""
+    """Describe a part's weight or bias, without a tensor.
+
+    Writing to a tensor would have no effect.
+    """
 
     name: str
     shape: torch.Size

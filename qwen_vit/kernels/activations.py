@@ -13,8 +13,8 @@ ROOT_OF_HALF = tl.constexpr(0.7071067811865476)
 def swiglu(gate, up):
     """Compute silu(gate) * up with `exp2` and `rsqrt`.
 
-    The two need half as many instructions as `exp` and a division. Each instruction has a relative
-    error of up to 2^-22. About one value in 100,000 rounds to a different bfloat16.
+    `exp2` and `rsqrt` need half as many instructions as `exp` and a division. Each instruction has
+    a relative error of up to 2^-22. About one value in 100,000 rounds to a different bfloat16.
     """
     root = tl.rsqrt(1.0 + tl.exp2(gate * -LOG2_E))
     return gate * (root * root) * up

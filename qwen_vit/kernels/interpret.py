@@ -40,7 +40,8 @@ def interpreted(kernel: JITFunction) -> Callable[..., None]:
 
 
 def _function(kernel: JITFunction, language: "_Language") -> types.FunctionType:
-    """Return the kernel's function, which, like its helpers, uses this module's `tl` and `range`."""
+    """Return the kernel's function. This function and its helpers use `language` as `tl`, and this
+    module's `range`."""
     source = kernel.fn
     names = {
         name: _function(value, language) if isinstance(value, JITFunction) else value

@@ -42,7 +42,7 @@ def _segment_mean(
 
 @triton.jit
 def _unit_row(x, out, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """Scale a row to unit length. First divide the row by its largest magnitude, because its squares
+    """Scale a row to unit length. First divide it by its largest magnitude, because the squares
     could overflow."""
     i_row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, D_PADDED)  # [D_PADDED]

@@ -37,12 +37,12 @@ def to_vllm(
     docs/features/multimodal_inputs.md.
 
     Args:
-        features: features of images, in the prompt's order. VideoFeatures in this list are videos,
-            and precede the features in `videos`.
+        features: features of images, in the prompt's order. The function treats VideoFeatures in
+            this list as videos, and puts them before the features in `videos`.
         videos: features of videos, in the prompt's order.
         second_per_grid_ts: the seconds per time step of each video's grid: 2 / (frames per second),
-            since a time step is two frames. VideoFeatures already contain this value. Without it,
-            vLLM would assume 1 s.
+            since a time step is two frames. VideoFeatures already contain this value. Without the
+            value, vLLM would assume 1 s.
         width: the language model's width. The function rejects features of any other width, which
             would stop vLLM's engine. None disables the check.
 
@@ -88,7 +88,7 @@ def to_vllm_chat_part(
     [('image_embeds', ['image_embeds', 'image_grid_thw'])]
 
     A part contains the rows (n, D), the grid (3,) and a video's seconds per time step. Each tensor
-    is base64-encoded output of `torch.save`. Since vLLM's pull request 29988 (December 2025), a
+    is the base64-encoded output of `torch.save`. Since vLLM's pull request 29988 (December 2025), a
     request may have several such parts. In the result, video parts follow image parts.
     Put each part at its position in the prompt. Source: vLLM's docs/features/multimodal_inputs.md.
 
