@@ -212,7 +212,12 @@ def engine_answers() -> str:
         ]
         for name, key in (("vLLM's tower", "default"), ("our tower, plugin", "plugin"))
     ]
-    head = ["tower", "error against float64 (RMS)", "of it, the tower's", "error of the embeddings"]
+    head = [
+        "tower",
+        "error against float64 (RMS)",
+        "the tower's part of this error",
+        "error of the embeddings",
+    ]
     head += [f"first tokens equal to float64, of {answers['requests']}"]
     command = "python -m tools.benchmarks.engines towers --answers-only --weights 3"
     return table(head, body) + source(f"engines towers {row['commit']}", row=row, command=command)
