@@ -31,7 +31,7 @@ class _Status(NamedTuple):
 class StorePath:
     """Use an address as a path. The path remembers the object's size and version.
 
-    `cache` is a folder on this machine that also stores the bytes.
+    `cache` is a folder on this machine that stores the ranges read.
 
     >>> StorePath("s3://bucket/export/") / "export.json"
     StorePath(address='s3://bucket/export/export.json')
@@ -173,7 +173,7 @@ class _Ranges(io.RawIOBase):
 
 @contextmanager
 def _facts() -> Iterator[None]:
-    """Replace the text of a store's OSErrors by the fact and the remedy for a message."""
+    """Replace the text of a store's OSErrors with the fact and the remedy for a message."""
     try:
         yield
     except OSError as error:

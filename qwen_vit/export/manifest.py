@@ -108,7 +108,8 @@ def load_arrow() -> bool:
 def write_manifest(
     folder: ExportFolder, shards: Callable[[], Iterable[Sequence[ManifestRow]]]
 ) -> AnyPath:
-    """Write the rows of `shards`, in order, as Parquet if pyarrow is installed.
+    """Write the rows of `shards`, in order, as Parquet if pyarrow is installed, and else as JSON
+    lines.
 
     If another machine writes the manifest at the same time, the function writes the manifest again
     from all shards that exist then. Parquet stores only Unicode. The function therefore escapes

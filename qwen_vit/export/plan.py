@@ -201,7 +201,9 @@ def _find(
         except ExportError as error:
             if options.extend:
                 raise
-            logger.warning("the export uses its listing, as its inputs cannot be listed: %s", error)
+            logger.warning(
+                "the export uses its own listing, because its inputs cannot be listed: %s", error
+            )
             return None
     if options.extend:
         remedy = Wording("also pass the inputs", shell="also pass INPUTS")
@@ -258,7 +260,7 @@ def _begin_or_resume(
         stored.check(settings, changes if paths is not None or options.extend else None, options)
         if paths is None and changes is not None and not options.extend and changes.describe():
             logger.warning(
-                "the export's inputs changed: %s; it continues with the images in its listing",
+                "the export's inputs changed: %s; the export continues with its own listing",
                 changes.describe(),
             )
         is_restored = paths is not None and "inputs" not in stored.description

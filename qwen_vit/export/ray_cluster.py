@@ -70,7 +70,8 @@ def export_on_ray(
     >>> export_on_ray("tiny", ["tests/photographs"], "features").exported  # doctest: +SKIP
     3
 
-    Images, checkpoint and `folder` must have the same paths on every node.
+    Images, checkpoint and `folder` must have the same paths on every node. Other arguments are as
+    in `export_features` and `VisionEncoder.from_pretrained`.
 
     Args:
         decode_threads: the number of loader threads for a shard. The default depends on the CPU

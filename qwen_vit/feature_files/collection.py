@@ -51,13 +51,13 @@ class Features(ABC):
 
     @abstractmethod
     def locate(self, key: int | str) -> Any:
-        """Return an image's place, without reading rows.
+        """Find an image, without reading rows.
 
         Args:
             key: the image's position or id.
 
         Returns:
-            A place for `read_at`.
+            A value for `read_at`.
 
         Raises:
             KeyError: The id has no features.
@@ -73,7 +73,7 @@ class Features(ABC):
 
     @abstractmethod
     def read_at(self, place: Any) -> ImageFeatures:
-        """Return the features of the image at a place.
+        """Return the features of an image that `locate` found.
 
         Args:
             place: a value that `locate` returned.
@@ -275,7 +275,7 @@ class Features(ABC):
         """Return a position counted from the front.
 
         Args:
-            key: a position, which is negative if it counts from the end.
+            key: a position. A negative position counts from the end.
 
         Returns:
             A position from 0 to the number of images less 1.

@@ -195,7 +195,7 @@ class FeatureFolder(Features):
         return self._listed.is_current(index, name)
 
     def _places(self, index: int) -> Sequence[int]:
-        """Return the places of a shard's current images in its file."""
+        """Return the indices of a shard's current images in the shard's file."""
         ids = self._shard(index).ids
         if self._has_replaced(index):
             return [at for at, name in enumerate(ids) if self._listed.is_current(index, name)]

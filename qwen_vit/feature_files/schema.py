@@ -13,8 +13,8 @@ image, with the keys of `ItemFacts.to_json`. A value that does not apply or is u
 An export folder contains `export.json`, `listing.jsonl` (one id per line) and feature files called
 shards. Each shard covers `shard_size` lines of a listing, and the last shard covers the rest. A
 shard also names failed images, with the reasons. Extensions of an export add listings in
-`listing-0001.jsonl` and so on. The shards of a listing follow those of the previous listing. An
-image belongs to the last listing that contains it, unless a later listing withdraws it.
+`listing-0001.jsonl` and so on. The shards of a listing follow the shards of the previous listing.
+An image belongs to the last listing that contains it, unless a later listing withdraws it.
 
 Schema 1 had no layers. Only shards described images, with `size_px`, `notes`, `sha256` and
 `source`. qwen_vit still reads schema 1.
@@ -106,7 +106,7 @@ class ItemFacts:
         size_px: the original (height, width).
         notes: the changes that the image policy made.
         sha256: the hash of the image's or video's encoded bytes.
-        source: the place from which an export read the image.
+        source: the path or address from which an export read the image.
         exif: the loader's EXIF policy, "apply" or "ignore".
         second_per_grid_t: for a video, the seconds per time step of the grid.
         frame_seconds: for a video, the times of its frames, in seconds.

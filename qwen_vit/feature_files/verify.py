@@ -28,8 +28,8 @@ class Verification:
         images: the number of images that the check read, without superseded images.
         digests: how many of `images` have a recorded sha256, with which the check compared the
             rows.
-        superseded: the number of images that a later listing replaced or withdrew. The check read
-            their features as well.
+        superseded: the number of images that a later listing replaced or withdrew. The check also
+            read their features.
         saved: how many of `images` are saved in unfinished shards.
         to_do: the number of images that the export has still to encode.
         is_damaged: whether the check found a problem other than missing shards.

@@ -68,7 +68,7 @@ class FeatureWriter:
     ...     writer.save(encoder.metadata())
 
     The header contains all lengths, so the writer reserves `head_bytes` for it, and moves the rows
-    if the header is larger. Each layer grows in its own hidden file, which `save` copies behind the
+    if the header is larger. Each layer grows in its own hidden file, which `save` appends to the
     embeddings. The file's bytes depend on `head_bytes`. The file gets its name only when it is
     complete. Without `save`, the writer discards the file when the block ends.
     """

@@ -79,9 +79,9 @@ def find_items(
     folders and tars, it skips files of other kinds, and counts them by extension in `left_out`.
     Neither a folder's search nor `**` in a pattern follows a link to a parent folder.
 
-    With `must_exist=False`, a path that does not exist and a web address become items, whose
-    reading reports the error. A problem below an input, such as an unreadable folder, becomes an
-    item with `error`.
+    With `must_exist=False`, a missing path or a web address becomes an item, and the function does
+    not open it. A problem below an input, such as an unreadable folder, becomes an item with
+    `error`.
 
     Raises ExportError if an input contains an image of another input. The function does not check
     lists or addresses in object storage.
