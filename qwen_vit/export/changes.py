@@ -1,12 +1,13 @@
 """Compare an export's listings with a new listing of the inputs."""
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Self
 
-from qwen_vit.errors import ExportError, ImageError, display_name
+from qwen_vit.errors import ExportError, ImageError, display_name, plural
 from qwen_vit.export.folder import ExportFolder
 from qwen_vit.export.listings import Listings
 from qwen_vit.feature_files.file import FeatureFile, open_shard
@@ -18,6 +19,8 @@ from qwen_vit.video.items import open_video_item
 from qwen_vit.video.options import VideoLimits
 
 __all__ = ["InputChanges", "failed_items", "open_if_whole"]
+
+logger = logging.getLogger("qwen_vit")
 
 
 @dataclass(slots=True)
@@ -80,6 +83,16 @@ class InputChanges:
         if self.moved:
             words[-1] += f" (it was in {display_name(self.moved[0][1])})"
         return "; ".join(words) or "in another order" * self.is_reordered
+
+    def log_growth(self, changed: Sequence[Item]) -> None:
+        gone = [item for item in self.gone if item.error is None]
+        for items, words in (
+            (changed, "changed since the export, first %s: exported again"),
+            (gone, "missing, first %s: the export keeps its listed images"),
+        ):
+            if items:
+                count = plural(len(items), "image")
+                logger.warning(f"%s {words}", count, display_name(items[0].id))
 
     def changed(self, folder: ExportFolder, listings: Listings, limits: ImageLimits) -> list[Item]:
         """Return the images whose content changed after they were exported.

@@ -242,13 +242,11 @@ def _begin_or_resume(
 ) -> ExportPlan:  # fmt: skip
     """Return the plan of a new or existing export. With `scratch`, leave the folder unchanged."""
     inputs = {"paths": paths, "folder": os.getcwd(), **_columns(options)}
-    stored = read_stored(folder, found, options)
+    stored = read_stored(folder, found, options, may_restart=paths is not None)
     if stored is None:
-        if found is None:  # another process removed its settings after the check
+        if found is None or paths is None:  # another process removed its settings after the check
             raise ExportError("no export to resume", name=str(folder), remedy="start a new export")
-        warn_of_new(folder, options)
-        if paths is None:
-            inputs = read_description(folder)["inputs"]
+        warn_of_new(folder, found, options)
         stored = StoredExport.new(folder, settings, found, inputs)
         if scratch is None:
             stored.save()
@@ -266,6 +264,8 @@ def _begin_or_resume(
         is_restored = paths is not None and "inputs" not in stored.description
         if paths is not None and (options.extend or is_restored):
             stored.description["inputs"] = inputs
+        if is_restored and scratch is None:
+            logger.warning("%s: restored from the shards", folder / SETTINGS)
         stored.grow(changes, options, scratch)
         if scratch is None and (is_restored or stored.accepted != accepted):
             stored.save()
@@ -356,7 +356,7 @@ def plan_dry_run(
             settings = make_settings(encoder, options, has_videos=has_videos)
             plan = _begin_or_resume(settings, paths, found, folder, options, scratch)
         else:
-            warn_of_new(where, options)
+            warn_of_new(where, found, options)
             plan = ExportPlan(where, {}, Listings(() if found is None else (found,)), options)
         if folder is None or not has_shards(folder):
             _check_heads(plan)

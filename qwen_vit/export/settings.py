@@ -21,7 +21,6 @@ from qwen_vit.errors import (
     ExportError,
     UnreadableError,
     Wording,
-    display_name,
     plural,
     with_options,
 )
@@ -238,7 +237,7 @@ class StoredExport:
             changed = changes.changed(self.folder, self.listings, options.limits)
             changed += changes.replaced
             withdrawn = [item.id for item in changes.gone if item.error is not None]
-            _log_of_growth(changes, changed)
+            changes.log_growth(changed)
             self._append("extend", [*changes.new, *changed], withdrawn, scratch)
         if options.retry_failed and self._has_open_retry():
             logger.warning(
@@ -291,13 +290,13 @@ class StoredExport:
 
 
 def read_stored(
-    folder: ExportFolder, found: Listing | None, options: ExportOptions
+    folder: ExportFolder, found: Listing | None, options: ExportOptions, *, may_restart: bool
 ) -> StoredExport | None:
     """Return the export in the folder, or None if the folder has no export.
 
-    The listing of the inputs, `found`, replaces a missing or damaged listing with the same hash. If
-    `found` is given and this run is not split into parts, the function ignores an export without
-    shards.
+    The listing of the inputs, `found`, replaces a missing or damaged listing with the same hash.
+    With `may_restart`, and if this run is not split into parts, the function ignores an export
+    without shards.
     """
     if not is_export(folder):
         return None
@@ -305,7 +304,7 @@ def read_stored(
     description = read_description(folder, may_restore=found is not None)
     # without a shard, for example after the size was declined, there is nothing to compare
     is_begun = has_shards(folder) or "listing_sha256" not in description
-    if found is not None and options.part == (1, 1) and not is_begun:
+    if may_restart and options.part == (1, 1) and not is_begun:
         return None
     stored_schema = description.get("schema_version")
     if stored_schema in READABLE and stored_schema != SCHEMA_VERSION:
@@ -320,12 +319,21 @@ def read_stored(
     return StoredExport(folder, description, _read_listings(folder, description, found), version)
 
 
-def warn_of_new(folder: ExportFolder, options: ExportOptions) -> None:
-    """Log each option that has no effect on a new export."""
+def warn_of_new(folder: ExportFolder, found: Listing | None, options: ExportOptions) -> None:
+    """Log each option that has no effect on a new export, and how its images differ from those of
+    an export without shards that it replaces."""
     for name in ("extend", "retry_failed", "accept_versions"):
         if getattr(options, name):
             option = with_options("{}", (name, True))
             logger.warning("%s: this run starts a new export: %s has no effect", folder, option)
+    with suppress(ExportError):  # there is no earlier export, or its listing is damaged
+        before = _read_listings(folder, read_description(folder), None)
+        changes = "" if found is None else InputChanges.between(before, found).describe()
+        if changes:
+            logger.warning(
+                "%s: no shard exists: this run starts a new export. Its inputs changed: %s",
+                folder, changes,
+            )  # fmt: skip
 
 
 def read_description(folder: ExportFolder, *, may_restore: bool = False) -> dict[str, Any]:
@@ -383,13 +391,3 @@ def is_export(folder: ExportFolder) -> bool:
 def has_shards(folder: ExportFolder) -> bool:
     """Return whether a folder contains a finished shard or a segment of a shard."""
     return any(map(SHARD_OR_SEGMENT.fullmatch, folder.names()))
-
-
-def _log_of_growth(changes: InputChanges, changed: Sequence[Item]) -> None:
-    gone = [item for item in changes.gone if item.error is None]
-    for items, words in (
-        (changed, "changed since the export, first %s: exported again"),
-        (gone, "missing, first %s: the features stay"),
-    ):
-        if items:
-            logger.warning(f"%s {words}", plural(len(items), "image"), display_name(items[0].id))

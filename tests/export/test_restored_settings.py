@@ -26,7 +26,9 @@ SETTINGS = Path("out/export.json")
 
 
 @pytest.mark.parametrize("damage", ["cut", "no size", "bad listings", "missing"])
-def test_the_same_inputs_and_options_restore_the_settings(growing_dir: Path, damage: str) -> None:
+def test_the_same_inputs_and_options_restore_the_settings(
+    growing_dir: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
     export()
     before = files()
     text = SETTINGS.read_text()
@@ -39,6 +41,7 @@ def test_the_same_inputs_and_options_restore_the_settings(growing_dir: Path, dam
     done = export(encoder=NeverAsked())
     assert (done.exported, done.resumed) == (8, 10)
     assert files() == before
+    assert caplog.text.count("out/export.json: restored from the shards") == 1
 
 
 def test_the_shards_and_not_the_options_give_the_settings(growing_dir: Path) -> None:
@@ -253,3 +256,34 @@ def test_resuming_a_declined_export_keeps_its_recorded_inputs(growing_dir: Path)
     export_features(FakeEncoder(), None, "out", OPTIONS)
     assert SETTINGS.read_bytes() == before
     assert json.loads(before)["inputs"]["paths"] == ["p"]
+
+
+@pytest.mark.parametrize("extend", [False, True])
+def test_resuming_without_shards_keeps_the_listing(
+    growing_dir: Path, caplog: pytest.LogCaptureFixture, extend: bool
+) -> None:
+    """A missing image fails, and does not leave the listing."""
+    export()
+    before = content()
+    for shard in Path("out").glob("shard-*"):
+        shard.unlink()
+    Path("p/0.png").unlink()
+    done = export(replace(OPTIONS, extend=extend), inputs=None)
+    assert (done.images, done.failed["missing"]) == (10, 1)
+    assert {name for name, each in content().items() if before[name] != each} == {"0.png"}
+    assert "1 missing, first 0.png" in caplog.text or "1 image missing, first 0.png" in caplog.text
+
+
+def test_a_new_export_in_place_of_lost_shards_names_the_missing_images(
+    growing_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    export()
+    for shard in Path("out").glob("shard-*"):
+        shard.unlink()
+    export()
+    assert "no shard exists" not in caplog.text
+    for shard in Path("out").glob("shard-*"):
+        shard.unlink()
+    Path("p/0.png").unlink()
+    assert export().images == 9
+    assert "starts a new export. Its inputs changed: 1 missing, first 0.png" in caplog.text
