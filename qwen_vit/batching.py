@@ -255,7 +255,9 @@ class BatchEncoder:
             return self._encode_parts([pieces[0]._replace(patches=patches)])
         half = len(pieces) // 2
         logger.warning(
-            "out of memory on %s: encoding a batch of %d in two halves", self.device, len(pieces)
+            "out of memory on %s: encoding %d images or parts of videos in two halves",
+            self.device,
+            len(pieces),
         )
         return [*self._encode_parts(pieces[:half]), *self._encode_parts(pieces[half:])]
 

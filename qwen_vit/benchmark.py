@@ -248,7 +248,7 @@ class Measured:
 
 
 def check_device(device: str) -> None:
-    """The command calls this before it fetches weights."""
+    """Raise ArgumentError for a CPU. The command calls this function before it fetches weights."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         raise ArgumentError("a benchmark on the CPU would time the interpreter", remedy="use a GPU")
 

@@ -203,7 +203,7 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True)
 class ImageConfig:
-    """Choose how images become patches: size limits and normalisation.
+    """Choose how images become patches: size limits, normalisation, and patch and merge sizes.
 
     >>> ImageConfig.from_json({"size": {"shortest_edge": 3136, "longest_edge": 50176}}).max_pixels
     50176

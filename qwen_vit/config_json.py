@@ -59,7 +59,10 @@ PILLOW_BICUBIC = 3
 
 
 def find_vision_part(config: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], str]:
-    """Return a config's vision part and its name in messages. Reject other models by name."""
+    """Return a config's vision part and its name in messages.
+
+    Raises CheckpointError for the config of another model.
+    """
     _refuse_other_models(config, source)
     nested = [key for key in ("thinker_config", "vision_config") if key in config]
     if "model_type" not in config and not nested and not any(key in config for key in QWEN2_5_KEYS):

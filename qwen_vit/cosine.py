@@ -41,8 +41,8 @@ def similarity(a: Rows, b: Rows | None = None) -> Tensor:
 
     Raises:
         ArgumentError: An argument is neither features nor floating-point rows (N, D), contains no
-            image, or contains NaN or infinity. Also if widths differ, or if one of several images
-            does not have exactly one row.
+            image, or contains NaN or infinity. The widths differ, or one of several images does not
+            have exactly one row.
         ExportError: One of the images failed.
     """
     left = _unit_rows("a", a)

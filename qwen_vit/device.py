@@ -71,8 +71,10 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def warn_without_gpu(device: str | torch.device) -> None:
-    """Log a warning once if "auto" chooses a CPU. Call this after all checks, so that an error
-    stands alone."""
+    """Log a warning once if "auto" chooses a CPU.
+
+    Call this function after all checks, so that no warning precedes an error.
+    """
     if device == "auto" and not torch.cuda.is_available():
         _warn_once(
             "no CUDA GPU: computing on the CPU in float32, with the attention kernel "
@@ -128,13 +130,13 @@ def choose_quantization(
         raise ArgumentError(
             f"quantization is 'fp8' with dtype {dtype}",
             expected="bfloat16",
-            remedy=with_options("use {}, or leave {} out", ("dtype", "bfloat16"), "quantization"),
+            remedy=with_options("use {}, or omit {}", ("dtype", "bfloat16"), "quantization"),
         )
     return "fp8"
 
 
 def warn_of_error(quantization: Quantization | None) -> None:
-    """Call this after all checks, so that an error stands alone."""
+    """Call this function after all checks, so that no warning precedes an error."""
     if quantization == "fp8":  # ledger row `fp8 error 2ef0047`
         _warn_once(
             "quantization 'fp8' is experimental: its error was 4.1 to 5.3 times Hugging Face's in "

@@ -105,7 +105,7 @@ class VisionEncoder(LoadedTower):
             device_map: transformers' name for `device`. Any value but None raises ArgumentError.
 
         Returns:
-            An encoder on the chosen device. It keeps this device and its dtype.
+            An encoder on the chosen device. An encoder cannot change its device or dtype.
 
         Raises:
             HubError: The name is unknown, or the Hub and its cache cannot provide the files.
@@ -231,8 +231,8 @@ class VisionEncoder(LoadedTower):
             layers: numbers of blocks whose dense features `encode` also returns. The first block is
                 0. Layers do not change `embeds`. With layers, `encode` uses no CUDA graphs.
             layout: "HWC" or "CHW", for arrays whose shape leaves the channel axis ambiguous.
-            exif: "apply" rotates an image by its EXIF orientation. "ignore" does not, for images
-                that are already upright. After `Image.transpose`, a PIL image still has its tag.
+            exif: "apply" rotates an image by its EXIF orientation. "ignore" skips this rotation.
+                Use it for upright images with a stale tag, for example after `Image.transpose`.
             limits: the limits on an image. None selects ImageLimits().
             video_limits: the limits on a video. None selects VideoLimits().
             formats: further formats to decode: "PPM", "ICO", "TGA" and "JPEG2000".
@@ -311,7 +311,7 @@ class VisionEncoder(LoadedTower):
 
         Raises:
             ArgumentError: An option is invalid. The call itself raises this error.
-            ImageError: As in `encode`. The iterator raises this error in the place of the image.
+            ImageError: As in `encode`. The iterator raises this error instead of a result.
         """
         return self._stream(
             images, is_lent=False, on_error=on_error, output=output, normalize=normalize,
@@ -363,8 +363,8 @@ class VisionEncoder(LoadedTower):
             videos: a path, the bytes of a file, frames (t, h, w, c), a list of PIL images or arrays
                 as frames, or a `Video`. An iterable of such values gives several videos. A `Video`
                 has its own options.
-            fps: the number of frames to sample per second. For frames that you pass, their rate.
-            n_frames: the number of frames instead of `fps`, rounded to an even number.
+            fps: the number of frames to sample per second, or the rate of frames that you pass.
+            n_frames: the number of frames to sample, rounded to an even number. It replaces `fps`.
             start: the seconds from the first frame to the start of sampling.
             end: the seconds from the first frame to the end of sampling.
             max_frames: the largest number of frames with `fps`. None means 768.
@@ -382,7 +382,7 @@ class VisionEncoder(LoadedTower):
             2, w / 2, D). With output="mean" a video has one row.
 
         Raises:
-            ImageError: As `encode`. Video files need the extra `video`.
+            ImageError: As in `encode`. Video files need the extra `video`.
             ArgumentError: `videos` is neither a video nor an iterable, or an option is invalid.
         """
         chosen = VideoOptions(

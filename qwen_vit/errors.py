@@ -134,8 +134,8 @@ def with_options(text: str, *options: str | tuple[str, object], **values: object
 
     Args:
         text: a template, as for `str.format`.
-        options: the Python name of each option whose flag has the same name, or its name and a
-            value.
+        options: the Python name of each option, or its name and a value. The option's flag must
+            have the same name.
         values: other values that the text names.
     """
     named = [(option, None) if isinstance(option, str) else option for option in options]
@@ -175,7 +175,7 @@ class QwenVitError(Exception):
         fact: the fault, without a full stop.
         name: the file, image or argument of the fact. The message escapes unprintable characters.
         expected: the expected value, or an empty string if the fact or the remedy implies it.
-        remedy: an instruction for the user, or an empty string. The attribute is a sentence.
+        remedy: an instruction for the user, or an empty string. The class makes it a sentence.
 
     Each part may be a `Wording`, which spells options for Python and for the command line.
     """
@@ -199,7 +199,7 @@ class QwenVitError(Exception):
             in_shell: whether to spell options as flags.
 
         Returns:
-            The name, the fact, the expected value and the remedy. Missing parts are omitted.
+            The name, the fact, the expected value and the remedy, without missing parts.
         """
         parts = (self.fact, self.expected, self.remedy)
         fact, expected, remedy = map(_in_shell, parts) if in_shell else parts
@@ -341,7 +341,7 @@ def display_name(name: str) -> str:
 
 
 def one_line(text: str) -> str:
-    r"""Escape unprintable characters, because text from outside may move a terminal's cursor.
+    r"""Escape unprintable characters, because text in a file may move a terminal's cursor.
 
     The package's errors, the lines of its log and the commands' output pass through this function.
 

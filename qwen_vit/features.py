@@ -51,7 +51,7 @@ class ImageFeatures:
             device and in its dtype. For output="patch" the shape is (n_patches, hidden_size),
             row-major over the patches. For output="mean" the shape is (1, out_hidden_size), in
             float32.
-        grid_thw: (frames, height, width) in patches. A video counts pairs of frames.
+        grid_thw: (frames, height, width) in patches. For a video, `frames` counts pairs of frames.
         size_px: the original (height, width) in pixels, or (0, 0) if the size is unknown, as for
             patches.
         notes: the changes that the image policy made, such as "EXIF orientation 6 applied".
@@ -59,7 +59,7 @@ class ImageFeatures:
             (n_patches, hidden_size) are row-major over the patches. `layers[7].view(*grid_thw, -1)`
             is the map of block 7.
         output: the kind of rows in `embeds`.
-        normalized: whether each row was scaled to unit length.
+        normalized: whether `encode` scaled each row to unit length.
     """
 
     id: str
@@ -167,7 +167,7 @@ class VideoFeatures(ImageFeatures):
     >>> clip.map.shape, clip.step_seconds
     (torch.Size([2, 2, 3, 8]), (0.0, 1.0))
 
-    Step i of the grid's t is a pair of frames, which attends only to itself. `map[i]`, (rows,
+    Step i of the grid is a pair of frames. Its patches attend only to each other. `map[i]`, (rows,
     columns, D), contains the features of pair i.
 
     The other attributes are those of `ImageFeatures`.
@@ -216,8 +216,8 @@ class FailedImage:
     Attributes:
         id: as `ImageFeatures.id`.
         error: the image's error, with a stable `error.code`.
-        stage: the stage of an export that failed: "list", "read", "decode" or "encode". Outside an
-            export it is empty.
+        stage: the stage of an export at which the image failed: "list", "read", "decode" or
+            "encode". Outside an export, `stage` is empty.
         size_px: the original (height, width) in pixels, or (0, 0) if the size is unknown.
     """
 

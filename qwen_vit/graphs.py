@@ -81,9 +81,9 @@ class GraphRunner:
         """Return the number of rows of the graph for these patches, captured or not, or None if
         none fits.
 
-        The number is that of `bucket_for`, unless only a larger graph exists. That graph runs until
-        the rows that a smaller one would have saved equal the cost of a capture. A graph for a rare
-        size, such as that of the last batch, is not worth its capture.
+        `bucket_for` chooses the number, unless only a larger graph exists. The larger graph runs
+        until the rows that a smaller graph would have saved equal the cost of a capture. This rule
+        avoids captures for rare sizes, such as the last batch's size.
         """
         own = bucket_for(len(patches))
         with self._lock:
@@ -146,13 +146,15 @@ class GraphRunner:
         return answer
 
     def _has_room_for(self, patches: Tensor) -> bool:
-        """Return whether the input buffer of a dtype's graphs exists or could be allocated."""
+        """Allocate the input buffer of the dtype's graphs, and return whether memory is enough."""
         if patches.dtype not in self._patches:
             shape = (MAX_BUCKET, patches.shape[1])
             try:
                 self._patches[patches.dtype] = patches.new_zeros(shape, device=self._device)
             except torch.cuda.OutOfMemoryError:
-                logger.warning("out of memory on %s: no graphs of %s", self._device, patches.dtype)
+                logger.warning(
+                    "out of memory on %s: no graphs for patches in %s", self._device, patches.dtype
+                )
                 return False
         return True
 
@@ -239,7 +241,7 @@ def run_tower(
 ) -> Tensor:
     """Run a tower on uint8 or float rows in grid order, with a graph if a graph fits.
 
-    Only merged output without taps uses graphs. The bits are the same with and without them.
+    Only merged output without taps uses graphs. The bits are the same with and without graphs.
     """
     config = tower.config
     if device.type == "cuda" and patches.device.type == "cpu":

@@ -92,8 +92,8 @@ class LoadedTower:
             An encoder, as from `from_pretrained`.
 
         Raises:
-            CheckpointError: A weight contains NaN or infinity, or overflows during conversion. Also
-                if the device does not support the checkpoint's architecture.
+            CheckpointError: A weight contains NaN or infinity, or overflows during conversion. The
+                device does not support the checkpoint's architecture.
             ArgumentError: A pixel limit is invalid.
         """
         image_config = checkpoint.image_config.bounded(min_pixels, max_pixels)
@@ -146,9 +146,9 @@ class LoadedTower:
 
         Raises:
             ImageError: The rows do not have the type and shape that the grids imply (code
-                `patches`), or a grid is invalid (code `grid`). Also for more patches than int32 can
-                count (code `too-many-patches`). The method raises all of these before it runs a
-                kernel.
+                `patches`), or a grid is invalid (code `grid`). The grids contain more patches than
+                int32 can count (code `too-many-patches`). The method raises these errors before it
+                runs a kernel.
         """
         grids = as_grids(grid_thw)
         check_rows("pixel_values", pixel_values, grids, self.config.patch_dim, is_float=True)
@@ -167,14 +167,14 @@ class LoadedTower:
             rows: (N, 1176) uint8, each (channel, 2 frames, 14, 14), in the processor's order.
             grid_thw: (images, 3) integers in patches.
             still: True if both frames of every row are the same image. The method then reads only
-                the first frame, and the result has the same bits as that of `encode`. For videos
+                the first frame, and the result has the same bits as from `encode`. For videos
                 pass False, which gives the same bits as `encode_patches` on the normalised rows.
 
         Returns:
             The merged tokens (M, out_hidden_size), as from `encode_patches`.
 
         Raises:
-            ImageError: As `encode_patches`.
+            ImageError: As in `encode_patches`.
         """
         grids = as_grids(grid_thw)
         check_rows("rows", rows, grids, self.config.patch_dim, is_float=False)

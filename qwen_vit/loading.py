@@ -253,10 +253,11 @@ class ImageLoader:
         *,
         is_ahead: bool = False,
     ) -> LoadedImage:
-        """Return an image or video as a `LoadedImage`. With on_error="skip", it may hold an error.
+        """Return an image or video as a `LoadedImage`.
 
-        The result of a long video contains only the first decoded piece. With `is_ahead`, the
-        loader thread then decodes the others in `_decode_rest`.
+        With on_error="skip", the result may contain an error. The result of a long video contains
+        only the first decoded piece. With `is_ahead`, the
+        loader thread then decodes the other pieces in `_decode_rest`.
         """
         try:
             if isinstance(image, LoadedImage):

@@ -39,14 +39,14 @@ class OutputOptions:
 
     @property
     def tower_output(self) -> Literal["merged", "patch"]:
-        """A mean needs merged rows."""
+        """Return the tower's output for these rows. A mean needs merged rows."""
         return "patch" if self.output == "patch" else "merged"
 
     def taps(self) -> LayerTaps | None:
         return LayerTaps(self.layers) if self.layers else None
 
     def join(self, pieces: Sequence[ImageRows]) -> ImageRows:
-        """Return the rows of one video from those of its pieces, which `split` did not pool."""
+        """Join the rows of one video's pieces. Pass pieces from `split(..., pool=False)`."""
         embeds = torch.cat([piece.embeds for piece in pieces])
         if self.output == "mean":
             embeds = segment_means(embeds, [len(embeds)])

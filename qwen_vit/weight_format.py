@@ -94,8 +94,8 @@ def quantize(rows: Tensor, columns: int = SCALE_COLUMNS) -> QuantizedRows:
     (tensor([[1.]]), tensor([448.,   3.]))
 
     The kernels give the same bits. A scale is a power of two, so multiplying by it is exact, and
-    the only rounding is that to e4m3. An infinite value makes its scale NaN, and NaN stays NaN, so
-    neither ever becomes a finite value.
+    only the conversion to e4m3 rounds. An infinite value makes its scale NaN, and NaN stays NaN, so
+    neither becomes a finite value.
 
     Source: "FP8 Formats for Deep Learning" (arXiv:2209.05433).
     """
@@ -115,8 +115,9 @@ def quantize(rows: Tensor, columns: int = SCALE_COLUMNS) -> QuantizedRows:
 
 
 def fp8_column_order(n_columns: int) -> Tensor:
-    """Return the order of the e4m3 stream's columns, in which a thread's 32 of each 128 are
-    adjacent.
+    """Return the order of the e4m3 stream's columns.
+
+    In each 128 columns, a thread's 32 columns are adjacent.
 
     >>> fp8_column_order(128)[:6].tolist()
     [0, 1, 8, 9, 16, 17]
@@ -127,9 +128,8 @@ def fp8_column_order(n_columns: int) -> Tensor:
 def interleave_fp8(gate: Tensor, up: Tensor) -> Tensor:
     """Interleave the rows of gate and up, 64 of each, for the e4m3 GEMM with SwiGLU.
 
-    Each 128 columns of the GEMM are 8 groups of 8 gate columns and 8 up columns.
-    Each of the 4 threads of a row has 2 of every 8, and its 16 results are adjacent columns of the
-    64.
+    Each 128 columns of the GEMM are 8 groups of 8 gate columns and 8 up columns. In each row, each
+    of 4 threads computes 2 of every 8 columns. A thread's 16 results are adjacent among the 64.
     """
     halves = [half.unflatten(0, (-1, 4, 8, 2)) for half in (gate, up)]  # (64s, thread, group, 2)
     return torch.stack(halves, 1).movedim(3, 1).flatten(0, 4)  # (64s, group, half, thread, 2)

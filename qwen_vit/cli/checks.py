@@ -27,7 +27,8 @@ def check_output(
     Traceback (most recent call last):
     qwen_vit.errors.ExportError: no-such-folder: does not exist. Create the folder first.
 
-    A name without a suffix is accepted, because only a different suffix names another format.
+    The function accepts a name without a suffix, because only a different suffix names another
+    format.
     """
     name, remedy = str(out), f"pass another {option}"
     check_utf8(out)
@@ -59,17 +60,19 @@ def check_output(
 
 
 def check_distinct(images: Sequence[str], places: Sequence[str] = ()) -> None:
-    """Raise ExportError if the inputs name an image twice. `places` are the lines of .jsonl lists.
+    """Raise ExportError if the inputs name an image twice.
 
     >>> check_distinct(["a.png", "b.png", "a.png"])
     Traceback (most recent call last):
     qwen_vit.errors.ExportError: a.png: given twice. Expected each image once. Omit one of the two.
+
+    `places` contains each image's list and line, such as "a.jsonl, line 2", or an empty string.
     """
     for name, count in Counter(images).most_common(1):
         at = [place for image, place in zip(images, places, strict=False) if image == name]
         if count > 1 and all(at[:2]) and len(at) > 1:
             raise ExportError(
-                f"two lines have this id: {at[0]}, and {at[1]}",
+                f"two lines have this id: {at[0]} and {at[1]}",
                 name=name,
                 remedy='give each line its own "id"',
             )

@@ -77,9 +77,9 @@ def compare(
     tolerance, if frames or the Pillow processor's pixels differ, or if the command skipped an
     image. It is 2 if the command skipped every image.
 
-    Without --golden, transformers computes the reference, which --save-golden writes to a golden
-    file. With --golden, the named file contains the reference, and you may omit IMAGES. -v lists
-    every stage.
+    Without --golden, transformers computes the reference. --save-golden writes this reference to a
+    golden file. With --golden, the named file contains the reference, and you may omit IMAGES. -v
+    lists every stage.
 
     transformers needs the extra `hf`, and --report needs `show`. In a checkout:
     pip install -e '.[hf,show]'.

@@ -92,13 +92,13 @@ def print_data(text: str) -> None:
 
 
 def print_log(text: str) -> None:
-    """Write a line to stderr above any progress bar, unless the commands log only errors."""
+    """Write a line to stderr above any progress bar, unless the user passed --quiet."""
     if not is_quiet():
         _write_log(text)
 
 
 def print_skipped(text: str) -> None:
-    """Write a line about a failed image, which is an error."""
+    """Write a line about a failed image, even with --quiet."""
     _write_log(f"skipped: {text}")
 
 

@@ -28,7 +28,7 @@ def download(model: str, full: bool, as_json: bool, **finding: Any) -> None:
 
     By default, the command downloads only the vision tensors of the weights to the Hub's cache.
     With --full, or if a server rejects byte ranges, it downloads whole shards. In the output,
-    saved_bytes counts the weights that the command did not download.
+    saved_bytes counts the bytes of the weights that stay on the Hub.
     """
     with slow_imports():
         from qwen_vit.checkpoint.hub import download as fetch

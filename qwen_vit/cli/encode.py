@@ -87,9 +87,9 @@ def encode(
 
     The file contains image_embeds, image_grid_thw and image_token_offsets. Each block of --layers
     adds a tensor layer_K. Read the file with qwen_vit.load_features. By default, the command skips
-    and reports images that it cannot encode. It then exits with 1, or with 2 if it encodes none. It
-    writes the file once, at the end. For many images, use `qwen-vit export`, which saves finished
-    shards.
+    and reports images that it cannot encode. It then exits with 1, or with 2 if it encodes no
+    image. It writes the file once, at the end. For many images, use `qwen-vit export`, which saves
+    finished shards.
     """
     check_output(out, overwrite)
     with slow_imports():

@@ -81,7 +81,7 @@ OF_START = (
 @click.option(
     "--accept-versions", is_flag=True,
     help="Resume with different package versions or on a different GPU model. Each shard records "
-    "its versions and its GPU.",
+    "its package versions and its GPU model.",
 )  # fmt: skip
 @column_options
 @format_options
@@ -103,7 +103,7 @@ OF_START = (
 )  # fmt: skip
 @click.option(
     "--part", default="1/1", metavar="I/N", callback=lambda _, __, text: _part(text),
-    help="Export only shards I, I+N, I+2N and so on, counted from 1. N processes share one folder.",
+    help="Export only shards I, I+N, I+2N and so on, counted from 1. The N parts share one folder.",
 )  # fmt: skip
 @click.option(
     "--shard-seconds", type=click.FloatRange(min=0, min_open=True), metavar="S",
@@ -126,7 +126,8 @@ OF_START = (
 )  # fmt: skip
 @click.option(
     "--ec-cache", type=FILE, metavar="DIR",
-    help="Also write vLLM's encoder cache to DIR, which takes about as many bytes as the export.",
+    help="Also write vLLM's encoder cache to DIR. The cache takes about as many bytes as the "
+    "export.",
 )  # fmt: skip
 @click.option(
     "--profile",
@@ -170,10 +171,10 @@ def export(
     "path" and, optionally, an "id". Paths in a list are relative to the list's folder. With
     --column, each row of a Parquet file is an image.
 
-    Pass '-' to read a list from standard input. Its paths are relative to the current folder. Read
-    the output folder with qwen_vit.load_features. Its manifest has a row for each image. By
-    default, the command skips and reports images that it cannot encode, and then exits with 1.
-    Ctrl-C saves the images encoded so far.
+    Pass '-' to read a list from standard input. Paths in this list are relative to the current
+    folder. Read the output folder with qwen_vit.load_features. The folder's manifest has a row for
+    each image. By default, the command skips and reports images that it cannot encode, and then
+    exits with 1. Ctrl-C saves the images encoded so far.
     """
     with slow_imports():
         from qwen_vit.export.options import ExportOptions
@@ -262,7 +263,7 @@ def _refuse_start_options(ctx: click.Context) -> None:
 
 @contextmanager
 def _explain_recorded() -> Iterator[None]:
-    """If an error's remedy names options that --resume does not accept, add how to change them."""
+    """If an error's remedy names options that --resume rejects, explain how to change them."""
     try:
         yield
     except QwenVitError as error:

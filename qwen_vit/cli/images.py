@@ -41,7 +41,8 @@ def list_images(
 ) -> "list[Item]":
     """Return the images of files, folders, patterns, tars, lists, and "-" for standard input.
 
-    `pages="all"` lists every page and frame. Options that apply to no image give a warning.
+    `pages="all"` lists every page and frame. The function logs a warning for options that apply to
+    no image.
     """
     from qwen_vit.images.image import ImageLimits
     from qwen_vit.inputs.find import find_items, is_missing, no_image_found, warn_of_skipped

@@ -11,7 +11,7 @@ __all__ = ["die_at_interrupts", "exit_at_interrupts", "raise_at_interrupts"]
 def exit_at_interrupts() -> None:
     """Let Ctrl-C end the process with exit code 130 and one line.
 
-    A background job still ignores Ctrl-C, and a caller's handler stays.
+    A background job still ignores Ctrl-C. The function keeps a handler that the caller has set.
     """
     _replace(signal.default_int_handler, _exit_at_once)
 
@@ -22,9 +22,9 @@ def raise_at_interrupts() -> None:
 
 
 def die_at_interrupts() -> None:
-    """Let Ctrl-C end the process without Python, after a command has finished.
+    """Let the operating system end the process at Ctrl-C, after a command has finished.
 
-    Python would print the traceback of an interrupt in an exit callback, and exit with 0.
+    If Ctrl-C interrupted an exit callback, Python would print a traceback and exit with 0.
     """
     for handler in (signal.default_int_handler, _exit_at_once):
         _replace(handler, signal.SIG_DFL)

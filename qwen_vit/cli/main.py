@@ -2,7 +2,7 @@
 
 Data goes to stdout. Progress and logs go to stderr. `exit_codes` lists the exit codes. Python
 imports a command's module only for that command, and torch only for the command's body, so
-`--help`, `--version` and usage errors respond at once. To keep these fast, a command's module
+`--help`, `--version` and usage errors respond at once. For speed, a command's module
 imports only click and other modules that import quickly. Command bodies import the slow modules of
 this folder, such as `text` and `describe`.
 """

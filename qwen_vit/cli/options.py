@@ -110,8 +110,8 @@ dtype_option = click.option(
 )  # fmt: skip
 quantization_option = click.option(
     "--quantization", type=click.Choice(["fp8"]),
-    help="Experimental: compute the MLP in 8-bit floats, less accurately. Needs an Ada GPU "
-    "or a newer one.",
+    help="Experimental: compute the MLP in 8-bit floats, less accurately. The option "
+    "needs an Ada GPU or a newer GPU.",
 )  # fmt: skip
 on_error_option = click.option(
     "--on-error",
@@ -224,7 +224,9 @@ def video_options(command: Command) -> Command:
             help="Sample this many video frames per second."
         ),
         click.option(
-            "--n-frames", type=int, help="Sample this many video frames instead of using --fps."
+            "--n-frames", type=int,
+            help="Sample this many video frames, rounded to an even number, instead of using "
+            "--fps.",
         ),
         click.option(
             "--start", type=float, metavar="SECONDS", help="Sample a video from this time."
@@ -268,7 +270,7 @@ def take_video_options(options: dict[str, Any]) -> dict[str, Any]:
     for flag in ("fps", "max_frames"):
         if options["n_frames"] is not None and source(flag) is ParameterSource.COMMANDLINE:
             raise click.UsageError(
-                f"--n-frames does not go with --{flag.replace('_', '-')}. Omit one of the two."
+                f"--n-frames works only without --{flag.replace('_', '-')}. Omit one of the two."
             )
     names = ("fps", "n_frames", "start", "end", "max_frames", "sampling")
     chosen = {name: options.pop(name) for name in names}
@@ -284,7 +286,7 @@ def source_options(command: Command) -> Command:
         click.option(
             "--cache-dir",
             type=FILE,
-            help="Set the Hub's cache folder.  [default: that of huggingface_hub]",
+            help="Set the Hub's cache folder.  [default: huggingface_hub's folder]",
         ),
         click.option("--local-files-only", is_flag=True, help="Do not contact the Hub."),
     )
@@ -299,7 +301,7 @@ def verbosity_options(command: Command) -> Command:
         if value:
             given.add(param.name)
         if len(given) > 1:
-            raise click.UsageError("--quiet does not go with --verbose. Omit one of the two.")
+            raise click.UsageError("--quiet works only without --verbose. Omit one of the two.")
         set_verbosity(1 if "verbose" in given else -1 if given else 0)
 
     for short, long, help in (

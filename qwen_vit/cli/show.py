@@ -97,10 +97,10 @@ def show(
     any form that `qwen-vit encode` accepts, except Parquet files and https:// addresses. For a
     video, `show` draws the features of the first two sampled frames, without the frames themselves.
     The command skips and reports images that it cannot encode. It then exits with 1, or with 2 if
-    it encodes none.
+    it encodes no image.
 
-    A feature map shows three principal components as colours. `show` fits them to all images
-    together, so the same colour means similar features.
+    A feature map shows three principal components as colours. `show` fits the
+    components to all images together, so the same colour means similar features.
 
     Drawing needs the extra `show`. In a checkout: pip install -e '.[show]'.
     """

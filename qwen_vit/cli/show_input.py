@@ -32,7 +32,8 @@ class ShowInput:
     """Hold the features to draw, and the images if they are available.
 
     Attributes:
-        pictures: the images by id. An image without an entry is the file that its id names, if any.
+        pictures: the images by id. For an image without an entry, `show` reads the file that the id
+            names, if the file exists.
         source: the encoder of the features, such as "tiny, float32 on cpu".
         window: the side of an attention window, in patches.
         full_attention: the blocks with full attention, or None if they are unknown.
@@ -121,8 +122,10 @@ def _no_features(stored: FeatureFile | FeatureFolder, path: str) -> ArgumentErro
 
 
 def _find_pictures(ids: Sequence[str], images: Sequence[str]) -> dict[str, ImageSource]:
-    """Map each id to the one image whose path shares the longest ending with the id. Log the ids
-    without such an image."""
+    """Map each id to the one image whose path shares the longest ending with the id.
+
+    Log the ids for which no image or several images share this ending.
+    """
     wanted = {name: _parts(name) for name in ids}
     found: dict[str, list[Item]] = {name: [] for name in ids}
     length = dict.fromkeys(ids, 1)  # length of the longest common ending so far, in parts of a path

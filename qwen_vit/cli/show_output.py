@@ -81,7 +81,7 @@ def write(
 
 
 def older_pictures(out: Path, files: Sequence[Path]) -> list[str]:
-    """Return the names of pictures in a folder that `show` did not write in this run."""
+    """Return the names of a folder's pictures that earlier runs of `show` wrote."""
     if not out.is_dir():
         return []
     names = {path.name for path in out.iterdir()} - {file.name for file in files}

@@ -83,7 +83,7 @@ def _duration(seconds: float) -> str:
 
 
 def unfinished_text(saved: int, to_do: int) -> str:
-    """Return the number of images that no finished shard has, as text.
+    """Return the numbers of saved and remaining images of an unfinished export, as text.
 
     >>> unfinished_text(58, 142)
     '58 saved in an open shard, 142 to do'
@@ -204,7 +204,7 @@ def _image_json(feature: ImageFeatures | FailedImage, merge_unit: int) -> dict[s
 
 
 def facts_text(facts: dict[str, Any]) -> str:
-    """Return a line for each fact that has a value. The facts of a dictionary follow its name."""
+    """Return a line for each fact that has a value. A dictionary's facts follow its name."""
     lines: list[tuple[str, str]] = []
     for name, value in facts.items():
         if isinstance(value, dict):

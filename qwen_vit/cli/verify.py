@@ -37,7 +37,7 @@ def verify(model: str, as_json: bool, **finding: Any) -> None:
     For a folder without hashes, it reads the weights and searches for NaN and infinity. For
     features, it reads every row, and checks the number of rows, finite values and the recorded
     digests. An export must have all its shards. If only shards are missing, the command prints "not
-    complete" and the number of images to do.
+    complete" and the number of remaining images.
     """
     with slow_imports():
         from qwen_vit.checkpoint.hub import find_checkpoint

@@ -44,7 +44,8 @@ def compare_case(
     """Run our tower, and measure each stage when the oracle has computed it.
 
     `pixels` are the results of `compare_pixels`. `patches` are our own pixels, or None. Our tower
-    takes them if they agree with the input of Hugging Face's tower, and else takes that input.
+    receives our own pixels if they agree with the input of Hugging Face's tower. Otherwise it
+    receives the same input as Hugging Face's tower.
     """
     rows = case.pixel_values.to(encoder.device)
     # our own pixels only if they agree with the input of Hugging Face's tower

@@ -130,7 +130,7 @@ def windows_png(maps: FeatureMaps, layout: StripLayout, image: ImageComparison, 
 
 
 def drift_png(image: ImageComparison, comparison: Comparison, *, is_dark: bool | None) -> bytes:
-    """Plot each stage's relative error: on white, or transparent for a light or a dark page."""
+    """Plot each stage's relative error for a light or a dark page, or on white for None."""
     ink = INK[bool(is_dark)]
     style = {
         "axes.edgecolor": ink, "axes.labelcolor": ink, "text.color": ink, "xtick.color": ink,

@@ -1,7 +1,7 @@
 """Write a comparison as one self-contained page with verdict, maps and all measurements.
 
 As for `qwen-vit show`, matplotlib draws the pictures and Jinja2 fills in the page. The extra `show`
-installs both libraries. Only writing a page imports them.
+installs both libraries. The module imports them only to write a page.
 """
 
 import os

@@ -18,7 +18,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """Hold the difference between our pixels and those of one Hugging Face processor.
+    """Hold the difference between our pixels and one Hugging Face processor's pixels.
 
     `values_differ` counts the pixel values, out of `values`, with a different grey level.
     `largest_levels` is the largest difference, out of 255. Both numbers are None if the grids
@@ -80,7 +80,7 @@ class FrameChoice:
 
 @dataclass(frozen=True, slots=True)
 class SampledFrames:
-    """Hold the frames that we sample, as indices into the file's frames, and those of the
+    """Hold the frames that we sample, as indices into the file's frames, and the frames of the
     references."""
 
     sampling: str
@@ -114,7 +114,7 @@ class StepMaps:
 class FeatureMaps:
     """Hold the data of a report's pictures: the tower's input and some stages in raster order.
 
-    For a video, `rgb` is the first frame, and `stages` are those of the first pair of frames.
+    For a video, `rgb` is the first frame, and `stages` belong to the first pair of frames.
     `steps` contains some pairs from the whole video.
     """
 
@@ -169,7 +169,7 @@ class Comparison:
 
     @property
     def has_same_weights(self) -> bool:
-        """A golden file may come from other weights."""
+        """Return whether the golden file, if there is one, comes from the same weights."""
         golden = self.facts.get("golden")
         return not golden or golden["weights_sha256"] == self.facts["weights_sha256"]
 

@@ -131,7 +131,7 @@ def compare(
     pixels of the Pillow processor, and of torchvision's if it is installed. Our tower takes our own
     pixels if they agree, and the processor's pixels otherwise. `save_golden` writes Hugging Face's
     results to a file. `keep_maps` keeps the data for a report. The function skips and reports
-    images that it cannot compare. Paths may also name videos: `video` sets their sampling, and the
+    images that it cannot compare. Paths may also name videos. `video` sets their sampling, and the
     Pillow processor receives the resized frames.
     """
     check_transformers()
@@ -230,11 +230,11 @@ def compare_with_golden(
 ) -> Comparison:
     """Compare our tower with Hugging Face's results in a golden file, without transformers.
 
-    With `images`, the function compares only these images, and also our own pixels of them. The
-    golden file must contain each image, by SHA-256. `video` sets the sampling of videos. Without
-    `images`, the function compares every image of the golden file, from the stored pixel values. If
-    weights differ from those of the golden file, the function still compares, and names these
-    weights. It skips and reports images that are unreadable or too large for the GPU's memory.
+    With `images`, the function compares only these images, and also our own pixels. The golden file
+    must contain each image, by SHA-256. `video` sets the sampling of videos. Without `images`, the
+    function compares every image of the golden file, from the stored pixel values. If weights
+    differ from the golden file's, the function still compares, and the result names these weights.
+    The function skips and reports images that are unreadable or too large for the GPU's memory.
     """
     golden.check_fits(encoder, processor=processor, attention=attention)
     chosen = _chosen(golden, images)
@@ -289,7 +289,10 @@ def _with_errors(case: Case, result: ImageComparison) -> Case:
 def _chosen(
     golden: Golden, images: Sequence[str | os.PathLike[str]]
 ) -> list[tuple[int | ImageError, str | None]]:
-    """Return the index of each case to compare, or an image's error, and the image file or None."""
+    """Return a pair for each comparison: a case's index or an image's error, and the image file.
+
+    Without `images`, the files are None.
+    """
     if not images:
         return [(index, None) for index in range(len(golden))]
     chosen: list[tuple[int | ImageError, str | None]] = []

@@ -187,7 +187,7 @@ def _image_lines(image: ImageComparison, comparison: Comparison) -> list[str]:
 
 
 def frame_lines(frames: SampledFrames) -> list[str]:
-    """Return a line on the sampled frames, and one on each reference's differences.
+    """Return a line on the sampled frames, and a line on each reference's differences.
 
     >>> from qwen_vit.compare.result import FrameChoice
     >>> chosen = FrameChoice("qwen-vl-utils 0.0.14", True, True, (0, 20, 39, 59), 0)

@@ -133,11 +133,11 @@ def judge(
 
     `distance` is our relative error against Hugging Face's result. `ours` and `theirs` are the two
     errors against the float64 oracle. `recorded` is Hugging Face's error as a golden file records
-    it. In float32 the tolerance bounds `distance`. In bfloat16 it bounds the ratio of `ours` to
-    `recorded`, or to `theirs` without a golden file: by 1.01, or by 1.5 with `quantization`. A
-    stage also fails if Hugging Face's error is above 1e-4 in float32, or above 1 in bfloat16, which
-    is the error of a result of zeros. With a golden file, it also fails if `theirs` exceeds 1.01
-    times `recorded`.
+    it. In float32 the tolerance bounds `distance`. In bfloat16 the tolerance bounds the ratio of
+    `ours` to `recorded`, or to `theirs` without a golden file. The bound is 1.01, or 1.5 with
+    `quantization`. A stage also fails if Hugging Face's error is above 1e-4 in float32 or above 1
+    in bfloat16: a result of zeros has the error 1. With a golden file, a stage also fails if
+    `theirs` exceeds 1.01 times `recorded`.
     """
     is_fp32 = dtype == torch.float32
     own_error = theirs if recorded is None else recorded
@@ -156,7 +156,7 @@ def judge(
     if recorded is not None and not theirs <= MAX_GOLDEN_DRIFT * recorded:
         problem = (
             f"the golden is {theirs:.2g} from the float64 oracle of these weights, but was "
-            f"{recorded:.2g} from that of its own weights: the weights differ"
+            f"{recorded:.2g} from the oracle of its own weights: the weights differ"
         )
     elif not own_error <= limit:
         problem = (

@@ -61,8 +61,8 @@ def compare_frames(
 ) -> SampledFrames:
     """Compare our frames with those of both references.
 
-    A library that runs here chooses its frames itself. For any other library, its rule in
-    `video.sampling` chooses them.
+    If a library runs here, it chooses its frames. Otherwise the library's rule in `video.sampling`
+    chooses them.
     """
     ours, _ = sample_frames(timeline, options, name)
     choices = []

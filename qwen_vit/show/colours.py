@@ -30,8 +30,8 @@ class PrincipalColours:
 
     The first component sets the lightness, the second blue to yellow, and the third green to red.
     With the usual red, green and blue, colour-blind readers would distinguish fewer colours. Most
-    of them confuse red and green. The third component has these colours, because it has the least
-    variance.
+    of these readers confuse red and green. The third component has these colours, because it has
+    the least variance.
 
     Attributes:
         explained: the share of the variance that each component explains.
@@ -114,7 +114,7 @@ def _rows(maps: Sequence[Tensor]) -> Tensor:
 def _colours(components: NDArray[np.float32]) -> NDArray[np.float32]:
     """Convert components (..., 3) from 0 to 1 to sRGB, clipped to the sRGB range.
 
-    The matrices and the curve are those of OKLab and sRGB.
+    OKLab and sRGB define the matrices and the curve.
     """
     low, high = np.array((LIGHTNESS, BLUE_YELLOW, GREEN_RED)).T
     lightness, blue_yellow, green_red = np.moveaxis(low + (high - low) * components, -1, 0)

@@ -33,8 +33,9 @@ def show_features(
     >>> pictures[1].save("rocket-features.png")  # doctest: +SKIP
 
     Args:
-        features: features from one encoder with one output, "merged" or "patch". The principal
-            components are fitted to all feature maps together, so that colours are comparable.
+        features: features from one encoder with one output, "merged" or "patch". The function
+            fits the principal components to all feature maps together, so that colours are
+            comparable.
         pictures: the images by id, if the ids are not the images' paths.
         point: (x, y) in pixels of the first image. The function compares the cell at this point
             with every cell.

@@ -75,7 +75,7 @@ class StripLayout:
         return len(self.sources) > 1
 
     def crops(self, array: NDArray[Any]) -> list[tuple[NDArray[Any], Box]]:
-        """Return each strip's part and place of an array (rows, columns, ...) over the picture.
+        """Return each strip's part of an array (rows, columns, ...) and its place in the drawing.
 
         The array's sides must be multiples or divisors of the picture's sides.
         """

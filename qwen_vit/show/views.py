@@ -116,9 +116,9 @@ def view_features(
 
     `show_features` describes the arguments from `features` to `frame`. For an image that is not in
     `pictures`, the function reads the file that the id names. If this file is missing, unreadable
-    or of another size, the view has no picture. With on_error="skip", the view also has none if the
-    image in `pictures` is unreadable or does not fit, and the function logs a warning. `window` is
-    the side of an attention window, in patches.
+    or of another size, the view has no picture. With on_error="skip", the view also has no
+    picture if the image in `pictures` is unreadable or does not fit. The function then logs a
+    warning. `window` is the side of an attention window, in patches.
     """
     features = list(features)
     if not features:
@@ -211,13 +211,14 @@ def _given_picture(features: DenseFeatures, source: ImageSource) -> RgbImage:
             f"the image is {picture.width} x {picture.height}, but the features come from "
             f"{known or f'{width} x {height} pixels'}",
             name=features.id,
-            remedy="pass the encoded image",
+            remedy="pass the image that these features come from",
         )
     return picture
 
 
 def _fits(picture: RgbImage, features: DenseFeatures) -> bool:
-    """Return whether the image fits the features, by size, or else by aspect ratio."""
+    """Return whether the image fits the features, by size, or by aspect ratio if the size is
+    unknown."""
     if features.size_px != UNKNOWN_SIZE:
         return (picture.height, picture.width) == features.size_px
     _, h, w = features.grid_thw
@@ -234,7 +235,7 @@ def _cell_at(
         raise ArgumentError(
             "the image's size is unknown",
             name=features.id,
-            expected="the image that the point belongs to",
+            expected="the image that contains the point",
             remedy="also pass this image",
         )
     (x, y), (height, width) = point, size_px

@@ -133,5 +133,5 @@ def test_quiet_and_verbose_do_not_go_together(qwen_vit: Any) -> None:
     for flags in (["-q", "-v"], ["--verbose", "--quiet"]):
         done = qwen_vit("info", "tiny", *flags)
         assert done.code == 2
-        assert "--quiet does not go with --verbose. Omit one of the two." in done.err
+        assert "--quiet works only without --verbose. Omit one of the two." in done.err
     assert qwen_vit("info", "tiny", "-q").code == 0
