@@ -86,6 +86,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """Return the dtype of the computation. "auto" is bfloat16 on a GPU and float32 on a CPU."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = "float16" if dtype == "fp16" else dtype  # for the error below
     chosen = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if not isinstance(chosen, torch.dtype):
         raise ArgumentError(f"dtype is {dtype!r}", expected="'auto', 'bfloat16' or 'float32'")

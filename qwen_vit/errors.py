@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 __all__ = [
+    "FLOAT16_OVERFLOWS",
     "IMAGE_CODES",
     "TO_ENCODE",
     "ArgumentError",
@@ -158,6 +159,7 @@ def _as_flag(name: str, value: object) -> str:
     return flag if value is None or value is True else f"{flag} {words}"
 
 
+FLOAT16_OVERFLOWS = "activations of the published 3B model overflow float16 in the last block"
 # Add it to an option that other commands lack, such as `show` and `compare`.
 TO_ENCODE = Wording("", shell=" to `qwen-vit encode` or `qwen-vit export`")
 

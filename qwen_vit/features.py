@@ -103,9 +103,9 @@ class ImageFeatures:
         (t, h, w), rows = self.grid_thw, len(self.embeds)
         side = math.isqrt(t * h * w // rows) if rows and self.output != "mean" else 0
         if not side or h % side or w % side or rows * side**2 != t * h * w:
-            what = "the mean of its rows" if self.output == "mean" else plural(rows, "row")
+            fact = f"{plural(rows, 'row')} for a grid of {self.grid_thw}"
             raise ArgumentError(
-                f"{what} for a grid of {self.grid_thw}",
+                "contains one mean vector, not a map" if self.output == "mean" else fact,
                 name=self.id,
                 expected="a row for each merged token or each patch",
                 remedy=with_options(

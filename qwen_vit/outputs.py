@@ -100,11 +100,12 @@ def check_layers(layers: Iterable[Any], depth: int | None = None) -> tuple[int, 
     Without `depth`, any block number >= 0 is valid.
     """
     last = "" if depth is None else f" to {depth - 1}"
-    expected = f"blocks from 0{last}, each once"
+    expected = f"integers from 0{last}, each once"
     blocks: list[int] = []
     if isinstance(layers, str | bytes) or not isinstance(layers, Iterable):
         raise ArgumentError(
-            with_options("{} is {layers!r}", "layers", layers=layers), expected=expected
+            with_options("{} is {layers!r}", "layers", layers=layers),
+            expected="a list of blocks such as [1]",
         )
     for each in layers:
         try:

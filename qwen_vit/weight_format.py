@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qwen_vit.config import VisionConfig
-from qwen_vit.errors import ArgumentError
+from qwen_vit.errors import FLOAT16_OVERFLOWS, ArgumentError
 
 __all__ = [
     "FP8", "PIXEL_ZERO", "SCALE_COLUMNS", "Quantization", "QuantizedRows", "fp8_column_order",
@@ -42,9 +42,7 @@ def pixel_weight_exponent(dtype: torch.dtype) -> int:
     exponents = {torch.bfloat16: 10, torch.float32: 0}
     if dtype == torch.float16:
         raise ArgumentError(
-            "dtype is float16, and activations of the published 3B model overflow float16 in the "
-            "last block",
-            remedy="use bfloat16 or float32",
+            f"dtype is float16, and {FLOAT16_OVERFLOWS}", remedy="use bfloat16 or float32"
         )
     if dtype not in exponents:
         raise ArgumentError(f"dtype is {dtype}", expected="torch.bfloat16 or torch.float32")

@@ -8,10 +8,11 @@ import click
 from qwen_vit.cli.console import print_data
 from qwen_vit.cli.imports import slow_imports
 from qwen_vit.cli.options import (
+    MODEL_HELP,
+    complete_model,
     device_option,
     dtype_option,
     json_option,
-    model_option,
     quantization_option,
     source_options,
     verbosity_options,
@@ -23,7 +24,7 @@ __all__ = ["bench"]
 
 
 @click.command(cls=SectionedCommand, short_help="Time the tower on this GPU against its roofline.")
-@model_option
+@click.option("--model", shell_complete=complete_model, help=f"{MODEL_HELP}  [required]")
 @click.option(
     "--workload", "workloads", multiple=True, type=click.Choice(tuple(WORKLOADS)),
     help="Time only this workload. Repeat the option for several workloads.  [default: all]",
@@ -36,7 +37,7 @@ __all__ = ["bench"]
 @source_options
 @verbosity_options
 def bench(
-    model: str, workloads: tuple[str, ...], plain: bool, as_json: bool, **loading: Any
+    model: str | None, workloads: tuple[str, ...], plain: bool, as_json: bool, **loading: Any
 ) -> None:
     """Time the tower on this GPU with random pixels, and compare the time with the GPU's roofline.
 
@@ -52,6 +53,8 @@ def bench(
         from qwen_vit import benchmark
         from qwen_vit.encoder import VisionEncoder
     benchmark.check_device(loading["device"])
+    if model is None:  # with `required`, click would ask for a model before the GPU is checked
+        raise click.MissingParameter(param_hint="'--model'", param_type="option")
     encoder = VisionEncoder.from_pretrained(model, **loading)
     rows = benchmark.bench(encoder, workloads or tuple(WORKLOADS), plain=plain)
     if as_json:

@@ -8,6 +8,7 @@ this folder, such as `text` and `describe`.
 """
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -100,20 +101,36 @@ def main() -> None:
         flush_logs()
 
 
-def _guess(error: click.ClickException, close: Sequence[str]) -> str:
-    if isinstance(error, click.NoSuchOption) and OUT.fullmatch(error.option_name):
-        options = [] if error.ctx is None else error.ctx.command.params
-        if any("--out" in option.opts for option in options):
-            return "--out"
-    return close[0]
+def _guess(error: click.UsageError, close: Sequence[str]) -> str | None:
+    if not isinstance(error, click.NoSuchOption):
+        return close[0] if close else None
+    options = [] if error.ctx is None else error.ctx.command.params
+    if OUT.fullmatch(error.option_name) and any("--out" in each.opts for each in options):
+        return "--out"
+    from difflib import get_close_matches
+
+    # click also compares the dashes, and would suggest --pages for --nope
+    names = get_close_matches(error.option_name[2:], [each[2:] for each in close], n=1)
+    return f"--{names[0]}" if names else None
+
+
+def _hints(error: click.UsageError) -> list[str]:
+    if isinstance(error, click.NoSuchOption):
+        files = [each for each in sys.argv[1:] if each.startswith("-") and os.path.lexists(each)]
+        if files:
+            return [f"For the file, pass ./{files[0]}."]
+    guess = _guess(error, getattr(error, "possibilities", None) or [])
+    return [f"Did you mean {guess}?"] if guess else []
 
 
 def _usage_text(error: click.ClickException) -> str:
-    text = error.format_message()
-    if close := getattr(error, "possibilities", None):  # click prints them in alphabetical order
-        text = f"{error.message.removesuffix('.')}. Did you mean {_guess(error, close)}?"
+    # click's format_message would add all guesses, in alphabetical order
+    text = error.message if hasattr(error, "possibilities") else error.format_message()
     text = " ".join(text.split())
     if not isinstance(error, click.UsageError):
         return text
-    path = "qwen-vit" if error.ctx is None else error.ctx.command_path
-    return f"{text if text.endswith(tuple('.?!)')) else text + '.'} See `{path} --help`."
+    sentences = [text if text.endswith(tuple(".?!)")) else f"{text}.", *_hints(error)]
+    # click's error about a missing value does not name the command
+    named = ["qwen-vit", *(each for each in sys.argv[1:2] if each in COMMANDS)]
+    path = " ".join(named) if error.ctx is None else error.ctx.command_path
+    return " ".join([*sentences, f"See `{path} --help`."])

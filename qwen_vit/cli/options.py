@@ -13,11 +13,12 @@ from qwen_vit.checkpoint.published import PACKAGED, cached_repositories, publish
 from qwen_vit.cli.console import set_verbosity
 from qwen_vit.common.storage import is_remote
 from qwen_vit.common.store_path import as_path
-from qwen_vit.errors import ArgumentError
+from qwen_vit.errors import FLOAT16_OVERFLOWS, ArgumentError
 
 __all__ = [
     "FILE",
     "FOLDER",
+    "MODEL_HELP",
     "NAME",
     "Dtype",
     "allow_failed_option",
@@ -75,8 +76,8 @@ class Dtype(click.Choice[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value in self.REFUSED:
-            fact = "Activations of the published 3B model overflow float16."
-            self.fail(f"{fact} Use float32 on a CPU, or bfloat16 on a GPU.", param, ctx)
+            fact = f"{value!r}, and {FLOAT16_OVERFLOWS}"
+            self.fail(f"{fact}. Use bfloat16 or float32.", param, ctx)
         return super().convert(self.SHORT.get(value, value), param, ctx)
 
 

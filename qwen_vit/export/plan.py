@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -316,7 +316,7 @@ def _check_heads(plan: ExportPlan) -> None:
 
 
 def _paths(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
-    if isinstance(inputs, str | bytes | os.PathLike):
+    if isinstance(inputs, str | bytes | os.PathLike) or not isinstance(inputs, Iterable):
         raise ArgumentError(
             f"inputs is one {type(inputs).__name__}",
             expected="a list of paths",

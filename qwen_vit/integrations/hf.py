@@ -148,6 +148,10 @@ def expand_placeholders(
             whole numbers above 0, with height and width divisible by `merge_size`.
     """
     for kind, pad, of_kind in (("image", IMAGE_PAD, grids), ("video", VIDEO_PAD, video_grids)):
+        if not isinstance(of_kind, Iterable):
+            raise ArgumentError(
+                f"{kind} grids are {of_kind!r}", expected="a list of grids such as [(1, 4, 4)]"
+            )
         counts = [count_tokens(whole_numbers(grid), merge_size) for grid in of_kind]
         found = text.count(pad)
         if found != len(counts):

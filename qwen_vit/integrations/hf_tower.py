@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qwen_vit.checkpoint.tower_names import expected_tensors
 from qwen_vit.device import choose_device, choose_dtype, choose_quantization
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import ArgumentError, QwenVitError
+from qwen_vit.errors import FLOAT16_OVERFLOWS, ArgumentError, QwenVitError
 
 __all__ = ["HFTower"]
 
@@ -179,7 +179,7 @@ class HFTower(_Frozen):
         shown, encoder = self.shown, self.encoder
         if dtype == torch.float16:
             raise ArgumentError(
-                "activations of the published 3B model overflow float16 in the last block",
+                FLOAT16_OVERFLOWS,
                 expected="bfloat16 or float32",
                 remedy="convert the language model before you replace the tower, or convert only "
                 "the language model",

@@ -120,7 +120,13 @@ def view_features(
     picture if the image in `pictures` is unreadable or does not fit. The function then logs a
     warning. `window` is the side of an attention window, in patches.
     """
-    features = list(features)
+    features = list(features) if isinstance(features, Iterable) else [features]
+    for each in features:
+        if not hasattr(each, "grid_thw"):  # a lower layer than features.py, so it knows no class
+            raise ArgumentError(
+                f"features contains a {type(each).__name__}",
+                expected="ImageFeatures, as `encode` returns them",
+            )
     if not features:
         raise ArgumentError("features is empty", remedy="pass at least one image's features")
     maps = [_map_of(each, layer, frame) for each in features]
@@ -241,7 +247,7 @@ def _cell_at(
     (x, y), (height, width) = point, size_px
     if not (0 <= x < width and 0 <= y < height):
         raise ArgumentError(
-            f"the point {x:g},{y:g} is outside the image",
+            f"the point {x:.15g},{y:.15g} is outside the image",
             name=features.id,
             expected=f"x from 0 to {width - 1} and y from 0 to {height - 1}",
         )

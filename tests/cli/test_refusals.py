@@ -129,9 +129,16 @@ BAD_USAGE = {
         ("encode", "a.png", "--model", "tinny", "--out", "f"),
         "tinny: does not exist",
     ),
-    "float16": (("encode", "a.png", *TO_FILE, "--dtype", "float16"), "Use float32 on a CPU, or"),
+    "float16": (
+        ("encode", "a.png", *TO_FILE, "--dtype", "float16"),
+        "Use bfloat16 or float32. See",
+    ),
     "device": (("encode", "a.png", *TO_FILE, "--device", "tpu"), "device is 'tpu'"),
     "limits": (("encode", "a.png", *TO_FILE, "--max-pixels", "9"), "Pass other --min-pixels"),
+    "no value": (("export", "--resume"), "an argument. See `qwen-vit export --help`."),
+    "no close option": (("encode", "--nope"), "option '--nope'. See `qwen-vit encode --help`."),
+    "a file with a dash": (("encode", "-d.jpg"), "For the file, pass ./-d.jpg. See `qwen-vit enc"),
+    "bench on a CPU without a model": (("bench", "--device", "cpu"), "Use a GPU."),
     "bench on a CPU": (  # the check precedes the search for weights
         ("bench", "--model", "no-such/model", "--local-files-only", "--device", "cpu"),
         "Use a GPU.",
@@ -163,6 +170,7 @@ BAD_USAGE["an input without a bucket"] = (
 @pytest.mark.parametrize("fault", BAD_USAGE)
 def test_wrong_usage_exits_with_2_and_names_the_cause(folder: Path, run: Any, fault: str) -> None:
     arguments, words = BAD_USAGE[fault]
+    Path("-d.jpg").touch()
     done = run(*arguments)
     assert (done.code, done.out) == (2, "")
     assert words in done.err

@@ -93,6 +93,7 @@ def test_errors_of_wrong_calls_name_the_correct_call() -> None:
 
 REFUSED_ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "float16": ({"dtype": "float16"}, ("activations", "overflow", "bfloat16 or float32")),
+    "fp16": ({"dtype": "fp16"}, ("dtype is float16, and activations", "overflow float16")),
     "torch.float16": ({"dtype": torch.float16}, ("activations", "overflow float16")),
     "bfloat16 on cpu": ({"dtype": "bfloat16"}, ("bfloat16", "CPU", "float32", "a GPU")),
     "float64": ({"dtype": torch.float64}, ("torch.float64", "Expected")),

@@ -31,6 +31,7 @@ from tests.support.fake_encoder import FakeEncoder
             [b"p"],
             r"inputs contains b'p'\. Expected paths as str or Path\. Decode bytes with os.fsd",
         ),
+        (7, r"inputs is one int\. Expected a list"),
         ([7], r"inputs contains 7\. Expected paths"),
         ([], r"inputs is empty\. Expected files, folders"),
     ],

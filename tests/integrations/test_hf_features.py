@@ -260,6 +260,7 @@ def test_placeholders_are_those_of_transformers_processor(
         ),
         ("<|image_pad|>", [(1, 4, 5)], "a grid is (1, 4, 5)"),
         ("<|image_pad|>", [(1, 4.7, 4)], "a grid is (1, 4.7, 4). Expected whole numbers"),
+        ("<|image_pad|>", 3, "image grids are 3. Expected a list of grids"),
         ("<|image_pad|>", [None], "a grid is None. Expected whole numbers"),
         ("<|image_pad|>", [(4, 4)], "a grid is (4, 4)"),
         ("<|image_pad|>", [(1, 0, 4)], "a grid is (1, 0, 4)"),

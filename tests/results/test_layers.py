@@ -101,7 +101,7 @@ def test_a_batch_out_of_memory_is_halved_with_its_layers(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("layers", "words"),
     [
-        ((-1,), r"layers contains -1\. Expected blocks from 0 to 4, each once"),
+        ((-1,), r"layers contains -1\. Expected integers from 0 to 4, each once"),
         ((5,), "layers contains 5"),
         ((10**30,), "layers contains 10000"),
         ((1, 3, 1), "layers contains 1 twice"),
@@ -111,7 +111,7 @@ def test_a_batch_out_of_memory_is_halved_with_its_layers(monkeypatch: pytest.Mon
         ((None,), "layers contains None"),
         ("13", "layers is '13'"),
         (b"\x01", "layers is b"),
-        (3, "layers is 3"),
+        (3, r"layers is 3\. Expected a list of blocks such as \[1\]"),
         (None, "layers is None"),
     ],
 )

@@ -1,6 +1,7 @@
 """Test the views of an image: its picture, its cells, and the cell of a pixel."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,6 +58,17 @@ def test_other_images_are_compared_with_the_first_ones_cell() -> None:
 def test_a_point_outside_is_refused(point: tuple[float, float]) -> None:
     with pytest.raises(ArgumentError, match=r"outside the image\. Expected x from 0 to 139 and"):
         view_features([features()], point=point)
+
+
+def test_a_point_outside_is_shown_in_full() -> None:
+    with pytest.raises(ArgumentError, match=r"the point 1000000,2\.5 is outside"):
+        view_features([features()], point=(10**6, 2.5))
+
+
+@pytest.mark.parametrize(("given", "kind"), [(3, "int"), ([3], "int"), ("ab", "str")])
+def test_other_values_than_features_are_refused(given: Any, kind: str) -> None:
+    with pytest.raises(ArgumentError, match=f"features contains a {kind}. Expected ImageFeatures"):
+        view_features(given)
 
 
 def test_a_point_needs_the_size_of_the_image() -> None:
