@@ -1,8 +1,8 @@
 """Define the access to an export's folder, and implement it for a folder on a disk.
 
-The shard writer needs files on a disk. A local export keeps them in its own folder. For object
-storage, the shard writer uses a scratch folder of this machine, and `publish` uploads each finished
-file.
+The shard writer needs files on a disk. A local export keeps these files in the export's folder. For
+object storage, the shard writer uses a scratch folder of this machine, and `publish` uploads each
+finished file.
 """
 
 import os

@@ -20,8 +20,8 @@ def makers_in(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def made_by_of(settings: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's versions and GPU. Include the image policy if it differs from the export's
-    first policy, for example because PyAV was missing then."""
+    """Return a run's versions and GPU. Include the image policy if it differs from the policy at
+    the export's start, for example because PyAV was missing."""
     makers = makers_in(settings)
     return {n: makers[n] for n in makers if n in MADE_BY or makers[n] != start.get(n)}
 

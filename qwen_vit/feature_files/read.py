@@ -45,9 +45,10 @@ class FeatureFolder(Features):
     (True, 999_998, 2)
 
     The object contains the images that the export encoded without an error, in the order of the
-    shards. If a later listing replaced an image, the object reads only its newest features. It
-    opens shards on demand, and keeps at most 64 open. It lists the folder once, at opening. If a
-    shard does not exist at that time, the object omits it, and `is_complete` is False.
+    shards. If a later listing replaced an image, the object reads only the image's newest features.
+    The object opens shards on demand, and keeps at most 64 open. At opening, it lists the folder
+    once. If a shard does not exist at that time, the object omits the shard's images, and
+    `is_complete` is False.
 
     `load_features` opens an export folder.
 

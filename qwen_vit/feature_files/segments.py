@@ -88,7 +88,9 @@ def open_segments(
         end = first + len(file) + len(failed)
         are_listed = file.ids == [name for name in names[first:end] if name not in failed]
         if not is_ours(file.metadata) or end > len(names) or not are_listed:
-            other = ExportError("has other settings", name=str(path), remedy=ENCODED_AGAIN)
+            other = ExportError(
+                "has other settings or images", name=str(path), remedy=ENCODED_AGAIN
+            )
             logger.warning("%s", other)
             break
         segments.append(Segment(file, first, end))

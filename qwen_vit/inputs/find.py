@@ -348,8 +348,8 @@ def _folder_items(
 
 
 def _entries(folder: str, below: str) -> Iterator[tuple[Item, bool]]:
-    """Return each entry of a folder with whether the entry is a folder. For an unreadable folder,
-    return one failed item."""
+    """Return an item for each entry of a folder, and whether the entry is a folder. For an
+    unreadable folder, return one failed item."""
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: os.fsencode(entry.name))

@@ -38,8 +38,8 @@ SLASHES = re.compile(r"(?<=[^:/])/{2,}")
 
 
 def listed_objects(address: str) -> Iterator[tuple[str, RemoteObject, bool]]:
-    """Yield the objects of an address, each with its name, and with whether the address names only
-    this object.
+    """Yield each object of an address with its name, and whether the address names only this
+    object.
 
     For a folder, the name is the object's path below the folder. For an object or a pattern, it is
     the object's address.
