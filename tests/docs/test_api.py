@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qwen_vit import downstream
 from tests.support import ROOT
 
 NAMED = re.compile(r"^::: (\S+)", re.MULTILINE)
@@ -75,3 +76,8 @@ def test_the_pages_name_functions_classes_and_methods() -> None:
         CALLABLES
     )
     assert len(CALLABLES) > 80
+
+
+def test_the_pages_list_every_public_function_of_the_integrations() -> None:
+    on_pages = {name.rpartition(".")[2] for name in names_on_pages()}
+    assert set(downstream.__all__) <= on_pages

@@ -37,8 +37,17 @@ def to_vllm_cached(entries: Iterable[CachedFeatures]) -> dict[str, Any]:
     >>> request["multi_modal_uuids"], request["multi_modal_data"]["image"]["image_grid_thw"]
     ({'image': ['5f-c0']}, tensor([[1, 4, 6]]))
 
-    The prompt must have one `<|image_pad|>` or `<|video_pad|>` per entry, in order. Raises
-    ArgumentError for objects that are not entries, and for an empty list.
+    The prompt must have one `<|image_pad|>` or `<|video_pad|>` per entry, in order.
+
+    Args:
+        entries: entries of the cache, in the prompt's order.
+
+    Returns:
+        The grids of all images and of all videos, the videos' seconds per time step, and the
+        entries' uuids.
+
+    Raises:
+        ArgumentError: `entries` is empty, or an item is not an entry.
     """
     data: dict[str, Any] = {}
     uuids: dict[str, list[str]] = {}
@@ -58,7 +67,15 @@ def to_vllm_cached_chat_part(entries: Iterable[CachedFeatures]) -> list[dict[str
     >>> to_vllm_cached_chat_part([CachedFeatures("a.jpg", "5f-c0", (1, 4, 6))])
     [{'type': 'image_embeds', 'image_embeds': {'image_grid_thw': [1, 4, 6]}, 'uuid': '5f-c0'}]
 
-    In the result, video parts follow image parts. Raises the errors of `to_vllm_cached`.
+    Args:
+        entries: entries of the cache, in the prompt's order.
+
+    Returns:
+        The parts of the images, then those of the videos. Put each part at its position in the
+        prompt.
+
+    Raises:
+        ArgumentError: `entries` is empty, or an item is not an entry.
     """
     parts = []
     for kind, some in _by_kind(entries).items():

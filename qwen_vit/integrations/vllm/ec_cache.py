@@ -134,6 +134,9 @@ class EncoderCache(Mapping[str, CachedFeatures]):
         folder: the cache's folder.
         settings: the digests of the model and its image settings, and the dtype, quantization and
             width of the entries.
+
+    Args:
+        entries: the entries by id.
     """
 
     def __init__(
@@ -193,6 +196,9 @@ def read_ec_cache(
         folder: the cache.
         metadata: the metadata of the encoder whose model the engine serves. The function rejects a
             cache of a different model or of different image settings. None disables the check.
+
+    Returns:
+        A mapping from ids to entries.
 
     Raises:
         ExportError: The folder has no `qwen_vit.json`, its settings or its index are damaged or

@@ -87,12 +87,23 @@ def to_vllm_chat_part(
     >>> [(part["type"], sorted(part["image_embeds"])) for part in parts]
     [('image_embeds', ['image_embeds', 'image_grid_thw'])]
 
-    A part contains the rows (n, D), the grid (3,) and a video's seconds per time step. Each tensor
-    is the base64-encoded output of `torch.save`. Since vLLM's pull request 29988 (December 2025), a
-    request may have several such parts. In the result, video parts follow image parts.
-    Put each part at its position in the prompt. Source: vLLM's docs/features/multimodal_inputs.md.
+    Since vLLM's pull request 29988 (December 2025), a request may have several such parts. Source:
+    vLLM's docs/features/multimodal_inputs.md.
 
-    `to_vllm` describes the arguments and errors.
+    Args:
+        features: features of images and videos, as in `to_vllm`.
+        videos: features of videos.
+        second_per_grid_ts: the seconds per time step of each video's grid, as in `to_vllm`.
+        width: the language model's width, or None to disable the check.
+
+    Returns:
+        The parts of the images, then those of the videos. A part contains the rows (n, D), the
+        grid (3,) and a video's seconds per time step. Each tensor is the base64-encoded output of
+        `torch.save`. Put each part at its position in the prompt.
+
+    Raises:
+        ExportError: as in `to_vllm`.
+        ArgumentError: as in `to_vllm`.
     """
     found, of_videos, seconds_of = split_videos(features, videos, second_per_grid_ts)
     pictures, clips = check_modalities(found, of_videos, seconds_of, width)
