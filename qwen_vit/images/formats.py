@@ -160,7 +160,11 @@ def _refused(data: bytes, name: str, on_request: str) -> ImageError:
     elif kind := _known_to_pillow(data):
         code, fact, remedy = "format", f"of an unsupported format ({kind})", "convert it to PNG"
     elif known is not None:  # after Pillow's formats, because some of them are text
-        code, fact, remedy = known.code, known.fact("an image"), known.remedy
+        code, fact, remedy = (
+            known.code,
+            known.fact("an image"),
+            "pass an image, or fetch the file again",
+        )
         if name.lower().endswith((*LIST_SUFFIXES, JSON_SUFFIX)):
             remedy = "pass the files that the list names; only encode, export and show read lists"
     return ImageError(fact, name=name, expected=ALLOWED, remedy=remedy, code=code)

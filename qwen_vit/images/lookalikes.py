@@ -57,6 +57,8 @@ class Lookalike(NamedTuple):
         code: the error's code, "not-an-image" for text and "format" for other files.
         what: the kind, such as "a PDF document".
         is_image: whether the file is an image of an unsupported format.
+        remedy: an instruction, or an empty string for plain text, whose remedy depends on the
+            caller.
         start: the first characters of plain text, or an empty string.
     """
 
@@ -105,8 +107,7 @@ def find_lookalike(data: bytes) -> Lookalike | None:
         return None
     what = "a JSON file" if text[0] in "{[" else "a text file"
     start = " ".join(text[:TEXT_SHOWN].split())
-    remedy = "pass an image, or a list as .txt or .jsonl, or fetch the file again"
-    return Lookalike("not-an-image", what, remedy, start=start)
+    return Lookalike("not-an-image", what, "", start=start)
 
 
 def _as_text(data: bytes) -> str:

@@ -143,7 +143,7 @@ def no_image_found(inputs: Sequence[str], left_out: Counter[str]) -> ExportError
         )
     return ExportError(
         f"no image found in {', '.join(map(display_name, inputs))}",
-        expected="files in folders and tars to have an extension such as .jpg or .mp4",
+        expected=f"a file with one of these extensions: {', '.join(MEDIA_SUFFIXES)}",
         remedy=with_options("to read Parquet files, pass {}", "column") + TO_ENCODE
         if has_parquet
         else "check the inputs",

@@ -101,14 +101,16 @@ def _name_and_source(facts: Mapping[str, Any], where: str) -> tuple[str, str]:
             expected='for example {"id": "cat", "path": "images/cat.jpg"}',
             remedy=CORRECT,
         )
-    if not (_is_name(source) and _is_name(name)):
-        raise ExportError(
-            f"id is {short_repr(facts.get('id'))} and path {short_repr(source)}",
-            name=where,
-            expected='text in quotes, as in {"id": "cat", "path": "images/cat.jpg"}',
-            remedy=CORRECT,
-        )
-    return name, source
+    if _is_name(source) and _is_name(name):
+        return name, source
+    given = {"path" if "path" in facts else "source": source, "id": name}
+    wrong, value = next((key, value) for key, value in given.items() if not _is_name(value))
+    raise ExportError(
+        f"{wrong} is {short_repr(value)}",
+        name=where,
+        expected='text in quotes, as in {"id": "cat", "path": "images/cat.jpg"}',
+        remedy=CORRECT,
+    )
 
 
 def _is_name(value: object) -> TypeGuard[str]:

@@ -90,7 +90,7 @@ def _no_video(head: bytes, name: str) -> ImageError:
             known.fact("a video"),
             name=name,
             expected=EXPECTED,
-            remedy=known.remedy,
+            remedy=known.remedy or "pass a video, or fetch the file again",
             code=known.code,
         )
     return ImageError(

@@ -378,9 +378,10 @@ def test_the_error_for_another_kind_of_file_lists_what_info_describes(
 
 
 def test_one_failed_image_has_one_cause(folder: Path, run: Any) -> None:
+    """The remedy once was to pass a list, for any name and for a video as well."""
     Path("t.jpg").write_text("404 Not Found")
     done = run("encode", "t.jpg", *TO_FILE)
     assert done.code == 2
     assert "t.jpg: a text file, not an image: it starts with '404 Not Found'." in done.err
-    assert ". Pass an image, or a list as .txt or .jsonl, or fetch the file again." in done.err
+    assert ". Pass an image, or fetch the file again." in done.err
     assert "1 image failed. Fix the cause named above." in done.err

@@ -113,7 +113,9 @@ def test_a_header_over_the_limit_of_safetensors_is_refused_before_any_image(
 
 def test_nothing_to_export_is_an_error(export_dir: Path) -> None:
     Path("empty").mkdir()
-    with pytest.raises(ExportError, match=r"no image found in empty\. .* extension such as"):
+    with pytest.raises(
+        ExportError, match=r"no image found in empty\. .* extensions: \.jpg, .*\.mp4"
+    ):
         export("empty")
     assert not Path("out").exists()
 

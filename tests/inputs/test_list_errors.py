@@ -33,6 +33,21 @@ def test_one_id_on_two_lines_is_named_with_its_lines(folder: Path, qwen_vit: Any
         Listing.freeze(Path("frozen"), items, 10)
 
 
+@pytest.mark.parametrize(
+    ("line", "fact"),
+    [
+        ('{"path": 3}', "path is 3"),
+        ('{"path": "a.png", "id": 3}', "id is 3"),
+        ('{"source": 4, "id": 3}', "source is 4"),
+    ],
+)
+def test_only_the_wrong_value_of_a_line_is_named(folder: Path, line: str, fact: str) -> None:
+    """The error for {"path": 3} once also blamed the id, which is optional."""
+    Path("w.jsonl").write_text(line)
+    with pytest.raises(ExportError, match=rf"line 1: {fact}\. Expected text in quotes"):
+        list(find_items(["w.jsonl"]))
+
+
 def test_a_line_without_a_path_is_named_with_its_keys(folder: Path) -> None:
     Path("w.jsonl").write_text('{"id": "a", "file": "a.png"}\n')
     with pytest.raises(ExportError, match=r'line 1: "path" is missing, .* has .id., .file'):

@@ -81,6 +81,12 @@ def test_an_image_gets_a_remedy_that_fits_its_name(tmp_path: Path) -> None:
         assert (error.fact, error.remedy) == ("an image (JPEG), not a video", remedy)
 
 
+def test_a_text_with_the_name_of_a_video_gets_a_remedy_for_videos(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_text("404 Not Found")
+    assert refused(path).remedy == "Pass a video, or fetch the file again."
+
+
 def test_a_file_with_only_sound_is_refused(tmp_path: Path) -> None:
     import av
 
