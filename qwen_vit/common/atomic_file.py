@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from qwen_vit.errors import ExportError
+from qwen_vit.errors import ExportError, with_options
 
 __all__ = [
     "TEMPORARY_SUFFIX",
@@ -36,12 +36,18 @@ class AtomicFile:
     >>> growing.commit()  # doctest: +SKIP
 
     A killed process may leave a hidden file, whose name ends in TEMPORARY_SUFFIX. With
-    `overwrite=False`, `commit` raises ExportError if `path` exists.
+    `overwrite=False`, the class raises ExportError if `path` exists, now or at `commit`.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = True) -> None:
         self.path = path
         self._overwrite = overwrite
+        if os.path.isdir(path):
+            raise ExportError(
+                "a folder", name=str(path), expected="a file to write", remedy="pass another path"
+            )
+        if not overwrite and os.path.lexists(path):
+            raise self._exists()  # before the work
         self._temporary = path.with_name(
             f".{path.name[:NAME_CHARACTERS]}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
         )
@@ -81,10 +87,11 @@ class AtomicFile:
 
     def _exists(self) -> ExportError:
         return ExportError(
-            "exists",
+            "already exists",
             name=str(self.path),
-            expected="a new name",
-            remedy="pass another name, or overwrite the file",
+            remedy=with_options(
+                "pass another path, or {} to replace the file", ("overwrite", True)
+            ),
         )
 
     def discard(self) -> None:

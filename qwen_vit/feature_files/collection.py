@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from qwen_vit.common.missing_name import missing_name
+from qwen_vit.common.store_path import AnyPath
 from qwen_vit.errors import plural
 from qwen_vit.feature_files import tables
 from qwen_vit.features import ImageFeatures
@@ -40,6 +41,7 @@ class Features(ABC):
     """
 
     metadata: dict[str, Any]
+    path: AnyPath
 
     @property
     @abstractmethod
@@ -215,7 +217,7 @@ class Features(ABC):
         """
         return tables.to_pandas(self)
 
-    def to_parquet(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> Path:
+    def to_parquet(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the table of `to_pandas` as Parquet, completely or not at all, in constant memory.
 
         >>> load_features("means").to_parquet("means.parquet")  # doctest: +SKIP
@@ -226,15 +228,16 @@ class Features(ABC):
 
         Args:
             path: the Parquet file.
-            overwrite: whether to replace an existing file.
+            overwrite: whether to replace an existing file. The method never replaces a file that
+                contains these features.
 
         Returns:
             The path of the file.
 
         Raises:
             ArgumentError: pyarrow cannot be imported.
-            ExportError: There is no image, `path` exists with `overwrite=False`, or `path` is a
-                symbolic link, is not UTF-8 or cannot be written.
+            ExportError: There is no image, or `path` exists without `overwrite=True`, contains
+                these features, is a symbolic link, is not UTF-8 or cannot be written.
         """
         return tables.write_parquet(self, path, overwrite=overwrite)
 
@@ -303,7 +306,7 @@ class FeatureSubset(Features):
     def __init__(self, source: Features, keys: Sequence[int | str]) -> None:
         self.source = source
         self.keys = keys
-        self.metadata = source.metadata
+        self.metadata, self.path = source.metadata, source.path
 
     def __str__(self) -> str:
         return f"a subset of {self.source}"

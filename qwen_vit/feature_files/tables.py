@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from qwen_vit.common.atomic_file import atomic_file, check_utf8, refuse_link
 from qwen_vit.common.installation import install_command
+from qwen_vit.common.store_path import AnyPath
 from qwen_vit.errors import ArgumentError, ExportError
 from qwen_vit.feature_files.schema import EMBEDS, METADATA_KEY, rows_by_tensor
 from qwen_vit.features import UNKNOWN_SIZE, ImageFeatures
@@ -29,6 +30,7 @@ EMBEDS_COLUMN = "embeds"
 WHOLE_NUMBERS = ("grid_t", "grid_h", "grid_w", "height", "width")
 BATCH_BYTES, BATCH_IMAGES = 2**25, 4_096  # of float32 rows at a time; about three copies exist
 DENSE_IMAGES = 8  # at a time in datasets; for vectors, its default of 1,000
+SOURCE_SUFFIXES = (".safetensors", ".json", ".jsonl")  # of an export's files
 EMPTY = "choose at least one image that has features"
 
 
@@ -36,6 +38,7 @@ class StoredImages(Protocol):
     """Define the part of `Features` that a table needs. A higher module defines `Features`."""
 
     metadata: dict[str, Any]
+    path: AnyPath
 
     def __iter__(self) -> Iterator[ImageFeatures]: ...
     def content(self) -> Any: ...
@@ -74,7 +77,7 @@ def to_pandas(features: StoredImages) -> Any:
 
 
 def write_parquet(
-    features: StoredImages, path: str | os.PathLike[str], *, overwrite: bool = True
+    features: StoredImages, path: str | os.PathLike[str], *, overwrite: bool = False
 ) -> Path:
     try:
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -83,6 +86,7 @@ def write_parquet(
     path = Path(path)
     check_utf8(path)
     refuse_link(path)
+    _refuse_source(path, features.path)
     images = iter(features)
     first = next(images, None)
     if first is None:
@@ -101,6 +105,19 @@ def write_parquet(
         for batch in _batches([first], images):
             writer.write_batch(_record_batch(batch, schema))
     return path
+
+
+def _refuse_source(path: Path, source: AnyPath) -> None:
+    """Raise ExportError if a table at `path` would replace the features that it is made of."""
+    if not (isinstance(source, Path) and os.path.exists(path) and os.path.exists(source)):
+        return
+    is_part = source.is_dir() and path.absolute().parent.samefile(source)
+    if path.samefile(source) or (is_part and path.suffix in SOURCE_SUFFIXES):
+        raise ExportError(
+            "to_parquet reads the features from this file",
+            name=str(path),
+            remedy="pass another path",
+        )
 
 
 def to_datasets(features: StoredImages, *, cache_dir: str | os.PathLike[str] | None = None) -> Any:

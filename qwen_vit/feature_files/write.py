@@ -45,7 +45,7 @@ def write_features(
     features: AnyFeatures,
     metadata: Mapping[str, Any],
     *,
-    overwrite: bool = True,
+    overwrite: bool = False,
 ) -> Path:
     """Write a feature file completely or not at all. Omit failed images.
 
@@ -72,7 +72,7 @@ def write_features(
         The path of the file.
 
     Raises:
-        ExportError: `path` exists with `overwrite=False`, is a symbolic link, is not UTF-8 or
+        ExportError: `path` exists without `overwrite=True`, is a symbolic link, is not UTF-8 or
             cannot be written. No image succeeded, a value of `features` or `metadata` is not as
             described above, or the file's header exceeds 100 MB.
         ArgumentError: `features` or `metadata` has another type.

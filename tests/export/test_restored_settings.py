@@ -91,7 +91,8 @@ def test_files_of_others_with_a_shards_name_are_kept(growing_dir: Path) -> None:
     with pytest.raises(ExportError, match=r"out: a folder of shards without.*Pass another folder"):
         export()
     assert files() == {"shard-00000000.safetensors": b"mine"}
-    write_features("out/shard-00000000.safetensors", [random_features("a", (1, 4, 6))], {})
+    shard = Path("out/shard-00000000.safetensors")
+    write_features(shard, [random_features("a", (1, 4, 6))], {}, overwrite=True)
     before = files()
     with pytest.raises(ExportError):
         export()

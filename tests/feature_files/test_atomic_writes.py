@@ -59,7 +59,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(
         monkeypatch.setattr(os, step, fail)
     expected = ExportError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected) as caught:
-        write_features(path, features_of("new"), METADATA)
+        write_features(path, features_of("new"), METADATA, overwrite=True)
     monkeypatch.undo()
     if expected is ExportError:
         assert str(path) in str(caught.value)
@@ -125,7 +125,12 @@ def test_an_unwritable_path_is_named(tmp_path: Path, where: str) -> None:
 
 def test_two_threads_that_write_one_file_leave_a_complete_file(path: Path) -> None:
     choices = [features_of(f"{i}", width=64) for i in range(4)]
-    threads = [threading.Thread(target=write_features, args=(path, c, METADATA)) for c in choices]
+    threads = [
+        threading.Thread(
+            target=write_features, args=(path, c, METADATA), kwargs={"overwrite": True}
+        )
+        for c in choices
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -134,14 +139,30 @@ def test_two_threads_that_write_one_file_leave_a_complete_file(path: Path) -> No
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_file_that_appears_during_the_write_is_kept(tmp_path: Path) -> None:
-    """Two commands once checked for the file, and the second result replaced the first result."""
-    path, features = tmp_path / "a.safetensors", [ImageFeatures("a", torch.ones(1, 4), (1, 2, 2))]
+def test_an_existing_file_is_kept_by_default(path: Path) -> None:
+    """By default, `write_features` once replaced the file."""
     path.write_text("of another")
-    with pytest.raises(ExportError, match=r"a.safetensors: exists\. Expected a new name"):
-        write_features(path, features, METADATA, overwrite=False)
+    with pytest.raises(ExportError, match=r"already exists\. .*overwrite=True") as caught:
+        write_features(path, features_of("a"), METADATA)
+    assert "--overwrite" in caught.value.text(in_shell=True)
     assert path.read_text() == "of another"
-    assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_that_appears_during_the_write_is_kept(path: Path) -> None:
+    """Two commands once checked for the file, and the second result replaced the first result."""
+    growing = AtomicFile(path, overwrite=False)
+    path.write_text("of another")
+    with pytest.raises(ExportError, match="already exists"):
+        growing.commit()
+    assert path.read_text() == "of another"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_is_not_a_file_to_write(tmp_path: Path, overwrite: bool) -> None:
+    with pytest.raises(ExportError, match=r": a folder\. Expected a file"):
+        write_features(tmp_path, features_of("a"), METADATA, overwrite=overwrite)
 
 
 def test_a_disk_without_hard_links_gets_a_new_file(
@@ -149,11 +170,12 @@ def test_a_disk_without_hard_links_gets_a_new_file(
 ) -> None:
     monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EPERM, "no links")))
     path, features = tmp_path / "a.safetensors", [ImageFeatures("a", torch.ones(1, 4), (1, 2, 2))]
-    write_features(path, features, METADATA, overwrite=False)
+    write_features(path, features, METADATA)
     assert load_features(path).ids == ["a"]
-    path.write_text("of another")  # a rename would replace this file
+    path.unlink()
     growing = AtomicFile(path, overwrite=False)
-    with pytest.raises(ExportError, match=r"a.safetensors: exists\. Expected a new name"):
+    path.write_text("of another")  # a rename would replace this file
+    with pytest.raises(ExportError, match=r"a.safetensors: already exists"):
         growing.commit()
     assert path.read_text() == "of another"
 

@@ -140,7 +140,7 @@ def test_digests_of_other_rows_differ_and_of_the_same_rows_repeat(path: Path) ->
     one = write_features(path, features_of("a", "b"), METADATA).read_bytes()
     digests = [i["rows_sha256"] for i in load_features(path).metadata["images"]]
     assert digests[0] != digests[1]
-    assert write_features(path, features_of("a", "b"), METADATA).read_bytes() == one
+    assert write_features(path, features_of("a", "b"), METADATA, overwrite=True).read_bytes() == one
 
 
 # Layers

@@ -4,6 +4,7 @@ import builtins
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,8 @@ def test_a_failed_write_leaves_no_table(
 ) -> None:
     path = tmp_path / "t"
     path.write_text("old")
-    with pytest.raises(ExportError, match=r"t: exists\. Expected a new name"):
-        stored.to_parquet(path, overwrite=False)
+    with pytest.raises(ExportError, match=r"t: already exists\. .*overwrite=True to replace"):
+        stored.to_parquet(path)
     monkeypatch.setattr(tables, "BATCH_BYTES", 1)
     real, seen = tables._record_batch, []
 
@@ -135,9 +136,22 @@ def test_a_failed_write_leaves_no_table(
 
     monkeypatch.setattr(tables, "_record_batch", fail_late)
     with pytest.raises(ExportError, match=r"t: could not be written .No space"):
-        stored.to_parquet(path)
+        stored.to_parquet(path, overwrite=True)
     assert path.read_text() == "old"
     assert sorted(each.name for each in tmp_path.iterdir()) == ["f", "t"]
+
+
+@pytest.mark.parametrize("choose", [lambda stored: stored, lambda stored: stored[:1]])
+def test_a_table_does_not_replace_its_own_features(
+    stored: Features, tmp_path: Path, choose: Callable[[Features], Features]
+) -> None:
+    """The table once replaced the file, and the features were lost."""
+    before = (tmp_path / "f").read_bytes()
+    os.link(tmp_path / "f", tmp_path / "same")
+    for name in ("f", "same"):
+        with pytest.raises(ExportError, match=rf"{name}: to_parquet reads .* from this file"):
+            choose(stored).to_parquet(tmp_path / name, overwrite=True)
+    assert (tmp_path / "f").read_bytes() == before
 
 
 def test_bfloat16_takes_about_its_own_size_in_parquet(tmp_path: Path) -> None:
@@ -240,7 +254,7 @@ def test_a_dataset_has_the_images_and_follows_the_file(stored: Features, tmp_pat
     chosen = stored[[2, 0]].to_datasets(cache_dir=cache)
     assert len(chosen) == 2
     other = [replace(image, embeds=image.embeds + 1) for image in stored]
-    again = load_features(write_features(tmp_path / "f", other, METADATA))
+    again = load_features(write_features(tmp_path / "f", other, METADATA, overwrite=True))
     check_table(
         [{k: v for k, v in row.items() if k not in ("id", "id_bytes")}
          for row in again.to_datasets(cache_dir=cache)], again,

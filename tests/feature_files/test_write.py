@@ -89,7 +89,7 @@ def test_the_permissions_of_a_file_follow_the_umask(path: Path) -> None:
     for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
         before = os.umask(umask)
         try:
-            write_features(path, features_of("a"), METADATA)
+            write_features(path, features_of("a"), METADATA, overwrite=True)
         finally:
             os.umask(before)
         assert path.stat().st_mode & 0o777 == mode
