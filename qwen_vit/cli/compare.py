@@ -102,8 +102,8 @@ def compare(
         list(unused.watch(Item(path, path) for path in images))
         unused.warn()
     comparison = compare_checkpoint(
-        images, save_golden=save_golden, keep_maps=report is not None, video=video,
-        show_progress=shows_progress(), **options,
+        images, save_golden=save_golden, overwrite=overwrite, keep_maps=report is not None,
+        video=video, show_progress=shows_progress(), **options,
     )  # fmt: skip
     for _, error in comparison.skipped:
         print_log(f"skipped: {error.text(in_shell=True)}")

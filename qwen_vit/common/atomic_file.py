@@ -18,6 +18,7 @@ __all__ = [
     "cannot_write",
     "check_parent",
     "check_utf8",
+    "refuse_existing",
     "refuse_link",
     "sync_folder",
 ]
@@ -46,8 +47,8 @@ class AtomicFile:
             raise ExportError(
                 "a folder", name=str(path), expected="a file to write", remedy="pass another path"
             )
-        if not overwrite and os.path.lexists(path):
-            raise self._exists()  # before the work
+        if not overwrite:
+            refuse_existing(path)  # before the work
         self._temporary = path.with_name(
             f".{path.name[:NAME_CHARACTERS]}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
         )
@@ -77,22 +78,13 @@ class AtomicFile:
         try:
             os.link(self._temporary, self.path)  # a rename would replace an existing file
         except FileExistsError:
-            raise self._exists() from None
+            refuse_existing(self.path)
+            raise
         except OSError as error:
             if error.errno not in NO_LINKS:
                 raise
-            if os.path.lexists(self.path):
-                raise self._exists() from None
+            refuse_existing(self.path)
             os.replace(self._temporary, self.path)
-
-    def _exists(self) -> ExportError:
-        return ExportError(
-            "already exists",
-            name=str(self.path),
-            remedy=with_options(
-                "pass another path, or {} to replace the file", ("overwrite", True)
-            ),
-        )
 
     def discard(self) -> None:
         """Close the file, and remove it if it is not committed. A second call has no effect."""
@@ -148,6 +140,18 @@ def check_parent(path: Path) -> None:
         is_folder, fact = False, "not a folder"
     if not is_folder:
         raise ExportError(fact, name=str(path.parent), remedy="create the folder first")
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise ExportError for a file that a result would replace."""
+    if os.path.lexists(path):
+        raise ExportError(
+            "already exists",
+            name=str(path),
+            remedy=with_options(
+                "pass another path, or {} to replace the file", ("overwrite", True)
+            ),
+        ) from None
 
 
 def refuse_link(path: Path) -> None:

@@ -135,6 +135,8 @@ def write_golden(
     encoder: VisionEncoder,
     cases: Sequence[Case],
     reference: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Write a golden file completely or not at all, with the same bytes for the same arguments.
 
@@ -178,7 +180,7 @@ def write_golden(
     }
     facts["content_sha256"] = _content_hash(facts, weights_hash(tensors))
     text = json.dumps(facts, sort_keys=True, allow_nan=False)
-    with atomic_file(path) as file:
+    with atomic_file(path, overwrite=overwrite) as file:
         file.write(save(tensors, {METADATA_KEY: text}))
 
 

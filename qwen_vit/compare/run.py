@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from qwen_vit.common.atomic_file import refuse_existing
 from qwen_vit.compare.choices import PROCESSORS, Attention, Processor
 from qwen_vit.compare.golden import Case, Golden, load_golden, write_golden
 from qwen_vit.compare.huggingface import (
@@ -67,6 +68,7 @@ def compare_checkpoint(
     model: str | os.PathLike[str],
     golden: Path | None = None,
     save_golden: Path | None = None,
+    overwrite: bool = False,
     attention: Attention | None = None,
     processor: Processor = "pillow",
     keep_maps: bool = False,
@@ -105,7 +107,7 @@ def compare_checkpoint(
     return compare(
         encoder, images,
         attention=attention or "sdpa", processor=processor, save_golden=save_golden,
-        keep_maps=keep_maps, show_progress=show_progress, video=video,
+        overwrite=overwrite, keep_maps=keep_maps, show_progress=show_progress, video=video,
     )  # fmt: skip
 
 
@@ -116,6 +118,7 @@ def compare(
     attention: Attention = "sdpa",
     processor: Processor = "pillow",
     save_golden: Path | None = None,
+    overwrite: bool = False,
     keep_maps: bool = False,
     show_progress: bool = False,
     video: VideoOptions | None = None,
@@ -130,10 +133,12 @@ def compare(
     `processor` computes an image's pixels for Hugging Face's tower. The result also reports the
     pixels of the Pillow processor, and of torchvision's if it is installed. Our tower takes our own
     pixels if they agree, and the processor's pixels otherwise. `save_golden` writes Hugging Face's
-    results to a file. `keep_maps` keeps the data for a report. The function skips and reports
-    images that it cannot compare. Paths may also name videos. `video` sets their sampling, and the
-    Pillow processor receives the resized frames.
+    results to a file, and `overwrite` allows it to replace an existing file. `keep_maps` keeps the
+    data for a report. The function skips and reports images that it cannot compare. Paths may also
+    name videos. `video` sets their sampling, and the Pillow processor receives the resized frames.
     """
+    if save_golden is not None and not overwrite:
+        refuse_existing(save_golden)
     check_transformers()
     config = encoder.config
     theirs = hf_tower(encoder.checkpoint.tensors, config, encoder.dtype, encoder.device, attention)
@@ -167,7 +172,7 @@ def compare(
     if save_golden is not None:
         if not kept:
             raise _none_to_save(save_golden, len(images), [error for _, error in done[1]])
-        write_golden(save_golden, encoder, kept, reference)
+        write_golden(save_golden, encoder, kept, reference, overwrite=overwrite)
     facts = {**_facts_of(encoder), "reference": reference, "golden": None}
     return Comparison(facts, *done)
 
