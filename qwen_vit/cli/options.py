@@ -48,14 +48,23 @@ __all__ = [
 NAME = click.Path(readable=False, path_type=str)  # the command skips a file that it cannot read
 
 
-class LocalPath(click.Path):
+class NamedPath(click.Path):
+    """Convert an argument to a path, except an empty text and the - of standard streams."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value in ("", "-"):
+            self.fail(f"{value!r} is not a path. Pass the path of a file or folder.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class LocalPath(NamedPath):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, str) and is_remote(value):
             self.fail(f"{value} is an address. Pass a path on this machine.", param, ctx)
         return super().convert(value, param, ctx)
 
 
-class Folder(click.Path):
+class Folder(NamedPath):
     """Convert an argument to a folder on this machine, or to a prefix in object storage."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:

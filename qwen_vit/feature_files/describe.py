@@ -8,7 +8,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from qwen_vit.common.safetensors_header import TensorInfo, read_header
+from qwen_vit.common.safetensors_header import (
+    LENGTH_BYTES,
+    MAX_HEADER_BYTES,
+    TensorInfo,
+    read_header,
+)
 from qwen_vit.common.storage import is_remote
 from qwen_vit.common.store_path import AnyPath
 from qwen_vit.feature_files.file import FeatureFile
@@ -24,7 +29,8 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float6
 
 
 def holds_features(path: str) -> bool:
-    """Return whether a path may contain features, without opening a file.
+    """Return whether a path may contain features. Without the suffix .safetensors, a file's first
+    bytes decide.
 
     >>> holds_features("tests/photographs"), holds_features("features.safetensors")
     (False, True)
@@ -37,7 +43,17 @@ def holds_features(path: str) -> bool:
         with suppress(OSError):
             return any(map(SHARD.fullmatch, os.listdir(path)))
         return False
-    return path.lower().endswith(SUFFIX)
+    return path.lower().endswith(SUFFIX) or _begins_as_safetensors(path)
+
+
+def _begins_as_safetensors(path: str) -> bool:
+    with suppress(OSError):
+        if os.path.isfile(path):  # to open a FIFO could block
+            with open(path, "rb") as file:
+                start = file.read(LENGTH_BYTES + 1)
+            length = int.from_bytes(start[:LENGTH_BYTES], "little")
+            return start[LENGTH_BYTES:] == b"{" and length <= MAX_HEADER_BYTES
+    return False
 
 
 def describe_features(path: str | Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Test `info` and `verify` with checkpoints, feature files and export folders."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -79,6 +80,23 @@ def test_a_wrong_bit_is_found_by_the_digest(folder: Path, run: Any, tensor: str)
     assert f"f.safetensors: b.jpg: its rows of {tensor} changed after they were" in done.out
     assert "a.png" not in done.out
     assert json.loads(run("info", path, "--json").out)["layers"] == [1]
+
+
+@pytest.mark.parametrize("name", ["f", "f.pt"])
+def test_a_file_with_another_suffix_is_recognised(folder: Path, run: Any, name: str) -> None:
+    """`info` once said that such a file was not a feature file."""
+    run("encode", "a.png", *TINY, "--out", "f")
+    Path("f").replace(name)
+    assert "kind             feature file" in run("info", name).out
+    assert run("verify", name).out.startswith("whole: 1 image")
+    assert run("show", name).err == ""
+    Path("text").write_text("no features")
+    os.mkfifo("fifo")  # to open it would block
+    for command in ("info", "verify"):
+        assert "text: a file, but not a feature file" in run(command, "text").err
+        assert "fifo: a file. Expected a checkpoint's folder" in run(command, "fifo").err
+    save_file({"a": torch.ones(2)}, "shard")
+    assert "shard: a safetensors file, but not a feature file" in run("info", "shard").err
 
 
 def test_info_names_the_quantization_of_features(folder: Path, run: Any) -> None:

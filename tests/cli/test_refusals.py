@@ -110,6 +110,19 @@ def test_a_disk_that_fails_at_the_end_is_an_error_of_one_line(
     assert sorted(os.listdir()) == before
 
 
+@pytest.mark.parametrize("out", ["", "-"])
+@pytest.mark.parametrize(
+    "command", [("encode", "--out"), ("show", "--out"), ("export", "--out"),
+                ("export", "--resume"), ("compare", "--save-golden"), ("compare", "--report")],
+)  # fmt: skip
+def test_an_output_has_a_name(folder: Path, run: Any, command: tuple[str, str], out: str) -> None:
+    """`--out -` once wrote a file with the name -, and the error for '' named the folder."""
+    name, option = command
+    done = run(name, "a.png", "--model", "tiny", option, out)
+    assert done.code == 2
+    assert f"'{option}': {out!r} is not a path. Pass the path of a file or folder." in done.err
+
+
 def test_overwrite_replaces_the_file(folder: Path, run: Any) -> None:
     Path("f.safetensors").write_text("old")
     assert run("encode", "a.png", *TO_FILE, "--overwrite").code == 0
