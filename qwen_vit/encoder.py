@@ -96,9 +96,10 @@ class VisionEncoder(LoadedTower):
             token: the access token, as in huggingface_hub.
             cache_dir: the cache folder, as in huggingface_hub.
             local_files_only: True uses no network, as in huggingface_hub.
-            min_pixels: the smallest height x width after resizing. None: the checkpoint's value.
+            min_pixels: the smallest height x width after resizing. None keeps the checkpoint's
+                value.
             max_pixels: the largest height x width after resizing, which a thin image may exceed.
-                None: the checkpoint's value.
+                None keeps the checkpoint's value.
             cuda_graphs: False launches every kernel separately, which is slower for small batches
                 but gives the same bits. `output="patch"` and `layers` never use graphs.
             torch_dtype: transformers' name for `dtype`. Any value but None raises ArgumentError.

@@ -59,7 +59,7 @@ IMAGE_CODES = {
     "ratio": "one side is over 200 times the other side",
     "reference": "Hugging Face's processor, the reference of `compare`, rejects the image",
     "size-changes": "the frames of the video have several sizes",
-    "slow": "too many scans, segments, pages, rows, bytes of ids, or seconds of work",
+    "slow": "the input has too many scans, segments, pages, rows or id bytes, or takes too long",
     "source-type": "the input's type is unsupported, or a dict does not contain exactly one image",
     "too-many-streams": "the video file has more than 100 streams of video, sound or subtitles",
     "too-many-frames": "the video has more frames than VideoLimits.max_frames",

@@ -86,8 +86,8 @@ def check_normalize(output: str, normalize: object) -> None:
         raise ArgumentError(f"normalize is {normalize!r}", expected="True or False")
     if normalize and output != "mean":
         raise ArgumentError(
-            with_options("{} is for {} alone", "normalize", ("output", "mean")),
-            remedy="omit this option; `similarity` returns the cosine similarities of any rows",
+            with_options("{} requires {}", "normalize", ("output", "mean")),
+            remedy="omit this option: `similarity` scales rows to unit length itself",
         )
 
 

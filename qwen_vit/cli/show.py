@@ -72,7 +72,7 @@ class _Point(click.ParamType[tuple[float, float]]):
 @click.option("--id", "ids", multiple=True, help="Draw only this image of stored features.")
 @click.option(
     "--limit", type=click.IntRange(min=1), default=24, show_default=True,
-    help="Draw at most this many images, from the first. --id ignores this limit.",
+    help="Draw at most this many images, starting with the first. --id ignores this limit.",
 )  # fmt: skip
 @device_option()
 @dtype_option

@@ -139,7 +139,7 @@ def test_words_survive_pickling_copies_and_sums() -> None:
         (("--dtype", "bf16"), "Use --dtype float32, or a GPU."),
         (("--max-pixels", "10"), "Pass other --min-pixels or --max-pixels."),
         (("--layers", "99"), "--layers contains 99."),
-        (("--normalize",), "--normalize is for --output mean"),
+        (("--normalize",), "--normalize requires --output mean"),
         (("--fps", "-1"), "--fps is -1.0."),
         (("--n-frames", "1"), "--n-frames is 1."),
         (("--n-frames", "4", "--fps", "2"), "--n-frames works only without --fps. Omit"),

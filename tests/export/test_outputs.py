@@ -210,7 +210,7 @@ def test_a_missing_layer_is_refused_before_a_folder_is_made(
         ({"layers": (-1,)}, "layers contains -1"),
         ({"layers": (1, 1)}, "layers contains 1 twice"),
         ({"layers": "01"}, "layers is '01'"),
-        ({"normalize": True}, "normalize is for output=.mean. alone"),
+        ({"normalize": True}, "normalize requires output=.mean."),
         ({"normalize": 1, "output": "mean"}, "normalize is 1"),
     ],
 )

@@ -184,8 +184,8 @@ def test_a_failed_image_has_no_vector() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"normalize": True}, r"normalize is for output=.mean. alone\. Omit this option"),
-        ({"normalize": True, "output": "patch"}, "normalize is for output=.mean. alone"),
+        ({"normalize": True}, r"normalize requires output=.mean.\. Omit this option"),
+        ({"normalize": True, "output": "patch"}, "normalize requires output=.mean."),
         ({"normalize": 1, "output": "mean"}, r"normalize is 1\. Expected True or False"),
         ({"normalize": "l2", "output": "mean"}, r"normalize is 'l2'\. Expected True or False"),
         ({"output": "max"}, r"output is 'max'\. Expected 'merged', 'patch' or 'mean'"),
