@@ -74,7 +74,7 @@ def test_an_exports_report_names_its_rows(run: Any) -> None:
         (("--layers", "-1"), "--layers is '-1', expected blocks"),
         (("--layers", "1,"), "--layers is '1,'"),
         (("--layers", "1,1"), "error: --layers contains 1 twice"),
-        (("--layers", "5"), "error: --layers contains 5. Expected blocks from 0 to 4"),
+        (("--layers", "5"), "error: --layers contains 5. Expected integers from 0 to 4"),
         (("--normalize",), "error: --normalize requires --output mean"),
         (("--output", "max"), "Invalid value for '--output'"),
     ],

@@ -195,7 +195,7 @@ def test_a_missing_layer_is_refused_before_a_folder_is_made(
     export_dir: Path,
 ) -> None:
     with pytest.raises(
-        ArgumentError, match=r"layers contains 4\. Expected blocks from 0 to 3, each"
+        ArgumentError, match=r"layers contains 4\. Expected integers from 0 to 3, each"
     ):
         export(options=ExportOptions(layers=(0, 4)))
     assert not Path("out").exists()
