@@ -97,7 +97,7 @@ def compare(
     if report is not None:
         check_report(report, overwrite=overwrite)
     check_paths(images, must_exist=True)
-    if images:  # a golden file may contain videos
+    if images or options["golden"] is not None:  # the stored pixels of videos need no sampling
         unused = UnusedOptions(video=video.changed)
         list(unused.watch(Item(path, path) for path in images))
         unused.warn()

@@ -7,11 +7,12 @@ The level of the package's logger sets the amount of output to stderr. The optio
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TextIO
 
 import click
+from click.core import ParameterSource
 
 from qwen_vit.errors import ExportError, QwenVitError, Wording, one_line
 
@@ -26,6 +27,7 @@ __all__ = [
     "print_log",
     "print_skipped",
     "set_verbosity",
+    "warn_of_ignored",
 ]
 
 LEVELS = {-1: logging.ERROR, 0: logging.NOTSET, 1: logging.INFO}
@@ -112,6 +114,18 @@ def _write_log(text: str) -> None:
     above_bars = loaded.tqdm.external_write_mode(file=sys.stderr) if loaded else nullcontext()
     with suppress(OSError), above_bars:
         click.echo(one_line(text), err=True)
+
+
+def warn_of_ignored(names: Sequence[str], reason: str) -> None:
+    """Log the options among these names that the user passed, because they have no effect."""
+    source = click.get_current_context().get_parameter_source
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in names
+        if source(name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        logger.warning("ignored %s: %s", " and ".join(given), reason)
 
 
 def flush_logs() -> None:

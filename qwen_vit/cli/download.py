@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from qwen_vit.cli.console import print_data
+from qwen_vit.cli.console import print_data, warn_of_ignored
 from qwen_vit.cli.imports import slow_imports
 from qwen_vit.cli.options import json_option, model_argument, source_options, verbosity_options
 from qwen_vit.cli.sections import SectionedCommand
@@ -37,5 +37,7 @@ def download(model: str, full: bool, as_json: bool, **finding: Any) -> None:
         from qwen_vit.cli.text import facts_text
     fetched = fetch(model, full=full, **finding)
     find_tower(fetched.source.folder)  # a local folder may have no tower
+    if fetched.kept_bytes is None:
+        warn_of_ignored(["full"], "MODEL is no repository on the Hub")
     facts = describe_download(fetched)
     print_data(json.dumps(facts, indent=2) if as_json else facts_text(facts))

@@ -7,11 +7,12 @@ from typing import Any
 import click
 
 from qwen_vit.cli.checks import check_model_or_features
-from qwen_vit.cli.console import print_data
+from qwen_vit.cli.console import print_data, warn_of_ignored
 from qwen_vit.cli.exit_codes import EXIT_SKIPPED
 from qwen_vit.cli.imports import slow_imports
 from qwen_vit.cli.options import (
     NAME,
+    SOURCE_NAMES,
     json_option,
     model_or_features_argument,
     source_options,
@@ -50,6 +51,8 @@ def info(model: str, image: str | None, verify: bool, as_json: bool, **finding: 
     is_stored = holds_features(model)
     if not is_stored:
         check_model_or_features(model, finding["subfolder"])
+    else:
+        warn_of_ignored(SOURCE_NAMES, "features need no checkpoint")
     if is_stored and image is not None:
         raise ArgumentError(
             "--image works only for checkpoints", name=model, remedy="omit --image for features"

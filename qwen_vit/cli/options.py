@@ -20,6 +20,7 @@ __all__ = [
     "FOLDER",
     "MODEL_HELP",
     "NAME",
+    "SOURCE_NAMES",
     "Dtype",
     "allow_failed_option",
     "allow_urls_option",
@@ -73,6 +74,7 @@ class Folder(NamedPath):
         return super().convert(value, param, ctx)
 
 
+SOURCE_NAMES = ("revision", "subfolder", "cache_dir", "local_files_only")
 FILE = LocalPath(path_type=Path)
 FOLDER = Folder(path_type=Path)
 

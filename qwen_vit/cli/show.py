@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from qwen_vit.cli.checks import check_paths
-from qwen_vit.cli.console import print_data, print_log
+from qwen_vit.cli.console import print_data, print_log, warn_of_ignored
 from qwen_vit.cli.exit_codes import EXIT_SKIPPED
 from qwen_vit.cli.imports import slow_imports
 from qwen_vit.cli.options import (
     FILE,
     NAME,
+    SOURCE_NAMES,
     complete_model,
     device_option,
     dtype_option,
@@ -31,6 +33,7 @@ from qwen_vit.errors import ArgumentError, display_name, plural
 __all__ = ["show"]
 
 DEFAULT_OUT = "show.html"
+OF_ENCODING = ("device", "dtype", "quantization", "min_pixels", "max_pixels", *SOURCE_NAMES)
 
 
 class _Point(click.ParamType[tuple[float, float]]):
@@ -113,9 +116,10 @@ def show(
     check_packages("qwen-vit show", "jinja2", "matplotlib")
     check_target(out, overwrite)
     check_paths(inputs, must_exist=True)
+    required = _required_output(output, layer)
     if any(map(holds_features, inputs)):
         _check_stored(inputs, model)
-        given = read_stored(inputs[0], ids, limit, pictures)
+        given = read_stored(inputs[0], ids, limit, pictures, output=required)
     else:
         if model is None:
             raise ArgumentError(
@@ -156,6 +160,15 @@ def show(
         sys.exit(EXIT_SKIPPED)
 
 
+def _required_output(output: str, layer: int | None) -> str | None:
+    """Return the output that stored features must have, or None if the user passed none."""
+    if layer is not None:
+        warn_of_ignored(["output"], "--layer selects other features")
+        return None
+    source = click.get_current_context().get_parameter_source("output")
+    return output if source is ParameterSource.COMMANDLINE else None
+
+
 def _check_stored(inputs: tuple[str, ...], model: str | None) -> None:
     if len(inputs) > 1:
         raise ArgumentError(
@@ -169,3 +182,4 @@ def _check_stored(inputs: tuple[str, ...], model: str | None) -> None:
             name=inputs[0],
             remedy="omit --model for stored features",
         )
+    warn_of_ignored(OF_ENCODING, "stored features are already encoded")

@@ -10,7 +10,7 @@ from qwen_vit.checkpoint.published import PACKAGED
 from qwen_vit.cli.console import print_log
 from qwen_vit.cli.images import encode_one_by_one, list_images, load_encoder
 from qwen_vit.config import VisionConfig
-from qwen_vit.errors import ArgumentError, ImageError, display_name, plural
+from qwen_vit.errors import TO_ENCODE, ArgumentError, ImageError, display_name, plural, with_options
 from qwen_vit.feature_files.collection import Features
 from qwen_vit.feature_files.file import FeatureFile
 from qwen_vit.feature_files.read import FeatureFolder, load_features
@@ -89,9 +89,12 @@ def encode_images(
     )
 
 
-def read_stored(path: str, ids: Sequence[str], limit: int, images: Sequence[str] = ()) -> ShowInput:
+def read_stored(
+    path: str, ids: Sequence[str], limit: int, images: Sequence[str] = (), *,
+    output: str | None = None,
+) -> ShowInput:  # fmt: skip
     """Read the stored features of `ids`, or the first `limit`, and find the original images in
-    `images`."""
+    `images`. Features with another output than `output` are an error."""
     stored = load_features(path)
     try:
         chosen: Features = stored[list(ids)] if ids else stored[:limit]
@@ -102,6 +105,12 @@ def read_stored(path: str, ids: Sequence[str], limit: int, images: Sequence[str]
     features = list(chosen)
     if not features:
         raise _no_features(stored, path)
+    if output not in (None, features[0].output):  # a file has one output
+        raise ArgumentError(
+            f"no {output} features, only {features[0].output} features",
+            name=path,
+            remedy=with_options("encode again, and pass {}", ("output", output)) + TO_ENCODE,
+        )
     pictures = _find_pictures([each.id for each in features], images) if images else {}
     metadata = stored.metadata
     return ShowInput(

@@ -27,6 +27,7 @@ class Findings:
     checked: str | dict[str, str]
     problems: tuple[str, ...]
     unfinished: str = ""  # the counts of an export whose only problem is missing shards
+    failed: dict[str, int] | None = None  # the failed images of features, by error code
 
     @property
     def is_damaged(self) -> bool:
@@ -34,7 +35,8 @@ class Findings:
         return bool(self.problems) and not self.unfinished
 
     def to_json(self) -> dict[str, Any]:
-        return {"verified": self.checked, "problems": self.problems}
+        failed = {} if self.failed is None else {"images_failed": self.failed}
+        return {"verified": self.checked, "problems": self.problems, **failed}
 
     def text(self) -> str:
         checked = self.checked
@@ -77,7 +79,9 @@ def verify_stored(path: str) -> Findings:
     if found.digests:
         by_digest = f"; {with_digests} compared with their digests"
     rows = f"{plural(found.images, 'image')}, {plural(found.rows, 'row')} read{by_digest}"
+    n_failed = sum(found.failed.values())
+    failed = f"; {plural(n_failed, 'image')} failed" * bool(n_failed)
     older = f"; also read {plural(found.superseded, 'superseded image')}" * bool(found.superseded)
     is_unfinished = bool(found.problems) and not found.is_damaged
     counts = unfinished_text(found.saved, found.to_do) if is_unfinished else ""
-    return Findings(rows + older, found.problems, counts)
+    return Findings(rows + failed + older, found.problems, counts, found.failed)

@@ -7,10 +7,11 @@ from typing import Any
 import click
 
 from qwen_vit.cli.checks import check_model_or_features
-from qwen_vit.cli.console import print_data
+from qwen_vit.cli.console import print_data, warn_of_ignored
 from qwen_vit.cli.exit_codes import EXIT_SKIPPED
 from qwen_vit.cli.imports import slow_imports
 from qwen_vit.cli.options import (
+    SOURCE_NAMES,
     json_option,
     model_or_features_argument,
     source_options,
@@ -44,6 +45,7 @@ def verify(model: str, as_json: bool, **finding: Any) -> None:
         from qwen_vit.cli.verification import verify_checkpoint, verify_stored
         from qwen_vit.feature_files.describe import holds_features
     if holds_features(model):
+        warn_of_ignored(SOURCE_NAMES, "features need no checkpoint")
         found = verify_stored(model)
     else:
         check_model_or_features(model, finding["subfolder"])

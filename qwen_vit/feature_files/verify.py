@@ -1,6 +1,7 @@
 """Check stored features: every file, every row and every recorded digest."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ class Verification:
             read their features.
         saved: how many of `images` are saved in unfinished shards.
         to_do: the number of images that the export has still to encode.
+        failed: the number of failed images, by error code, without superseded images.
         is_damaged: whether the check found a problem other than missing shards.
         problems: one sentence per problem.
     """
@@ -42,6 +44,7 @@ class Verification:
     superseded: int
     saved: int
     to_do: int
+    failed: dict[str, int]
     is_damaged: bool
     problems: tuple[str, ...]
 
@@ -74,13 +77,15 @@ def verify_features(
         check.problems.append(str(error))
     return Verification(
         check.images, check.rows, check.digests, check.superseded, check.saved, check.to_do,
-        bool(check.problems), (*check.problems, *check.unfinished),
+        dict(check.failed.most_common()), bool(check.problems),
+        (*check.problems, *check.unfinished),
     )  # fmt: skip
 
 
 class _Check:
     def __init__(self, on_image: Callable[[], Any]) -> None:
         self.images = self.rows = self.digests = self.superseded = self.saved = self.to_do = 0
+        self.failed: Counter[str] = Counter()
         self.problems: list[str] = []
         self.unfinished: list[str] = []  # one sentence about missing shards
         self._on_image = on_image
@@ -93,26 +98,26 @@ class _Check:
                     self.problems.append(
                         f"{listing.name}: its sha256 differs from the one in export.json"
                     )
-        missing = failed = 0
+        missing = 0
         for shard in range(listings[-1].shards.stop):
             if not (folder.path / shard_name(shard)).exists():
                 missing += 1
                 continue
             try:
-                failed += self.file(folder.open_shard(shard), partial(folder.is_current, shard))
+                self.file(folder.open_shard(shard), partial(folder.is_current, shard))
             except ExportError as error:
                 self.problems.append(str(error))
         before = self.images
         for shard, files in folder.segments.items():
             for file in files:
-                failed += self.file(file, partial(folder.is_current, shard))
+                self.file(file, partial(folder.is_current, shard))
         self.saved = self.images - before
-        self.to_do = len(folder.listing) - self.images - failed
+        self.to_do = len(folder.listing) - self.images - self.failed.total()
         if missing:
             self.unfinished.append(f"{plural(missing, 'shard')} missing: {RESUME}")
 
-    def file(self, file: FeatureFile, is_current: Callable[[str], bool] = lambda _: True) -> int:
-        """Check a file, and return the number of its failed images that are current."""
+    def file(self, file: FeatureFile, is_current: Callable[[str], bool] = lambda _: True) -> None:
+        """Check a file, and count its images that are current."""
         per_row = file.metadata.get("patches_per_row")
         facts = file.metadata.get("images") or [{} for _ in file.ids]
         for name, features, entry in zip(file.ids, file, facts, strict=True):
@@ -137,4 +142,4 @@ class _Check:
                 self.digests += bool(digests)
             else:
                 self.superseded += 1
-        return sum(is_current(error.id) for error in file.errors)
+        self.failed.update(error.code for error in file.errors if is_current(error.id))

@@ -52,6 +52,10 @@ def test_a_feature_file_is_described_and_verified(folder: Path, run: Any) -> Non
     verified = run("verify", "f.safetensors")
     assert verified.code == 0
     assert verified.out.startswith("whole: 2 images, 10 rows read")
+    for command in ("info", "verify"):
+        done = run(command, "f.safetensors", "--revision", "main", "--local-files-only")
+        words = "ignored --revision and --local-files-only: features need no checkpoint\n"
+        assert (done.code, done.err) == (0, words)
     poison(Path("f.safetensors"), row=7)
     broken = run("verify", "f.safetensors", "--json")
     document = json.loads(broken.out)
@@ -132,6 +136,14 @@ def test_an_export_folder_is_described(export_dir: Path, run: Any) -> None:
     (export_dir / "shard-00000000.safetensors").unlink()
     lines = facts_of(run("info", "out").out)
     assert (lines["images"], lines["shards"]) == ("0 done, 2 to do, 1 failed", "1, 1 missing")
+
+
+def test_verify_counts_the_failed_images(export_dir: Path, run: Any) -> None:
+    done = run("verify", "out")
+    assert (done.code, done.out.count("; 1 image failed")) == (0, 1)
+    for command in (("verify",), ("info", "--verify"), ("info",)):
+        document = json.loads(run(*command, "out", "--json").out)
+        assert document["images_failed"] == {"truncated": 1}
 
 
 def test_each_fault_of_an_export_is_found_and_named(export_dir: Path, run: Any) -> None:
@@ -220,6 +232,11 @@ def test_a_checkpoint_is_verified(folder: Path, run: Any) -> None:
         done = run(*words)
         assert done.code == 1
         assert "blocks.0.norm1.weight: contains 1 NaN and 0 infinite values" in done.out
+
+
+def test_a_full_download_of_no_repository_is_ignored(run: Any) -> None:
+    done = run("download", "tiny", "--full")
+    assert (done.code, done.err) == (0, "ignored --full: MODEL is no repository on the Hub\n")
 
 
 def test_a_missing_path_or_model_is_an_error(folder: Path, run: Any) -> None:

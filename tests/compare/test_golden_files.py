@@ -46,6 +46,11 @@ def test_a_golden_needs_no_transformers(
         assert document["reference"]["versions"] == golden.facts["versions"]
 
 
+def test_stored_pixels_ignore_the_sampling_of_videos(run: Any, golden: Golden) -> None:
+    code, _, err = run(*SMALL, "--golden", golden.path, "--fps", "3")
+    assert (code, err.count("ignored --fps: ")) == (0, 1)
+
+
 def test_a_golden_gives_the_result_of_the_live_comparison(golden: Golden) -> None:
     [live] = compare(encoder(), [CHELSEA]).images
     [stored] = compare_with_golden(encoder(), golden, [CHELSEA]).images

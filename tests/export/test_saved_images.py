@@ -43,7 +43,7 @@ def test_images_saved_in_the_first_shard_count_as_saved(
     assert verify.code == 1
     assert verify.out == (
         "not complete: 32 saved in an open shard, 65 to do; 32 images, 128 rows read; all images "
-        "compared with their digests\n"
+        "compared with their digests; 3 images failed\n"
         "  1 shard missing: run the same `qwen-vit export` command again to write what is missing\n"
     )
     both = qwen_vit("info", "out", "--verify")

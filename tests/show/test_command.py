@@ -222,6 +222,25 @@ def test_odd_names_are_text_on_the_page_and_no_paths(undrawn: None, folder: Path
     assert not any("onerror" in attributes for _, attributes in page.tags)
 
 
+def test_an_option_without_effect_is_named(undrawn: None, folder: Path, run: Any) -> None:
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    export_features(encoder, ["p"], "stored", ExportOptions(layers=(1,)))
+    of_encoding = ("--device", "cpu", "--min-pixels", "5", "--revision", "main")
+    for arguments, words in (
+        (("stored", *of_encoding), "--device and --min-pixels and --revision: stored features are"),
+        (("stored", "--output", "patch", "--layer", "1"), "--output: --layer selects"),
+        (("p", *TINY, "--output", "patch", "--layer", "1"), "--output: --layer selects"),
+    ):
+        done = run(*arguments, "--overwrite")
+        assert (done.code, done.err.count("ignored ")) == (0, 1)
+        assert f"ignored {words}" in done.err
+    done = run("stored", "--output", "merged", "--overwrite")
+    assert (done.code, done.err) == (0, "")
+    done = run("stored", "--output", "patch", "--overwrite")
+    assert (done.code, done.out) == (2, "")
+    assert "stored: no patch features, only merged features. Encode again, and" in done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
