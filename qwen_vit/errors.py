@@ -52,7 +52,7 @@ IMAGE_CODES = {
     "no-video": "the file has sound or data, but no video frames",
     "not-a-file": "the path is a FIFO, socket or device, or a tar's member is not a plain file",
     "not-an-image": "the content is text, a web page, a git-lfs pointer or unknown bytes",
-    "not-finite": "the embeddings contain NaN or infinity",
+    "not-finite": "the features contain NaN or infinity",
     "null": "the Parquet row has no image or no id",
     "out-of-memory": "the GPU has too little memory to encode or compare this image alone",
     "patches": "pixels or patches have a wrong type, shape or number, or do not fit the encoder",

@@ -298,7 +298,7 @@ def check_features(features: AnyFeatures) -> list[ImageFeatures | FailedImage]:
 
 def not_finite(name: str) -> ImageError:
     return ImageError(
-        "its embeddings contain NaN or infinity",
+        "its features contain NaN or infinity",
         name=name,
         remedy=TRY_FLOAT32,
         code="not-finite",

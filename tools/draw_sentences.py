@@ -78,6 +78,8 @@ def paragraphs(markdown: str) -> Iterator[str]:
     text = CODE.sub("", GENERATED.sub("", markdown))
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)  # keep the words of links
     for block in re.split(r"\n\s*\n", text):
+        if block.startswith(":::"):  # for mkdocstrings: the name of a function, and no sentence
+            continue
         if block.lstrip().startswith("|"):
             for line in block.splitlines():
                 yield from (cell.strip() for cell in line.strip("| ").split(" | "))

@@ -26,7 +26,7 @@ def list_inputs(inputs: Sequence[str], folder: Path, options: ExportOptions) -> 
     items = unused.watch(find_items(inputs, left_out, columns=options.columns))
     if options.pages == "all":
         items = page_items(items, options.limits)
-    listing = Listing.freeze(path, items, options.shard_size)
+    listing = Listing.save(path, items, options.shard_size)
     warn_of_skipped(left_out)
     if listing.n_images == 0:
         path.unlink()

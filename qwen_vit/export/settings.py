@@ -275,7 +275,7 @@ class StoredExport:
             return
         name = listing_name(len(self.listings.all))
         path = (scratch or self.folder.scratch) / name
-        listing = Listing.freeze(path, items, self.description["shard_size"])
+        listing = Listing.save(path, items, self.description["shard_size"])
         if scratch is None:  # a killed extension may have left another file
             self.folder.publish(name, replace=True, keep=True)
         entry = {"kind": kind, "n_images": listing.n_images, "listing_sha256": listing.sha256}

@@ -95,7 +95,7 @@ def write_features(
     ]
     if broken:
         raise ExportError(
-            f"the embeddings of {broken[0]!r} ({len(broken)} of {plural(len(good), 'image')}) "
+            f"the features of {broken[0]!r} ({len(broken)} of {plural(len(good), 'image')}) "
             "contain NaN or infinity",
             name=str(path),
             remedy=TRY_FLOAT32,

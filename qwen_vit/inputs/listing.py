@@ -131,7 +131,7 @@ class Listing:
     n_videos: int = 0
 
     @classmethod
-    def freeze(cls, path: Path, items: Iterable[Item], shard_size: int) -> Self:
+    def save(cls, path: Path, items: Iterable[Item], shard_size: int) -> Self:
         """Write the items to a file, completely or not at all, and describe the file.
 
         For each image, the method keeps a hash of 8 bytes in memory, and for the first 100,000 also

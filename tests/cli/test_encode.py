@@ -224,7 +224,7 @@ def test_embeddings_that_are_not_finite_are_never_written(
     monkeypatch.setattr(VisionEncoder, "forward", poisoned)
     done = run("encode", "a.png", "b.jpg", *TO_FILE, "--on-error", on_error)
     assert done.code == {"skip": 1, "raise": 2}[on_error]
-    assert "b.jpg: its embeddings contain NaN or infinity" in done.err
+    assert "b.jpg: its features contain NaN or infinity" in done.err
     if on_error == "skip":
         assert "skipped: not-finite" in done.out
         assert load_features("f.safetensors").ids == ["a.png"]

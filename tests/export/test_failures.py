@@ -115,7 +115,7 @@ def test_on_error_raise_stops_at_the_first_failure_and_keeps_complete_shards(
     export_dir: Path,
 ) -> None:
     corrupt_image("6.png", "nan")
-    with pytest.raises(ImageError, match=r"6.png: its embeddings contain NaN") as caught:
+    with pytest.raises(ImageError, match=r"6.png: its features contain NaN") as caught:
         export(options=replace(SMALL, on_error="raise"))
     assert caught.value.code == "not-finite"
     assert list(shards()) == ["shard-00000000.safetensors"]

@@ -240,7 +240,7 @@ ODD_NAMES = [
 
 def test_a_frozen_listing_keeps_unusual_names(here: Path) -> None:
     touch(*(b"p/" + name for name in ODD_NAMES))
-    listing = Listing.freeze(here / "listing.jsonl", find_items(["p"]), 3)
+    listing = Listing.save(here / "listing.jsonl", find_items(["p"]), 3)
     items = list(read_listing(listing.path))
     assert [os.fsencode(item.id) for item in items] == sorted(ODD_NAMES)
     assert [read_item(item, LIMITS) for item in items] == [

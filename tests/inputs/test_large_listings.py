@@ -32,7 +32,7 @@ def test_a_repeated_id_is_found_at_any_distance(
     monkeypatch.setattr(listing_module, "IDS_KEPT", kept)
     items = [Item(name, f"/{place}/{name}") for place, name in enumerate("abcdbe")]
     with pytest.raises(ExportError, match="b: two images have this id, the second is /4/b"):
-        Listing.freeze(tmp_path / "l", items, 3)
+        Listing.save(tmp_path / "l", items, 3)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -41,7 +41,7 @@ def test_ids_whose_hashes_collide_are_no_error(
 ) -> None:
     monkeypatch.setattr(listing_module, "hash", lambda _: 1, raising=False)
     items = [Item(name, f"/{name}") for name in "abc"]
-    assert Listing.freeze(tmp_path / "l", items, 3).shard(0) == items
+    assert Listing.save(tmp_path / "l", items, 3).shard(0) == items
 
 
 def test_a_repeated_first_id_ends_a_list_without_an_end(tmp_path: Path) -> None:
@@ -50,17 +50,17 @@ def test_a_repeated_first_id_ends_a_list_without_an_end(tmp_path: Path) -> None:
             yield Item("a", "/a")
 
     with pytest.raises(ExportError, match="a: two images have this id"):
-        Listing.freeze(tmp_path / "l", endless(), 3)
+        Listing.save(tmp_path / "l", endless(), 3)
 
 
 def test_a_long_listing_reports_its_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     items = [Item(str(number), f"/{number}") for number in range(2_001)]
-    Listing.freeze(tmp_path / "l", items, 512)
+    Listing.save(tmp_path / "l", items, 512)
     assert caplog.messages == []
     monkeypatch.setattr(listing_module, "LINE_EVERY_S", -1.0)
-    Listing.freeze(tmp_path / "l", items, 512)
+    Listing.save(tmp_path / "l", items, 512)
     assert "still listing: 1,000 images so far" in caplog.messages
 
 

@@ -30,7 +30,7 @@ def test_one_id_on_two_lines_is_named_with_its_lines(folder: Path, qwen_vit: Any
     assert 'd.jsonl, line 3. Give each line its own "id".' in done.err
     items = find_items(["d.jsonl"])
     with pytest.raises(ExportError, match=r"x: two images .*d\.jsonl, line 3\. Give each line"):
-        Listing.freeze(Path("frozen"), items, 10)
+        Listing.save(Path("frozen"), items, 10)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_a_json_list_has_ids_and_paths(here: Path) -> None:
 def test_a_frozen_listing_is_an_input(here: Path) -> None:
     touch("p/a.jpg")
     write_tar("p/t.tar", {"x.png": b"pixels"})
-    listing = Listing.freeze(here / "l.jsonl", find_items(["p"]), 10)
+    listing = Listing.save(here / "l.jsonl", find_items(["p"]), 10)
     assert list(find_items(["l.jsonl"])) == list(read_listing(listing.path))
 
 

@@ -90,7 +90,7 @@ def test_listing_reads_no_image(parquet_dir: Path, monkeypatch: pytest.MonkeyPat
 def test_a_frozen_listing_of_rows_is_an_input(parquet_dir: Path) -> None:
     write_rows("x.parquet", structs(range(3)))
     found = items("x.parquet")
-    listing = Listing.freeze(parquet_dir / "listing.jsonl", found, 2)
+    listing = Listing.save(parquet_dir / "listing.jsonl", found, 2)
     assert listing.shard(1) == found[2:]
     assert items("listing.jsonl", columns=None) == found
     line = {"id": "a", "path": "x.parquet", "row": 2, "column": "image"}
@@ -199,7 +199,7 @@ def test_null_and_repeated_ids_are_errors(parquet_dir: Path) -> None:
     with pytest.raises(
         ExportError, match=r"^a: two images have this id, .*y\.parquet, row 2\."
     ) as e:
-        Listing.freeze(parquet_dir / "listing", found, 10)
+        Listing.save(parquet_dir / "listing", found, 10)
     assert "id_column" in e.value.remedy
 
 

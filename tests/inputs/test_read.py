@@ -22,7 +22,7 @@ def test_two_images_of_one_id_are_refused_by_name(here: Path) -> None:
     with pytest.raises(
         ExportError, match=r"1.jpg: two images have this id, the second is .*q/1.jpg\. Pass each"
     ):
-        Listing.freeze(here / "l", find_items(["p", "q"]), 5)
+        Listing.save(here / "l", find_items(["p", "q"]), 5)
     assert not Path("l").exists()
 
 
@@ -33,18 +33,18 @@ def test_a_repeated_name_in_a_tar_has_a_possible_remedy(here: Path) -> None:
     with tarfile.open("a.tar", "a") as tar:
         tar.addfile(tarfile.TarInfo("1.jpg"))
     with pytest.raises(ExportError, match=r"the second is in .*a\.tar\. Rename one in its tar"):
-        Listing.freeze(here / "l", find_items(["a.tar"]), 5)
+        Listing.save(here / "l", find_items(["a.tar"]), 5)
 
 
 def test_the_images_of_a_shard_are_read_by_its_number(here: Path) -> None:
     items = [Item(f"{i}é", f"/{i}") for i in range(10)]
-    listing = Listing.freeze(here / "l", items, 4)
+    listing = Listing.save(here / "l", items, 4)
     assert [listing.shard(i) for i in range(3)] == [items[:4], items[4:8], items[8:]]
     assert [listing.shard_length(i) for i in range(3)] == [4, 4, 2]
     assert (listing.n_images, len(listing.starts)) == (10, 3)
     assert listing.spread(100) == items
     assert listing.spread(3) == [items[0], items[4], items[8]]
-    assert Listing.freeze(here / "l", items, 10**20).shard(0) == items
+    assert Listing.save(here / "l", items, 10**20).shard(0) == items
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> list[str]:

@@ -96,7 +96,7 @@ def large_listing(folder: Path, *, objects: int, real: int) -> dict[str, Any]:
         for number in range(real):
             backend.put_object(BUCKET, f"photos/{number:08}.jpg", b"")
         begin = time.process_time()
-        assert Listing.freeze(out, find_items([address]), 512).n_images == real
+        assert Listing.save(out, find_items([address]), 512).n_images == real
         real_seconds = time.process_time() - begin  # includes moto's own time
     before = peak_mb(forget=True)
     begin, wall = time.process_time(), time.monotonic()
@@ -107,7 +107,7 @@ def large_listing(folder: Path, *, objects: int, real: int) -> dict[str, Any]:
         mock.patch.object(remote, "find_object", return_value=None),
     ):
         items = find_items([address])
-        listing = Listing.freeze(out, items, 512)
+        listing = Listing.save(out, items, 512)
     most = peak_mb()
     assert listing.n_images == objects
     figures = {
