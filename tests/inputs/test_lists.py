@@ -76,7 +76,7 @@ def test_a_frozen_listing_is_an_input(here: Path) -> None:
         ('{"path": "a", "offset": 1}', "size None"),
         ('{"path": "a", "offset": 9223372036854775807, "size": 1}', "offset is 922337203685477580"),
         ('{"id": "", "path": "a"}', "id is ''"),
-        ('{"path": ""}', "path ''"),
+        ('{"path": ""}', "path is ''"),
     ],
 )
 def test_a_bad_line_of_a_list_is_named(here: Path, line: str, words: str) -> None:
