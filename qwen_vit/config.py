@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from qwen_vit.common.arguments import short_repr
 from qwen_vit.common.strict_json import (
     check_integer,
     child_object,
     is_integer,
     is_number,
     read_json,
-    short_repr,
 )
 from qwen_vit.config_json import VISION_KEYS, find_vision_part, image_fields, vision_fields
 from qwen_vit.errors import ArgumentError, CheckpointError, with_options

@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from qwen_vit.common.strict_json import child_object, is_integer, is_number, short_repr
+from qwen_vit.common.arguments import short_repr
+from qwen_vit.common.strict_json import child_object, is_integer, is_number
 from qwen_vit.errors import CheckpointError
 
 __all__ = ["VISION_KEYS", "find_vision_part", "image_fields", "vision_fields"]

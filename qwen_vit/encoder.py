@@ -122,8 +122,7 @@ class VisionEncoder(LoadedTower):
         def opened() -> tuple[Checkpoint, Origin]:
             source = find_checkpoint(
                 model, revision=revision, subfolder=subfolder, token=token,
-                cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-                local_files_only=local_files_only,
+                cache_dir=cache_dir, local_files_only=local_files_only,
             )  # fmt: skip
             return load_checkpoint(source.folder), source
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from qwen_vit.common.arguments import typed_repr
 from qwen_vit.common.strict_json import is_integer
 from qwen_vit.errors import ArgumentError, ImageError, display_name, plural, with_options
 from qwen_vit.images.image import ImageSource
@@ -277,15 +278,13 @@ def check_features(features: AnyFeatures) -> list[ImageFeatures | FailedImage]:
     if isinstance(features, ImageFeatures | FailedImage):
         features = [features]
     if isinstance(features, Tensor) or not isinstance(features, Iterable):
-        raise ArgumentError(
-            f"features is one {type(features).__name__}", expected=f"a list of {wanted}"
-        )
+        raise ArgumentError(f"features is {typed_repr(features)}", expected=f"a list of {wanted}")
     features = list(features)
     for feature in features:
         if isinstance(feature, FailedImage):
             continue
         if not isinstance(feature, ImageFeatures):
-            raise ArgumentError(f"features contains a {type(feature).__name__}", expected=wanted)
+            raise ArgumentError(f"features contains {typed_repr(feature)}", expected=wanted)
         grid = feature.grid_thw
         is_grid = isinstance(grid, tuple | list) and len(grid) == 3 and all(map(is_integer, grid))
         if not isinstance(feature.id, str) or not is_grid:

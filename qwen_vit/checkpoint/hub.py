@@ -29,6 +29,7 @@ from qwen_vit.checkpoint.weight_files import (
     choose_weights,
     read_index,
 )
+from qwen_vit.common.arguments import check_path
 from qwen_vit.common.strict_json import is_number, read_json
 from qwen_vit.config import VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError, HubError, QwenVitError, with_options
@@ -37,6 +38,7 @@ __all__ = ["Download", "Origin", "Source", "download", "find_checkpoint"]
 
 logger = logging.getLogger("qwen_vit")
 
+MODELS = "a local folder, 'organisation/repository' on the Hub, or 'tiny'"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 SETTINGS = ("preprocessor_config.json", "processor_config.json")
 
@@ -75,7 +77,7 @@ def find_checkpoint(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     subfolder: str | None = None,
 ) -> Source:
@@ -102,7 +104,7 @@ def download(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     full: bool = False,
     subfolder: str | None = None,
@@ -116,8 +118,10 @@ def download(
     checks them against the Hub's sha256. `subfolder` names the checkpoint's folder in a folder or
     repository of several models, such as "text_encoder".
     """
-    name = os.fsdecode(model)
-    is_folder = bool(name) and _is_folder(name)
+    name = check_path("model", model, MODELS)
+    if cache_dir is not None:
+        cache_dir = check_path("cache_dir", cache_dir, "a folder")
+    is_folder = _is_folder(name)
     _check_revision(revision, name, is_folder)
     if subfolder is not None:
         _check_subfolder(subfolder, name)
@@ -141,8 +145,8 @@ def download(
     if not REPOSITORY.fullmatch(name):
         raise HubError(
             "does not exist",
-            name=name or repr(name),
-            expected="a local folder, 'organisation/repository' on the Hub, or 'tiny'",
+            name=name,
+            expected=MODELS,
             remedy=did_you_mean(name) or "check the name",
         )
     repository = Repository(name, revision, token, cache_dir, local_files_only, subfolder)

@@ -18,7 +18,8 @@ from qwen_vit.checkpoint.published_tensors import (
 )
 from qwen_vit.checkpoint.tower_names import check_tower, find_prefix, plain_name, tensor_info
 from qwen_vit.checkpoint.weight_files import RemoteFiles, StoredTensor, find_tensors
-from qwen_vit.common.strict_json import read_json, short_repr
+from qwen_vit.common.arguments import short_repr, typed_repr
+from qwen_vit.common.strict_json import read_json
 from qwen_vit.config import ImageConfig, VisionConfig, check_consistent
 from qwen_vit.errors import ArgumentError, CheckpointError, with_options
 
@@ -201,9 +202,7 @@ def _check_mapping(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _check_given(tensor: object, name: str) -> Tensor:
     if not isinstance(tensor, Tensor):
-        raise ArgumentError(
-            f"a {type(tensor).__name__}", name=f"tensors[{name!r}]", expected="a torch tensor"
-        )
+        raise ArgumentError(f"tensors[{name!r}] is {typed_repr(tensor)}", expected="a torch tensor")
     if tensor.is_meta or tensor.layout != torch.strided:
         what = "on the meta device" if tensor.is_meta else f"of the layout {tensor.layout}"
         raise ArgumentError(

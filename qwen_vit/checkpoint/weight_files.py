@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen_vit.common.arguments import short_repr
 from qwen_vit.common.safetensors_header import TensorInfo, read_header
-from qwen_vit.common.strict_json import read_json, short_repr
+from qwen_vit.common.strict_json import read_json
 from qwen_vit.errors import CheckpointError, with_options
 
 __all__ = [

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qwen_vit.common.arguments import short_repr
 from qwen_vit.common.store_path import AnyPath
-from qwen_vit.common.strict_json import is_integer, parse_json, short_repr
+from qwen_vit.common.strict_json import is_integer, parse_json
 from qwen_vit.errors import CheckpointError
 
 __all__ = [

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+from qwen_vit.common.arguments import check_path
 from qwen_vit.common.storage import (
     RemoteObject,
     find_object,
@@ -121,17 +122,21 @@ AnyPath: TypeAlias = Path | StorePath
 PathOrAddress: TypeAlias = str | os.PathLike[str] | StorePath
 
 
-def as_path(path: PathOrAddress) -> AnyPath:
+def as_path(
+    path: PathOrAddress, name: str = "path", expected: str = "a path or an address"
+) -> AnyPath:
     """Return a path on this machine, or an address in object storage.
 
-    Raises ArgumentError for an address without a bucket.
+    Raises ArgumentError for an address without a bucket, and for another value than a path. `name`
+    and `expected` are for this error.
 
     >>> as_path("s3://bucket/features")
     StorePath(address='s3://bucket/features')
     """
     if isinstance(path, StorePath):
         return path
-    if not (isinstance(path, str) and is_remote(path)):
+    path = check_path(name, path, expected)
+    if not is_remote(path):
         return Path(path)
     scheme, _, place = path.partition("://")
     if not place.partition("/")[0]:  # for example of an empty variable

@@ -1,4 +1,4 @@
-"""Read JSON strictly, and format values for messages."""
+"""Read JSON strictly."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
+from qwen_vit.common.arguments import short_repr
 from qwen_vit.common.store_path import AnyPath
 from qwen_vit.errors import CheckpointError
 
@@ -17,7 +18,6 @@ __all__ = [
     "is_number",
     "parse_json",
     "read_json",
-    "short_repr",
 ]
 
 DOWNLOAD_AGAIN = "download the file again"
@@ -148,16 +148,3 @@ def is_integer(value: object) -> TypeGuard[int]:
 def is_number(value: object) -> TypeGuard[float]:
     """Return whether a value is an integer or a float, from -1e12 to 1e12. True is not a number."""
     return (isinstance(value, float) or is_integer(value)) and -1e12 <= value <= 1e12
-
-
-def short_repr(value: object) -> str:
-    """Return a value as text of at most 60 characters.
-
-    >>> short_repr([0] * 100)
-    '[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,...'
-    """
-    try:
-        text = repr(value)
-    except ValueError:  # Python cannot print integers of more than 4,300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 60 else text[:57] + "..."

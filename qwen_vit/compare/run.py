@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from qwen_vit.common.arguments import check_path
 from qwen_vit.common.atomic_file import refuse_existing
 from qwen_vit.compare.choices import PROCESSORS, Attention, Processor
 from qwen_vit.compare.golden import Case, Golden, load_golden, write_golden
@@ -117,7 +118,7 @@ def compare(
     *,
     attention: Attention = "sdpa",
     processor: Processor = "pillow",
-    save_golden: Path | None = None,
+    save_golden: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     keep_maps: bool = False,
     show_progress: bool = False,
@@ -137,8 +138,10 @@ def compare(
     data for a report. The function skips and reports images that it cannot compare. Paths may also
     name videos. `video` sets their sampling, and the Pillow processor receives the resized frames.
     """
-    if save_golden is not None and not overwrite:
-        refuse_existing(save_golden)
+    if save_golden is not None:
+        save_golden = Path(check_path("save_golden", save_golden, "the file to write"))
+        if not overwrite:
+            refuse_existing(save_golden)
     check_transformers()
     config = encoder.config
     theirs = hf_tower(encoder.checkpoint.tensors, config, encoder.dtype, encoder.device, attention)

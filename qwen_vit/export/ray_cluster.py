@@ -90,7 +90,7 @@ def export_on_ray(
     with _cluster(address):
         workers = _Workers(load, device, decode_threads)
         encoder = workers.ask("describe", options)
-        with open_export(encoder, inputs, as_path(folder).absolute(), options) as plan:
+        with open_export(encoder, inputs, as_path(folder, "folder").absolute(), options) as plan:
             counts = ExportCounts(plan.listing.current)
             if confirm is not None and not plan.has_any():
                 confirm(workers.ask("estimate", plan))

@@ -103,7 +103,7 @@ def export_features(
     RowFormat.of(encoder, options)
     load_arrow()
     clock = StageTimer(REST)
-    with open_export(encoder, inputs, as_path(folder), options) as plan:
+    with open_export(encoder, inputs, as_path(folder, "folder"), options) as plan:
         counts = ExportCounts(plan.listing.current)
         warn_of_idle(len(plan.all_shards), options.part[1], "parts")
         cache = None if ec_cache is None else CacheWriter(plan, ec_cache)

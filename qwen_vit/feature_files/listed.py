@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from qwen_vit.common.arguments import short_repr
 from qwen_vit.common.store_path import AnyPath
-from qwen_vit.common.strict_json import is_integer, short_repr
+from qwen_vit.common.strict_json import is_integer
 from qwen_vit.errors import ExportError
 from qwen_vit.feature_files.schema import RESTORE, read_listing
 

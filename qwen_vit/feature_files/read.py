@@ -17,7 +17,7 @@ from qwen_vit.common.missing_name import missing_name
 from qwen_vit.common.safetensors_header import read_header
 from qwen_vit.common.store_cache import cache_folder
 from qwen_vit.common.store_path import AnyPath, StorePath, as_path
-from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, UnreadableError, plural
+from qwen_vit.errors import CheckpointError, ExportError, UnreadableError, plural
 from qwen_vit.feature_files.collection import Features
 from qwen_vit.feature_files.file import FeatureFile, file_content, open_shard
 from qwen_vit.feature_files.head import cannot_read
@@ -278,11 +278,7 @@ file of `qwen-vit encode` or a folder of `qwen-vit export`. Check the path.
             in schema 1. The package for an address is not installed.
         ArgumentError: `path` is not a path.
     """
-    if not isinstance(path, (str, os.PathLike, StorePath)):
-        raise ArgumentError(
-            f"path is a {type(path).__name__}", expected="the path of a file or folder"
-        )
-    path = as_path(path)
+    path = as_path(path, expected="the path of a file or folder")
     if isinstance(path, StorePath):
         path = replace(path, cache=cache_folder(cache_dir))
     return open_features(path, verify=verify)

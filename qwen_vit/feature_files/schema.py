@@ -30,16 +30,10 @@ from typing import Any, NamedTuple, get_args
 
 from torch import Tensor
 
+from qwen_vit.common.arguments import short_repr
 from qwen_vit.common.safetensors_header import TensorInfo
 from qwen_vit.common.store_path import AnyPath
-from qwen_vit.common.strict_json import (
-    check_integer,
-    is_integer,
-    is_number,
-    parse_json,
-    read_json,
-    short_repr,
-)
+from qwen_vit.common.strict_json import check_integer, is_integer, is_number, parse_json, read_json
 from qwen_vit.errors import CheckpointError, ExportError, ImageError, UnreadableError
 from qwen_vit.features import UNKNOWN_SIZE, FailedImage, FeatureOutput, ImageFeatures
 

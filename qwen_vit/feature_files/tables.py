@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen_vit.common.arguments import check_path
 from qwen_vit.common.atomic_file import atomic_file, check_utf8, refuse_link
 from qwen_vit.common.installation import install_command
 from qwen_vit.common.store_path import AnyPath
@@ -83,7 +84,7 @@ def write_parquet(
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
     except ImportError as error:
         raise _missing("pyarrow", "arrow", error) from None
-    path = Path(path)
+    path = Path(check_path("path", path, "the file to write"))
     check_utf8(path)
     refuse_link(path)
     _refuse_source(path, features.path)
@@ -133,7 +134,7 @@ def to_datasets(features: StoredImages, *, cache_dir: str | os.PathLike[str] | N
     return datasets.Dataset.from_generator(
         _dataset_rows,
         features=datasets.Features.from_arrow_schema(schema.remove_metadata()),
-        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+        cache_dir=None if cache_dir is None else check_path("cache_dir", cache_dir, "a folder"),
         # datasets names its cache by a hash of these values, because the path does not identify
         # content
         gen_kwargs={"features": features, "content": repr(features.content())},

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_vit.common.arguments import check_path, typed_repr
 from qwen_vit.common.atomic_file import atomic_file, check_utf8, refuse_link
 from qwen_vit.common.tensors import all_finite, odd_kind, resolved
 from qwen_vit.errors import ArgumentError, ExportError, Wording, plural
@@ -77,13 +78,15 @@ def write_features(
             described above, or the file's header exceeds 100 MB.
         ArgumentError: `features` or `metadata` has another type.
     """
-    path = Path(path)
+    path = Path(check_path("path", path, "the file to write"))
     check_utf8(path)
     refuse_link(path)
     features = check_features(features)
     if not isinstance(metadata, Mapping):
         raise ArgumentError(
-            f"metadata is {metadata!r}", expected="a mapping", remedy="pass encoder.metadata()"
+            f"metadata is {typed_repr(metadata)}",
+            expected="a mapping",
+            remedy="pass encoder.metadata()",
         )
     good = _good_features(path, features)
     columns = _columns(path, good)

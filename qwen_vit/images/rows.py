@@ -5,6 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from qwen_vit.common.arguments import typed_repr
 from qwen_vit.common.tensors import odd_kind
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.errors import ImageError
@@ -27,11 +28,7 @@ def as_grids(grid_thw: Tensor) -> tuple[Grid, ...]:
         or grid_thw.is_complex()
         or grid_thw.dtype == torch.bool
     ):
-        what = (
-            _shape_text(grid_thw)
-            if isinstance(grid_thw, Tensor)
-            else f"a {type(grid_thw).__name__}"
-        )
+        what = _shape_text(grid_thw) if isinstance(grid_thw, Tensor) else typed_repr(grid_thw)
         raise ImageError(
             f"grid_thw is {what}",
             expected="an integer tensor of shape (images, 3): time steps, and height and width in "
@@ -47,7 +44,7 @@ def check_rows(
 ) -> None:
     if not isinstance(rows, Tensor):
         raise ImageError(
-            f"{name} is a {type(rows).__name__}",
+            f"{name} is {typed_repr(rows)}",
             expected="a torch tensor",
             remedy='ask the processor for return_tensors="pt"',
             code="patches",

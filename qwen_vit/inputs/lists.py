@@ -9,8 +9,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
+from qwen_vit.common.arguments import short_repr
 from qwen_vit.common.storage import is_remote
-from qwen_vit.common.strict_json import is_integer, parse_json, short_repr
+from qwen_vit.common.strict_json import is_integer, parse_json
 from qwen_vit.errors import IMAGE_CODES, CheckpointError, ExportError, ImageError
 from qwen_vit.images.image import ADDRESS
 from qwen_vit.images.lookalikes import JSON_SUFFIX, LIST_SUFFIXES

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qwen_vit.common.arguments import typed_repr
 from qwen_vit.common.transformers_version import require_transformers
 from qwen_vit.errors import ArgumentError, plural
 from qwen_vit.features import AnyFeatures
@@ -99,11 +100,11 @@ def to_hf(
         arguments[name] = torch.tensor(seconds, device="cpu")
     if input_ids is not None:
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
-            what = type(input_ids).__name__
+            what = typed_repr(input_ids)
             if isinstance(input_ids, Tensor):
-                what = f"tensor of shape {tuple(input_ids.shape)}"
+                what = f"a tensor of shape {tuple(input_ids.shape)}"
             raise ArgumentError(
-                f"input_ids is a {what}",
+                f"input_ids is {what}",
                 expected="a tensor of shape (prompts, tokens)",
                 remedy='call the tokenizer with return_tensors="pt"',
             )
@@ -144,9 +145,11 @@ def expand_placeholders(
         The prompt with one placeholder per token.
 
     Raises:
-        ArgumentError: The text does not have one placeholder for each grid. A grid is not three
-            whole numbers above 0, with height and width divisible by `merge_size`.
+        ArgumentError: `text` is not text, or does not have one placeholder for each grid. A grid is
+            not three whole numbers above 0, with height and width divisible by `merge_size`.
     """
+    if not isinstance(text, str):
+        raise ArgumentError(f"text is {typed_repr(text)}", expected="the prompt")
     for kind, pad, of_kind in (("image", IMAGE_PAD, grids), ("video", VIDEO_PAD, video_grids)):
         if not isinstance(of_kind, Iterable):
             raise ArgumentError(

@@ -2,6 +2,7 @@
 
 import torch
 
+from qwen_vit.common.arguments import typed_repr
 from qwen_vit.common.tensors import odd_kind, resolved
 from qwen_vit.errors import ArgumentError
 from qwen_vit.kernels.attention import HEAD_DIMS, RotaryTable, attention, tiling
@@ -83,7 +84,7 @@ def _check_arguments(
     given = {"qkv": qkv, "cos": cos, "sin": sin, "cu_seqlens": cu_seqlens}
     for name, value in given.items():
         if not isinstance(value, torch.Tensor):
-            raise ArgumentError(f"{name} is a {type(value).__name__}", expected="a torch tensor")
+            raise ArgumentError(f"{name} is {typed_repr(value)}", expected="a torch tensor")
         if kind := odd_kind(value):
             raise ArgumentError(
                 f"{name} is a {kind} tensor",

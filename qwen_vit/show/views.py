@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qwen_vit.common.arguments import typed_repr
 from qwen_vit.errors import TO_ENCODE, ArgumentError, ImageError, QwenVitError, with_options
 from qwen_vit.images.image import ImageSource, RgbImage
 from qwen_vit.images.load import load_image
@@ -124,11 +125,15 @@ def view_features(
     for each in features:
         if not hasattr(each, "grid_thw"):  # a lower layer than features.py, so it knows no class
             raise ArgumentError(
-                f"features contains a {type(each).__name__}",
+                f"features contains {typed_repr(each)}",
                 expected="ImageFeatures, as `encode` returns them",
             )
     if not features:
         raise ArgumentError("features is empty", remedy="pass at least one image's features")
+    if pictures is not None and not isinstance(pictures, Mapping):
+        raise ArgumentError(
+            f"pictures is {typed_repr(pictures)}", expected="a mapping from ids to images"
+        )
     maps = [_map_of(each, layer, frame) for each in features]
     widths = sorted({each.shape[-1] for each in maps})
     if len(widths) > 1:
@@ -171,7 +176,7 @@ def _map_of(features: DenseFeatures, layer: int | None, frame: int) -> Tensor:
         )
     if layer is None:
         frames = features.map
-    elif layer in features.layers:
+    elif isinstance(layer, Hashable) and layer in features.layers:
         frames = features.layers[layer].view(*features.grid_thw, -1)
     else:
         found = ", ".join(map(str, features.layers))
@@ -181,9 +186,9 @@ def _map_of(features: DenseFeatures, layer: int | None, frame: int) -> Tensor:
             expected=f"one of its layers: {found}" if found else "",
             remedy=with_options("encode it again, and pass {}", ("layers", (layer,))) + TO_ENCODE,
         )
-    if not 0 <= frame < len(frames):
+    if not (isinstance(frame, int | np.integer) and 0 <= frame < len(frames)):
         raise ArgumentError(
-            f"frame is {frame}", name=features.id, expected=f"from 0 to {len(frames) - 1}"
+            f"frame is {frame!r}", name=features.id, expected=f"from 0 to {len(frames) - 1}"
         )
     return frames[frame]
 
@@ -244,7 +249,7 @@ def _cell_at(
             expected="the image that contains the point",
             remedy="also pass this image",
         )
-    (x, y), (height, width) = point, size_px
+    (x, y), (height, width) = _xy(point), size_px
     if not (0 <= x < width and 0 <= y < height):
         raise ArgumentError(
             f"the point {x:.15g},{y:.15g} is outside the image",
@@ -253,6 +258,16 @@ def _cell_at(
         )
     rows, columns = cells.shape[:2]
     return int(y * rows / height), int(x * columns / width)
+
+
+def _xy(point: Point) -> Point:
+    try:
+        x, y = map(float, () if isinstance(point, str | bytes) else point)
+    except (TypeError, ValueError):
+        raise ArgumentError(
+            f"point is {typed_repr(point)}", expected="(x, y) in pixels, such as (120, 80)"
+        ) from None
+    return x, y
 
 
 def _drawable(picture: RgbImage, grid_thw: tuple[int, int, int]) -> NDArray[np.uint8]:

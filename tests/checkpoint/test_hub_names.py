@@ -40,14 +40,26 @@ def test_an_empty_revision_is_refused() -> None:
 # Without the Hub
 
 
-@pytest.mark.parametrize("model", ["", "weights.safetensors", "a b/c", "seven"])
+@pytest.mark.parametrize("model", ["weights.safetensors", "a b/c", "seven"])
 def test_a_name_of_neither_a_folder_nor_a_repository_is_refused_without_the_network(
     model: str,
 ) -> None:
     with pytest.raises(HubError, match="does not exist") as caught:
         find_checkpoint(model)
-    assert str(caught.value).startswith(f"{model or repr(model)}: does not exist. Expected a local")
+    assert str(caught.value).startswith(f"{model}: does not exist. Expected a local")
     assert caught.value.remedy == "Check the name."
+
+
+@pytest.mark.parametrize(
+    ("model", "text"), [("", "''"), (None, "None"), (3, r"3 \(int\)"), (b"", r"b'' \(bytes\)")]
+)
+def test_other_values_than_a_name_are_refused(model: Any, text: str) -> None:
+    """`os.environ.get` of an unset variable once gave a TypeError that named no argument."""
+    with pytest.raises(ArgumentError, match=f"model is {text}\\. Expected a local folder"):
+        find_checkpoint(model)
+    if model != "":
+        with pytest.raises(ArgumentError, match="cache_dir is"):
+            find_checkpoint("tiny", cache_dir=model or 3)
 
 
 @pytest.mark.parametrize(

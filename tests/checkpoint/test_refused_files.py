@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qwen_vit.checkpoint.load import load_checkpoint
-from qwen_vit.common.strict_json import short_repr
+from qwen_vit.common.arguments import short_repr
 from qwen_vit.errors import CheckpointError
 from tests.support.checkpoint_cases import QKV, assert_same_tensors, refusal
 from tests.support.checkpoints import (

@@ -35,7 +35,7 @@ BAD_PATCHES = {
     "bool grid": (ROWS, GRID.bool(), "grid", ("torch.bool", "integer")),
     "flat grid": (ROWS, GRID[0], "grid", ("(3,)", "(images, 3)")),
     "grid of 2": (ROWS, GRID[:, 1:], "grid", ("(1, 2)", "(images, 3)")),
-    "list grid": (ROWS, [[1, 4, 6]], "grid", ("a list", "(images, 3)")),
+    "list grid": (ROWS, [[1, 4, 6]], "grid", ("(list)", "(images, 3)")),
     "huge": (ROWS, torch.tensor([[1, 2**40, 2**40]]), "patches", (str(2**80),)),
 }
 

@@ -24,14 +24,14 @@ from tests.support.fake_encoder import FakeEncoder
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
-        ("p", r"inputs is one str\. Expected a list of paths\. Pass \[inputs\]"),
-        (b"p", r"inputs is one bytes\. Expected a list"),
-        (Path("p"), r"inputs is one .*Path\. Expected a list"),
+        ("p", r"inputs is 'p'\. Expected a list of paths\. Pass \[inputs\]"),
+        (b"p", r"inputs is b'p' \(bytes\)\. Expected a list"),
+        (Path("p"), r"inputs is PosixPath\(.*Path\)\. Expected a list"),
         (
             [b"p"],
             r"inputs contains b'p'\. Expected paths as str or Path\. Decode bytes with os.fsd",
         ),
-        (7, r"inputs is one int\. Expected a list"),
+        (7, r"inputs is 7 \(int\)\. Expected a list"),
         ([7], r"inputs contains 7\. Expected paths"),
         ([], r"inputs is empty\. Expected files, folders"),
     ],

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,5 +130,15 @@ def test_features_may_come_from_a_stream(tmp_path: Path) -> None:
     assert len(load_features(write_features(tmp_path / "a.safetensors", stream, METADATA))) == 2
     with pytest.raises(ExportError, match="2 images failed"):
         write_features(tmp_path / "b.safetensors", (failed(name) for name in "ab"), METADATA)
-    with pytest.raises(ArgumentError, match="path is a NoneType"):
-        load_features(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "text"), [(None, "None"), (3, r"3 \(int\)"), ("", "''"), (b"a", r"b'a' \(bytes\)")]
+)
+def test_other_values_than_a_path_are_refused(path: Path, given: Any, text: str) -> None:
+    """`write_features` and `to_parquet` once gave a TypeError that named no argument."""
+    stored = load_features(write_features(path, features_of("a"), METADATA))
+    calls = load_features, lambda path: write_features(path, stored, {}), stored.to_parquet
+    for call in calls:
+        with pytest.raises(ArgumentError, match=rf"path is {text}\. Expected the"):
+            call(given)

@@ -220,7 +220,7 @@ def test_one_range_of_transformers_is_stated_everywhere() -> None:
 
 @pytest.mark.parametrize("ids", [[[4, 4]], torch.tensor([4, 4]), torch.tensor([[4]]).numpy()])
 def test_input_ids_of_another_kind_are_refused(ids: Any) -> None:
-    words = r"input_ids is a .*\. Expected a tensor of shape .prompts, tokens.\. Call the tokenizer"
+    words = r"input_ids is .*\. Expected a tensor of shape .prompts, tokens.\. Call the tokenizer"
     with pytest.raises(ArgumentError, match=words):
         to_hf(features_with_grids((1, 2, 2)), ids)
 

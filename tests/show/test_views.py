@@ -60,14 +60,28 @@ def test_a_point_outside_is_refused(point: tuple[float, float]) -> None:
         view_features([features()], point=point)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"point": 3}, {"point": (1,)}, {"point": "12,3"}, {"point": "12"}, {"point": (None, 1)},
+        {"pictures": 3}, {"pictures": ["a.png"]}, {"frame": None}, {"frame": 0.5}, {"layer": []},
+    ],
+)  # fmt: skip
+def test_arguments_of_another_type_are_refused(given: dict[str, Any]) -> None:
+    """A TypeError or a ValueError once named no argument."""
+    [name] = given
+    with pytest.raises(ArgumentError, match=rf"{name} (is )?.*\. (Expected|Encode it again)"):
+        view_features([features()], **given)
+
+
 def test_a_point_outside_is_shown_in_full() -> None:
     with pytest.raises(ArgumentError, match=r"the point 1000000,2\.5 is outside"):
         view_features([features()], point=(10**6, 2.5))
 
 
-@pytest.mark.parametrize(("given", "kind"), [(3, "int"), ([3], "int"), ("ab", "str")])
-def test_other_values_than_features_are_refused(given: Any, kind: str) -> None:
-    with pytest.raises(ArgumentError, match=f"features contains a {kind}. Expected ImageFeatures"):
+@pytest.mark.parametrize(("given", "text"), [(3, r"3 \(int\)"), ([3], r"3 \(int\)"), ("ab", "'a'")])
+def test_other_values_than_features_are_refused(given: Any, text: str) -> None:
+    with pytest.raises(ArgumentError, match=f"features contains {text}. Expected ImageFeatures"):
         view_features(given)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from qwen_vit.common.arguments import typed_repr
 from qwen_vit.errors import ArgumentError
 from qwen_vit.integrations.vllm.features import to_base64
 
@@ -91,13 +92,11 @@ def to_vllm_cached_chat_part(entries: Iterable[CachedFeatures]) -> list[dict[str
 def _by_kind(entries: Iterable[CachedFeatures]) -> dict[str, list[CachedFeatures]]:
     wanted = "CachedFeatures, as write_ec_cache returns them"
     if not isinstance(entries, Iterable) or isinstance(entries, str | Mapping):
-        raise ArgumentError(
-            f"entries is one {type(entries).__name__}", expected=f"a list of {wanted}"
-        )
+        raise ArgumentError(f"entries is {typed_repr(entries)}", expected=f"a list of {wanted}")
     found: dict[str, list[CachedFeatures]] = {}
     for entry in entries:
         if not isinstance(entry, CachedFeatures):
-            raise ArgumentError(f"entries contains a {type(entry).__name__}", expected=wanted)
+            raise ArgumentError(f"entries contains {typed_repr(entry)}", expected=wanted)
         kind = "image" if entry.second_per_grid_t is None else "video"
         found.setdefault(kind, []).append(entry)
     if not found:

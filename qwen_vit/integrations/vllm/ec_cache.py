@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_vit.common.arguments import check_path, short_repr, typed_repr
 from qwen_vit.common.atomic_file import (
     TEMPORARY_SUFFIX,
     atomic_file,
@@ -30,7 +31,7 @@ from qwen_vit.common.atomic_file import (
 )
 from qwen_vit.common.missing_name import missing_name
 from qwen_vit.common.safetensors_header import TensorInfo, build_header, read_header
-from qwen_vit.common.strict_json import is_integer, is_number, parse_json, read_json, short_repr
+from qwen_vit.common.strict_json import is_integer, is_number, parse_json, read_json
 from qwen_vit.errors import ArgumentError, CheckpointError, ExportError, display_name, plural
 from qwen_vit.features import FailedImage, ImageFeatures, dtype_name
 from qwen_vit.integrations.rows import MERGE_SIZE, check_modalities, count_tokens, split_videos
@@ -97,7 +98,7 @@ def write_ec_cache(
         ArgumentError: `metadata` lacks a digest, or `to_vllm` raises ArgumentError for the same
             features.
     """
-    folder = Path(folder)
+    folder = Path(check_path("folder", folder, "the folder of the cache"))
     check_utf8(folder)
     pictures, clips, seconds = split_videos(features, videos, second_per_grid_ts)
     found = check_modalities(pictures, clips, seconds)
@@ -204,9 +205,11 @@ def read_ec_cache(
         ExportError: The folder has no `qwen_vit.json`, its settings or its index are damaged or
             unreadable, or its digests differ from those in `metadata`.
     """
-    folder = Path(folder)
+    folder = Path(check_path("folder", folder, "the folder of the cache"))
     settings = _read_settings(folder)
     if metadata is not None:
+        if not isinstance(metadata, Mapping):
+            raise ArgumentError(f"metadata is {typed_repr(metadata)}", expected="a mapping")
         _check_same(folder, settings, {name: metadata.get(name) for name in DIGESTS})
     entries: dict[str, CachedFeatures] = {}
     for path in _index_files(folder / INDEX):
@@ -223,7 +226,7 @@ def check_ec_folder(
 
     >>> check_ec_folder("cache", encoder.metadata(), "bfloat16")  # doctest: +SKIP
     """
-    folder = Path(folder)
+    folder = Path(check_path("folder", folder, "the folder of the cache"))
     check_utf8(folder)
     settings = _settings(metadata, dtype)
     if SETTINGS in _names(folder):

@@ -1,0 +1,42 @@
+"""Check the types of arguments, and describe wrong values in errors."""
+
+import os
+
+from qwen_vit.errors import ArgumentError
+
+__all__ = ["check_path", "short_repr", "typed_repr"]
+
+
+def check_path(name: str, value: str | os.PathLike[str], expected: str) -> str:
+    """Return a path as text, or raise ArgumentError for another value or an empty text.
+
+    >>> check_path("path", None, "a file to write")
+    Traceback (most recent call last):
+    qwen_vit.errors.ArgumentError: path is None. Expected a file to write.
+    """
+    if not isinstance(value, (str, os.PathLike)) or value == "":
+        raise ArgumentError(f"{name} is {typed_repr(value)}", expected=expected)
+    return os.fspath(value)
+
+
+def typed_repr(value: object) -> str:
+    """Return a value and its type for an error.
+
+    >>> typed_repr(3), typed_repr("3"), typed_repr(None)
+    ('3 (int)', "'3'", 'None')
+    """
+    text = short_repr(value)
+    return text if value is None or isinstance(value, str) else f"{text} ({type(value).__name__})"
+
+
+def short_repr(value: object) -> str:
+    """Return a value as text of at most 60 characters.
+
+    >>> short_repr([0] * 100)
+    '[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,...'
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # Python cannot print integers of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."
