@@ -123,7 +123,8 @@ def view_features(
     """
     features = list(features) if isinstance(features, Iterable) else [features]
     for each in features:
-        if not hasattr(each, "grid_thw"):  # a lower layer than features.py, so it knows no class
+        # a lower layer than features.py, so it knows no class; a FailedImage has an error
+        if not (hasattr(each, "grid_thw") or hasattr(each, "error")):
             raise ArgumentError(
                 f"features contains {typed_repr(each)}",
                 expected="ImageFeatures, as `encode` returns them",
