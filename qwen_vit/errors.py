@@ -308,7 +308,8 @@ class HubError(QwenVitError):
 
 
 class ExportError(QwenVitError):
-    """Report that qwen_vit could not list inputs, or could not write, read or resume features."""
+    """Report that qwen_vit could not list inputs, could not write, read or resume features, or
+    that features are damaged."""
 
 
 class UnreadableError(ExportError):

@@ -141,7 +141,10 @@ allow_urls_option = click.option(
     callback=lambda _, __, text: tuple(filter(None, text.split(","))),
     help="Fetch https:// addresses of these hosts.",
 )  # fmt: skip
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True,
+    help="Print one JSON document. Any size_px in it is [height, width].",
+)  # fmt: skip
 
 
 def device_option(help: str = "Compute on cuda, cuda:1 or cpu.") -> Callable[[Command], Command]:

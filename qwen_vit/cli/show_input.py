@@ -24,6 +24,7 @@ from qwen_vit.show.views import WINDOW_PATCHES
 
 __all__ = ["ShowInput", "encode_images", "read_stored"]
 
+VIDEO_CODES = ("memory", "out-of-memory", "slow")  # their remedies name options such as --fps
 PATCH_PX = 14  # in every published checkpoint
 
 
@@ -72,6 +73,12 @@ def encode_images(
     layers = () if layer is None else (layer,)
     encoded = encode_one_by_one(encoder, chosen, "skip", output=output, layers=layers)
     results = [each for each, _ in encoded]
+    failed = [each for each in results if isinstance(each, FailedImage)]
+    videos = {item.id for item in chosen if item.is_video}
+    if any(each.id in videos and each.code in VIDEO_CODES for each in failed):
+        print_log(
+            "`show` has no video options: pass them to `qwen-vit encode`, and show its feature file"
+        )
     features = [each for each in results if isinstance(each, ImageFeatures)]
     good = {each.id for each in features}
     config: VisionConfig = encoder.config
@@ -84,7 +91,7 @@ def encode_images(
         config.patch_px,
         tuple(config.fullatt_block_indexes),
         config.depth,
-        [each for each in results if isinstance(each, FailedImage)],
+        failed,
         len(items),
     )
 

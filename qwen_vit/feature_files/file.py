@@ -55,8 +55,9 @@ class FeatureFile(Features):
         image_grid_thw: (N, 3) int64, each image's grid in patches.
 
     Raises:
-        ExportError: The file cannot be read, is damaged, is not a feature file or has an unknown
-            schema.
+        UnreadableError: The file cannot be read, is not a feature file or has an unknown schema.
+            This error is an ExportError.
+        ExportError: The file is damaged, for example truncated.
     """
 
     def __init__(

@@ -62,8 +62,10 @@ class FeatureFolder(Features):
         listing: the ids of all images of the export, in order, including failed and missing images.
 
     Raises:
-        ExportError: The folder cannot be read, `export.json` or a listing is missing or damaged, or
-            the schema is unknown. A damaged shard raises this error at its first use.
+        UnreadableError: The folder cannot be read, or the schema is unknown. This error is an
+            ExportError.
+        ExportError: `export.json` or a listing is missing or damaged. A damaged shard raises this
+            error at its first use.
     """
 
     def __init__(self, path: str | AnyPath, *, verify: bool = False) -> None:
@@ -272,10 +274,12 @@ file of `qwen-vit encode` or a folder of `qwen-vit export`. Check the path.
         A FeatureFile or a FeatureFolder. Both read an image's rows at its first use.
 
     Raises:
-        ExportError: The file or folder is missing, cannot be read, is damaged, contains no features
-            or has another schema. A damaged shard raises this error at its first use. With
-            `verify`, a read raises this error if a bit differs, or if the file has no digests, as
-            in schema 1. The package for an address is not installed.
+        UnreadableError: The file or folder does not exist, cannot be read, contains no features or
+            has another schema, or the package for an address is not installed. This error is an
+            ExportError.
+        ExportError: The file or `export.json` is damaged, for example truncated. A damaged shard
+            raises this error at its first use. With `verify`, a read raises this error if a bit
+            differs, or if the file has no digests, as in schema 1.
         ArgumentError: `path` is not a path.
     """
     path = as_path(path, expected="the path of a file or folder")

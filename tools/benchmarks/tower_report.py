@@ -147,7 +147,10 @@ def draw(
         axis.xaxis.set_visible(False)  # each bar shows its value
         axis.tick_params(labelsize=9, length=0)
         axis.set_title(heading, fontsize=10, loc="left")
-        below: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0, 0)}  # the bars fill the axes
+        below: dict[str, Any] = {
+            "loc": "upper left",
+            "bbox_to_anchor": (0, 0),
+        }  # the bars fill the axes
         axis.legend(frameon=False, fontsize=9, ncols=len(series) // 2, **below)
         axis.spines[["top", "right", "bottom"]].set_visible(False)
     figure.suptitle(title, fontsize=9, x=0.01, ha="left", color="#64748b")
