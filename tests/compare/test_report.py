@@ -18,7 +18,7 @@ from qwen_vit.common.installation import install_command
 from qwen_vit.compare import plots, report
 from qwen_vit.compare.result import Comparison
 from qwen_vit.compare.run import compare
-from qwen_vit.errors import ArgumentError, ExportError, ImageError
+from qwen_vit.errors import ArgumentError, ExportError, ImageError, with_options
 from qwen_vit.images.patches import resize_image
 from qwen_vit.show import draw
 from qwen_vit.show.strips import StripLayout
@@ -116,11 +116,11 @@ def test_a_difference_and_a_skipped_image_are_shown(undrawn: None, tmp_path: Pat
     [*before, last] = image.stages
     verdict = replace(last.verdict, problem="0.5 from Hugging Face, allowed 1e-05")
     stages = (*before, replace(last, verdict=verdict))
-    skipped = (("torn.png", ImageError("torn.png is truncated", code="truncated")),)
+    skipped = (("torn.png", ImageError("is large", remedy=with_options("lower {}", "max_pixels"))),)
     wrong = replace(comparison(), images=(replace(image, stages=stages),), skipped=skipped)
     tags = Tags(report.write_report(tmp_path / "page", wrong).read_text("utf-8"))
     text = " ".join(tags.text.split())
-    assert "torn.pngskipped torn.png is truncated" in text
+    assert "torn.pngskipped is large. Lower --max-pixels." in text
     assert "merger: 0.5 from Hugging Face, allowed 1e-05" in text
     assert text.index("tiny differs from Hugging Face") < text.index("torn.pngskipped")
     badges = [attributes["class"] for tag, attributes in tags.found if tag == "span"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import qwen_vit
 from qwen_vit import downstream
 from tests.support import ROOT
 
@@ -71,13 +72,15 @@ def test_each_parameter_and_the_result_are_documented(name: str) -> None:
     assert "Returns" in sections or is_silent or not parameters
 
 
+def test_every_public_name_is_on_a_page() -> None:
+    """show_features and qwen_vit.downstream were once public, but on no page."""
+    public = {*qwen_vit.__all__, *downstream.__all__}
+    on_pages = {name.rpartition(".")[2] for name in names_on_pages()}
+    assert public - on_pages == {"__version__", "ImageInput"}  # a text and an alias of types
+
+
 def test_the_pages_name_functions_classes_and_methods() -> None:
     assert {"qwen_vit.cosine.similarity", "qwen_vit.encoder.VisionEncoder.encode_iter"} < set(
         CALLABLES
     )
     assert len(CALLABLES) > 80
-
-
-def test_the_pages_list_every_public_function_of_the_integrations() -> None:
-    on_pages = {name.rpartition(".")[2] for name in names_on_pages()}
-    assert set(downstream.__all__) <= on_pages

@@ -14,8 +14,11 @@ import pytest
 from PIL import Image
 
 from qwen_vit.encoder import VisionEncoder
+from qwen_vit.errors import ImageError
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
+from qwen_vit.loading import ImageLoader
+from tests.support import ROOT
 
 TINY = ("--model", "tiny", "--device", "cpu")
 
@@ -209,6 +212,20 @@ def test_a_broken_image_is_skipped_and_the_others_are_shown(folder: Path, run: A
     assert alone.err.startswith("skipped: p/c.png: ")
     assert (alone.code, alone.out) == (2, "")
     assert "no image to show, because all images failed" in alone.err
+
+
+def test_the_error_for_a_large_video_names_a_way_without_video_options(
+    folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error only named options such as --fps, which `show` lacks."""
+    shutil.copy(ROOT / "tests" / "videos" / "clip.mp4", ".")
+
+    def no_memory(*_: object) -> None:
+        raise ImageError("too large", name="clip.mp4", code="memory")
+
+    monkeypatch.setattr(ImageLoader, "load_video", no_memory)
+    done = run("clip.mp4", *TINY)
+    assert "pass them to `qwen-vit encode`, and show its feature file" in done.err
 
 
 def test_odd_names_are_text_on_the_page_and_no_paths(undrawn: None, folder: Path, run: Any) -> None:
