@@ -3,7 +3,7 @@
 import sys
 
 from qwen_vit.cli.exit_codes import EXIT_ERROR, EXIT_INTERRUPTED
-from qwen_vit.cli.interrupts import die_at_interrupts, exit_at_interrupts
+from qwen_vit.cli.interrupts import exit_at_interrupts
 
 __all__ = ["main"]
 
@@ -21,7 +21,7 @@ def main() -> None:
         try:
             run()
         finally:
-            die_at_interrupts()
+            exit_at_interrupts()  # while Python exits, which takes torch 0.1 s or more
     except ArgumentError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(EXIT_ERROR)

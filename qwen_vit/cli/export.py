@@ -305,7 +305,7 @@ def _hint_resume(out: "AnyPath") -> Iterator[None]:
             )
         else:
             print_log("the export saved no image; run the same command again to start over")
-        raise
+        raise click.Abort from None  # click would print an empty line for KeyboardInterrupt
 
 
 def _ask_if_large(estimate: "Estimate", folder: "AnyPath") -> None:

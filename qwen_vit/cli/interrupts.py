@@ -5,7 +5,7 @@ import signal
 
 from qwen_vit.cli.exit_codes import EXIT_INTERRUPTED
 
-__all__ = ["die_at_interrupts", "exit_at_interrupts", "raise_at_interrupts"]
+__all__ = ["exit_at_interrupts", "raise_at_interrupts"]
 
 
 def exit_at_interrupts() -> None:
@@ -19,15 +19,6 @@ def exit_at_interrupts() -> None:
 def raise_at_interrupts() -> None:
     """Let Ctrl-C raise KeyboardInterrupt again, after `exit_at_interrupts`."""
     _replace(_exit_at_once, signal.default_int_handler)
-
-
-def die_at_interrupts() -> None:
-    """Let the operating system end the process at Ctrl-C, after a command has finished.
-
-    If Ctrl-C interrupted an exit callback, Python would print a traceback and exit with 0.
-    """
-    for handler in (signal.default_int_handler, _exit_at_once):
-        _replace(handler, signal.SIG_DFL)
 
 
 def _replace(handler: object, by: "signal._HANDLER") -> None:

@@ -36,6 +36,7 @@ from qwen_vit.export.result import ExportCounts, ExportReport
 from qwen_vit.export.retry import FailingRun, may_work_now
 from qwen_vit.export.run import load_encoder, make_manifest, warn_of_idle
 from qwen_vit.export.shards import export_shards
+from qwen_vit.export.stop import SAVING
 from qwen_vit.export.versions import MADE_BY
 from qwen_vit.export.whole_shards import whole_shard
 from qwen_vit.feature_files.schema import shard_name
@@ -111,9 +112,7 @@ def export_on_ray(
                         for row in done.rows[done.n_kept :]:
                             breaker.count_done(_failure(row))
             except KeyboardInterrupt:
-                logger.warning(
-                    "interrupted: saving encoded images; interrupt again to stop at once"
-                )
+                logger.warning(SAVING)
                 workers.stop()
                 raise
             finally:  # also after an interrupt

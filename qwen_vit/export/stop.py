@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from threading import current_thread, main_thread
 from typing import Any, Self
 
-__all__ = ["StopSignals"]
+__all__ = ["SAVING", "StopSignals"]
 
-MESSAGE = b"\ninterrupted: saving encoded images; interrupt again to stop at once\n"
+SAVING = "saving encoded images; interrupt again to stop at once"
 
 
 class StopSignals:
@@ -54,7 +54,10 @@ class StopSignals:
             self._is_accepted = False
 
     def _handle(self, *_: object) -> None:
+        # end the line of the terminal's ^C, and of a print that the signal interrupts
+        if os.isatty(2):
+            os.write(2, b"\n")
         if not self._is_accepted or self._is_requested:
             raise KeyboardInterrupt
         self._is_requested = True
-        os.write(2, MESSAGE)  # the signal may interrupt print in the middle of a line
+        os.write(2, f"{SAVING}\n".encode())
