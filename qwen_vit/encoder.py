@@ -364,7 +364,7 @@ class VisionEncoder(LoadedTower):
                 as frames, or a `Video`. An iterable of such values gives several videos. A `Video`
                 has its own options.
             fps: the number of frames to sample per second, or the rate of frames that you pass.
-            n_frames: the number of frames to sample, rounded to an even number. It replaces `fps`.
+            n_frames: the number of frames to sample instead of `fps`, rounded to an even number.
             start: the seconds from the first frame to the start of sampling.
             end: the seconds from the first frame to the end of sampling.
             max_frames: the largest number of frames with `fps`. None means 768.
@@ -383,7 +383,8 @@ class VisionEncoder(LoadedTower):
 
         Raises:
             ImageError: As in `encode`. Video files need the extra `video`.
-            ArgumentError: `videos` is neither a video nor an iterable, or an option is invalid.
+            ArgumentError: `videos` is neither a video nor an iterable, an option is invalid, or
+                `n_frames` is given with `fps` or `max_frames`.
         """
         chosen = VideoOptions(
             fps=fps, n_frames=n_frames, start=start, end=end, max_frames=max_frames,

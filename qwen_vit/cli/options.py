@@ -125,15 +125,28 @@ quantization_option = click.option(
     help="Experimental: compute the MLP in 8-bit floats, less accurately. The option "
     "needs an Ada GPU or a newer GPU.",
 )  # fmt: skip
+
+
+def _check_failures(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    given = {**ctx.params, str(param.name): value}  # the user may pass the options in any order
+    if given.get("on_error") == "raise" and given.get("allow_failed"):
+        raise click.UsageError(
+            "--allow-failed works only with --on-error skip. Omit one of the two."
+        )
+    return value
+
+
 on_error_option = click.option(
     "--on-error",
     type=click.Choice(["skip", "raise"]),
     default="skip",
     show_default=True,
+    callback=_check_failures,
     help="Skip a failed image, or stop at the first failed image.",
 )
 allow_failed_option = click.option(
     "--allow-failed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
+    callback=_check_failures,
     help="Exit with 1 only if more than N images failed in this run.",
 )  # fmt: skip
 allow_urls_option = click.option(

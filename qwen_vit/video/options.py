@@ -18,6 +18,7 @@ __all__ = [
     "Sampling", "Video", "VideoLimits", "VideoOptions", "VideoSettings", "VideoSource",
 ]  # fmt: skip
 
+DEFAULT_FPS = 2.0
 Sampling = Literal["qwen", "transformers"]
 VideoSource: TypeAlias = (
     str | os.PathLike[str] | bytes | bytearray | memoryview | NDArray[Any] | Tensor
@@ -48,7 +49,8 @@ class VideoOptions:
     Attributes:
         fps: the number of frames to sample per second. For frames that a caller passes, the
             number of frames per second.
-        n_frames: the number of frames to sample instead of `fps`, rounded to an even number.
+        n_frames: the number of frames to sample, rounded to an even number. `n_frames` excludes
+            `fps` and `max_frames`.
         start: the start of sampling, in seconds from the first frame.
         end: the end of sampling, in seconds from the first frame.
         max_frames: the maximum number of frames with `fps`. None means 768.
@@ -61,10 +63,11 @@ class VideoOptions:
     Raises:
         ArgumentError: `fps` is not a number above 0, a number of frames is below 2, a pixel limit
             is below 1, or a time is below 0. `end` is not after `start`, a value has another type,
-            or `sampling` is unknown.
+            or `sampling` is unknown. `n_frames` is given with another `fps` than the default, or
+            with `max_frames`.
     """
 
-    fps: float = 2.0
+    fps: float = DEFAULT_FPS
     n_frames: int | None = None
     start: float | None = None
     end: float | None = None
@@ -81,6 +84,10 @@ class VideoOptions:
             value = getattr(self, name)
             if value is not None and not (is_integer(value) and value >= 2):
                 raise _wrong(name, value, "a whole number of at least 2")
+        for name, default in (("fps", DEFAULT_FPS), ("max_frames", None)):
+            if self.n_frames is not None and getattr(self, name) != default:
+                words = with_options("{} works only without {}", "n_frames", name)
+                raise ArgumentError(words, remedy="omit one of the two")
         for name in ("min_pixels", "max_pixels"):
             value = getattr(self, name)
             if value is not None and not (is_integer(value) and value >= 1):

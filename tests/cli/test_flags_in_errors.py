@@ -144,6 +144,8 @@ def test_words_survive_pickling_copies_and_sums() -> None:
         (("--n-frames", "1"), "--n-frames is 1."),
         (("--n-frames", "4", "--fps", "2"), "--n-frames works only without --fps. Omit"),
         (("--max-frames", "9", "--n-frames", "4"), "--n-frames works only without --max-frames."),
+        (("--allow-failed", "1", "--on-error", "raise"), "--allow-failed works only with --on-err"),
+        (("--on-error", "raise", "--allow-failed", "1"), "--allow-failed works only with --on-err"),
         (("--max-frame-pixels", "0"), "--max-frame-pixels is 0."),
         (("--start", "3", "--end", "2"), "--start is 3.0 s and --end 2.0 s."),
         (("--id-column", "id"), "Pass --column as well."),

@@ -179,6 +179,7 @@ def test_a_long_video_gets_smaller_frames_unless_transformers_samples() -> None:
 
 REFUSED_OPTIONS: list[dict[str, Any]] = [
     {"fps": 0}, {"fps": float("nan")}, {"n_frames": 1}, {"n_frames": 2.5}, {"max_frames": 0},
+    {"n_frames": 4, "fps": 1.0}, {"n_frames": 4, "max_frames": 8},
     {"start": -1.0}, {"start": 5.0, "end": 5.0}, {"min_pixels": 0}, {"sampling": "uniform"},
 ]  # fmt: skip
 
@@ -187,6 +188,10 @@ REFUSED_OPTIONS: list[dict[str, Any]] = [
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError):
         VideoOptions(**options)
+
+
+def test_the_default_fps_goes_with_a_number_of_frames() -> None:
+    assert VideoOptions(n_frames=4, fps=2.0).n_frames == 4
 
 
 def test_a_part_without_frames_and_too_many_frames_are_errors_with_codes() -> None:
