@@ -5,7 +5,7 @@ Only this module builds the message, and no code parses it.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Self
 
 __all__ = [
@@ -326,7 +326,7 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     Traceback (most recent call last):
     qwen_vit.errors.ArgumentError: output is 'tokens'. Expected 'merged' or 'patch'.
     """
-    if value not in choices:
+    if not isinstance(value, Hashable) or value not in choices:  # NumPy compares an array's items
         *most, last = map(repr, choices)
         raise ArgumentError(
             f"{name} is {value!r}", expected=f"{', '.join(most)} or {last}" if most else last

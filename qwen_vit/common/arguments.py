@@ -1,10 +1,11 @@
 """Check the types of arguments, and describe wrong values in errors."""
 
 import os
+from collections.abc import Iterable
 
 from qwen_vit.errors import ArgumentError
 
-__all__ = ["check_path", "short_repr", "typed_repr"]
+__all__ = ["check_path", "check_paths", "short_repr", "typed_repr"]
 
 
 def check_path(name: str, value: str | os.PathLike[str], expected: str) -> str:
@@ -17,6 +18,21 @@ def check_path(name: str, value: str | os.PathLike[str], expected: str) -> str:
     if not isinstance(value, (str, os.PathLike)) or value == "":
         raise ArgumentError(f"{name} is {typed_repr(value)}", expected=expected)
     return os.fspath(value)
+
+
+def check_paths(
+    name: str, value: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+) -> list[str]:
+    """Return paths as text, or raise ArgumentError for another value.
+
+    >>> check_paths("images", "a.jpg"), check_paths("images", ["a.jpg", "b.jpg"])
+    (['a.jpg'], ['a.jpg', 'b.jpg'])
+    """
+    if isinstance(value, (str, os.PathLike)):
+        value = [value]
+    if not isinstance(value, Iterable):
+        raise ArgumentError(f"{name} is {typed_repr(value)}", expected="paths")
+    return [check_path(f"an item of {name}", path, "a path") for path in value]
 
 
 def typed_repr(value: object) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qwen_vit.compare.tolerance import RELATIVE_TOLERANCE, Difference, Verdict, ratio
 from qwen_vit.config import Grid
-from qwen_vit.errors import ImageError
+from qwen_vit.errors import ImageError, plural
 
 __all__ = [
     "Comparison", "FeatureMaps", "FrameChoice", "ImageComparison", "Preprocessing", "SampledFrames",
@@ -156,11 +156,23 @@ class ImageComparison:
         ]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Comparison:
-    facts: dict[str, Any]  # model, weights, dtype, device, versions, config, reference, golden
+    """Hold a comparison's differences for each image and stage.
+
+    Attributes:
+        facts: the model, weights, dtype, device, versions, config, reference and golden file.
+        images: the compared images.
+        skipped: the ids and errors of images that the comparison skipped.
+    """
+
+    facts: dict[str, Any]
     images: tuple[ImageComparison, ...]
     skipped: tuple[tuple[str, ImageError], ...]
+
+    def __repr__(self) -> str:
+        n_images = plural(len(self.images), "image")
+        return f"Comparison({n_images}, {len(self.skipped)} skipped, passed={self.passed})"
 
     @property
     def passed(self) -> bool:

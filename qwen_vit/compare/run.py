@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qwen_vit.common.arguments import check_path
+from qwen_vit.common.arguments import check_path, check_paths, typed_repr
 from qwen_vit.common.atomic_file import refuse_existing
-from qwen_vit.compare.choices import PROCESSORS, Attention, Processor
+from qwen_vit.compare.choices import ATTENTIONS, PROCESSORS, Attention, Processor
 from qwen_vit.compare.golden import Case, Golden, load_golden, write_golden
 from qwen_vit.compare.huggingface import (
     Processed,
@@ -40,6 +40,7 @@ from qwen_vit.errors import (
     ComparisonError,
     ImageError,
     Wording,
+    check_choice,
     plural,
     with_options,
 )
@@ -114,7 +115,7 @@ def compare_checkpoint(
 
 def compare(
     encoder: VisionEncoder,
-    images: Sequence[str | os.PathLike[str]],
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     attention: Attention = "sdpa",
     processor: Processor = "pillow",
@@ -131,13 +132,35 @@ def compare(
     >>> compare(encoder, ["tests/photographs/chelsea.png"]).passed
     True
 
-    `processor` computes an image's pixels for Hugging Face's tower. The result also reports the
-    pixels of the Pillow processor, and of torchvision's if it is installed. Our tower takes our own
-    pixels if they agree, and the processor's pixels otherwise. `save_golden` writes Hugging Face's
-    results to a file, and `overwrite` allows it to replace an existing file. `keep_maps` keeps the
-    data for a report. The function skips and reports images that it cannot compare. Paths may also
-    name videos. `video` sets their sampling, and the Pillow processor receives the resized frames.
+    The function skips and reports images that it cannot compare.
+
+    Args:
+        encoder: our encoder.
+        images: paths of images and videos, or one path.
+        attention: the attention of Hugging Face's tower.
+        processor: the processor of Hugging Face that computes an image's pixels for its tower. Our
+            tower takes our own pixels if they agree, and the processor's pixels otherwise.
+        save_golden: the file for Hugging Face's results, or None.
+        overwrite: whether to replace an existing golden file.
+        keep_maps: whether to keep the feature maps for a report.
+        show_progress: whether to show a progress bar.
+        video: the sampling of videos. The Pillow processor receives the resized frames.
+
+    Returns:
+        The differences of pixels and stages for each image. `passed` is the verdict.
+
+    Raises:
+        ArgumentError: An argument has another type or value. transformers is not installed, is too
+            old, or rejects `attention`.
+        ExportError: `save_golden` exists without `overwrite`, or cannot be written.
     """
+    if not isinstance(encoder, VisionEncoder):
+        raise ArgumentError(f"encoder is {typed_repr(encoder)}", expected="a VisionEncoder")
+    check_choice("attention", attention, ATTENTIONS)
+    check_choice("processor", processor, PROCESSORS)
+    if video is not None and not isinstance(video, VideoOptions):
+        raise ArgumentError(f"video is {typed_repr(video)}", expected="VideoOptions")
+    images = check_paths("images", images)
     if save_golden is not None:
         save_golden = Path(check_path("save_golden", save_golden, "the file to write"))
         if not overwrite:
@@ -149,7 +172,7 @@ def compare(
     kept: list[Case] = []
 
     def results() -> Iterator[Outcome]:
-        for name in map(os.fsdecode, images):
+        for name in images:
             try:
                 case, pixels, patches, frames = live.case_of(name)
                 result = compare_case(

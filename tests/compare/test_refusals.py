@@ -8,12 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from qwen_vit.common import transformers_version
 from qwen_vit.common.installation import install_command
 from qwen_vit.compare import huggingface as reference
+from qwen_vit.compare.run import compare
 from qwen_vit.errors import ArgumentError
 from tests.support.checkpoints import SMALL as SMALL_TOWER
 from tests.support.checkpoints import write_checkpoint, write_weights
@@ -125,3 +127,24 @@ def test_a_reference_with_values_that_are_not_finite_is_not_saved(run: Any, tmp_
     stages = json.loads(out)["images"][0]["stages"]
     assert code == 1
     assert next(stage["stage"] for stage in stages if not stage["passed"]) == "block.2"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"encoder": 3}, r"encoder is 3 \(int\)\. Expected a VisionEncoder"),
+        ({"images": 3}, r"images is 3 \(int\)\. Expected paths"),
+        ({"images": [3]}, r"an item of images is 3 \(int\)\. Expected a path"),
+        ({"attention": "fast"}, "attention is 'fast'. Expected 'sdpa', 'eager' or"),
+        ({"processor": np.ones(2)}, "processor is array.* Expected 'pillow' or 'torchvision'"),
+        ({"video": 2}, r"video is 2 \(int\)\. Expected VideoOptions"),
+    ],
+)
+def test_each_argument_of_another_type_is_named(change: dict[str, Any], words: str) -> None:
+    """A single path was once read as its letters, and other values raised errors of Python."""
+    with pytest.raises(ArgumentError, match=words):
+        compare(**{"encoder": encoder(), "images": [CHELSEA], **change})
+
+
+def test_one_path_and_the_repr() -> None:
+    assert repr(compare(encoder(), CHELSEA)) == "Comparison(1 image, 0 skipped, passed=True)"
