@@ -161,5 +161,5 @@ def _load(item: "Item", loader: "ImageLoader") -> "LoadedImage":
 def _is_same(image: str, out: Path) -> bool:
     try:
         return os.path.samefile(image, out)
-    except OSError:  # reading the image reports the reason
+    except (OSError, ValueError):  # reading the image reports the reason
         return False

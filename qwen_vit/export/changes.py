@@ -175,6 +175,6 @@ def _time_ns(path: str) -> int:
     """Return the later of mtime and ctime, because a rename changes only the ctime."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError for a NUL in a list
         return 0
     return max(status.st_mtime_ns, status.st_ctime_ns)

@@ -80,8 +80,8 @@ def find_items(
     Neither a folder's search nor `**` in a pattern follows a link to a parent folder.
 
     With `must_exist=False`, a missing path or a web address becomes an item, and the function does
-    not open it. A problem below an input, such as an unreadable folder, becomes an item with
-    `error`.
+    not open it. An input folder that cannot be listed, and a problem below an input, become items
+    with `error`.
 
     Raises ExportError if an input contains an image of another input. The function does not check
     lists or addresses in object storage.
@@ -94,6 +94,9 @@ def find_items(
         if not must_exist and is_missing(given):
             yield Item(given, given)
             continue
+        if not must_exist and os.path.isdir(given) and (refused := _listing_error(given, given)):
+            yield Item.failed(given, given, refused)
+            continue
         for item in overlap.checked(given, _input_items(given, left_out, columns)):
             if item.error is not None and item.error[0] == "unreadable":
                 if item.source in reported:
@@ -103,11 +106,12 @@ def find_items(
 
 
 def is_missing(given: str) -> bool:
-    """Return whether an input is a path that does not exist. A web address counts as such a path,
-    but a pattern, standard input and an address in object storage do not."""
+    """Return whether an input is a path that does not exist or cannot be reached, such as a link to
+    itself. A web address counts as such a path, but a pattern, standard input and an address in
+    object storage do not."""
     is_pattern = glob.has_magic(given) and not is_https(given)  # a query starts with "?"
     is_path = not (is_pattern or given == STDIN or is_remote(given))
-    return is_path and not os.path.lexists(given)
+    return is_path and not os.path.exists(given)
 
 
 def check_inputs(inputs: Sequence[str], columns: ParquetColumns | None = None) -> None:

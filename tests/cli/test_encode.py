@@ -157,6 +157,20 @@ def test_a_broken_image_is_skipped_and_ends_with_1(folder: Path, run: Any) -> No
     assert load_features("f.safetensors").ids == ["a.png", "b.jpg"]
 
 
+def test_an_input_that_cannot_be_reached_is_skipped(folder: Path, run: Any) -> None:
+    """A link to itself once ended the command, and a NUL in a list printed a traceback."""
+    Path("loop.png").symlink_to("loop.png")
+    Path("dangling.png").symlink_to("gone.png")
+    Path("nul.jsonl").write_text(r'{"path": "nul\u0000.png"}')
+    bad = ["loop.png", "dangling.png", "a.png/b.png", "n" * 300 + ".png"]
+    done = run("encode", *bad, "nul.jsonl", "b.jpg", *TO_FILE)
+    assert (done.code, done.err.count("skipped: ")) == (1, 5)
+    assert load_features("f.safetensors").ids == ["b.jpg"]
+    done = run("encode", *bad, *TO_FILE, "--overwrite")
+    assert (done.code, done.out) == (2, "")
+    assert "error: loop.png: cannot be read (Too many levels of symbolic links)" in done.err
+
+
 def test_an_image_without_read_permission_is_skipped(
     folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

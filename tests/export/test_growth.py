@@ -127,6 +127,13 @@ def test_extending_without_new_images_changes_nothing(growing_dir: Path) -> None
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
+def test_a_nul_in_a_list_is_a_failed_image_of_an_extension(growing_dir: Path) -> None:
+    Path("l.jsonl").write_text('{"path": "p/0.png"}\n{"path": "nul\\u0000.png"}\n')
+    for options in (OPTIONS, EXTEND):
+        done = export(options, inputs=["l.jsonl"])
+        assert (done.exported, done.failed) == (1, {"unreadable": 1})
+
+
 def test_changed_inputs_are_named(growing_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     export()
     write("p/0.png", tiny_png(100))

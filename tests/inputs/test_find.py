@@ -164,6 +164,18 @@ def test_an_unreadable_folder_in_two_patterns_is_one_failure(
     assert ids("**/no", "no*") == ["no"]
 
 
+def test_a_named_unreadable_folder_is_an_error_or_a_failed_item(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch("a.jpg", "no/b.jpg")
+    refuse_to_list(monkeypatch, "no")
+    with pytest.raises(ExportError, match="no: cannot be listed"):
+        list(find_items(["no", "a.jpg"]))
+    bad, good = find_items(["no", "a.jpg"], must_exist=False)
+    assert (bad.id, good.id) == ("no", "a.jpg")
+    assert bad.error is not None
+
+
 @pytest.mark.parametrize(
     ("pattern", "good"),
     [
