@@ -216,7 +216,7 @@ def test_a_kill_while_a_listing_is_appended_loses_nothing(
 
     with monkeypatch.context() as patch:
         if at == "listing":
-            patch.setattr(Listing, "freeze", die)
+            patch.setattr(Listing, "save", die)
             patch.setattr("qwen_vit.export.plan.list_inputs", lambda *_: frozen())
         else:
             patch.setattr(folder_module, "atomic_file", die)
