@@ -35,7 +35,7 @@ from qwen_vit.export.settings import (
     warn_of_new,
 )
 from qwen_vit.export.store_folder import as_folder
-from qwen_vit.export.versions import made_by_of
+from qwen_vit.export.versions import made_by_of, video_policy_of
 from qwen_vit.feature_files.listed import is_made_by
 from qwen_vit.feature_files.schema import shard_name
 from qwen_vit.inputs.find import STDIN
@@ -223,7 +223,7 @@ def _has_videos(found: Listing | None, folder: ExportFolder) -> bool:
     if not is_export(folder):
         return False
     description = read_description(folder, may_restore=found is not None)
-    return "video" in description.get("image_policy", {})
+    return bool(video_policy_of(description))
 
 
 def _begin_among_others(

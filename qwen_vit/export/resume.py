@@ -12,6 +12,7 @@ from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.plan import check_is_export
 from qwen_vit.export.settings import SETTINGS, read_description
 from qwen_vit.export.store_folder import as_folder
+from qwen_vit.export.versions import video_policy_of
 from qwen_vit.images.image import EXIF_IGNORED, ImageLimits
 from qwen_vit.video.options import VideoLimits, VideoOptions
 
@@ -52,7 +53,7 @@ def read_start_options(folder: AnyPath) -> StartOptions:
             if name in known
         }
         limits = ImageLimits(**bounds, allow_urls=tuple(inputs.get("allow_urls", ())))
-        video = dict(policy.get("video", {}))
+        video = video_policy_of(stored)
         video.pop("decoder", None)
         as_video, video_limits = video.pop("as_video", False), video.pop("limits", {})
         options = ExportOptions(

@@ -181,7 +181,9 @@ class StoredExport:
         if ours not in known and adds_only_decoders(last, ours):
             self.description["accepted"] = [*self.accepted, made_by_of(settings, self.settings)]
             known.append(ours)
-        closest = min(known, key=lambda each: (each != ours, {**each, **versions} != each))
+        closest = min(
+            reversed(known), key=lambda each: (each != ours, {**each, **versions} != each)
+        )
         before = flat({**self.settings, **closest})
         now = flat(settings)
         names = {name for name in {*before, *now} if before.get(name) != now.get(name)}

@@ -3,15 +3,24 @@
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["MADE_BY", "POLICY", "adds_only_decoders", "flat", "made_by_of", "makers_in"]
+__all__ = [
+    "MADE_BY",
+    "POLICY",
+    "adds_only_decoders",
+    "flat",
+    "made_by_of",
+    "makers_in",
+    "video_policy_of",
+]
 
 MADE_BY = ("versions", "gpu")  # `accept_versions` allows changes of these
 POLICY = "image_policy"  # it names the decoder of videos
+VIDEO = f"{POLICY}.video."  # an export without videos has no such settings
 # optional decoders, and how an export records a missing one
 MISSING = {
     "versions.pillow-heif": "not installed",
     "versions.libwebp": None,
-    f"{POLICY}.video.decoder": None,
+    f"{VIDEO}decoder": None,
 }
 
 
@@ -26,16 +35,29 @@ def made_by_of(settings: Mapping[str, Any], start: Mapping[str, Any]) -> dict[st
     return {n: makers[n] for n in makers if n in MADE_BY or makers[n] != start.get(n)}
 
 
-def adds_only_decoders(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether each difference is a decoder that was missing before.
+def video_policy_of(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of an export's videos, which an extension may add, or an empty
+    dictionary."""
+    for each in (*reversed(description.get("accepted", [])), description):
+        if video := each.get(POLICY, {}).get("video"):
+            return dict(video)
+    return {}
 
-    A missing decoder decoded no image, so no stored rows depend on its version.
+
+def adds_only_decoders(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether each difference is a decoder that was missing before, or the settings of the
+    first videos.
+
+    A missing decoder decoded no image, so no stored rows depend on its version. Without videos, no
+    stored rows depend on the settings of videos, unless animations become videos.
 
     >>> before = {"versions": {"pillow-heif": "not installed"}}
     >>> adds_only_decoders(before, {"versions": {"pillow-heif": "1.8.1"}})
     True
     """
     old, new = flat(before), flat(now)
+    if new.get(f"{VIDEO}as_video") is False and not any(name.startswith(VIDEO) for name in old):
+        new = {name: new[name] for name in new if not name.startswith(VIDEO)}
     return old.keys() == new.keys() and all(
         name in MISSING and old[name] == MISSING[name] for name in old if old[name] != new[name]
     )

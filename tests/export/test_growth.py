@@ -227,7 +227,7 @@ def test_a_kill_while_a_listing_is_appended_loses_nothing(
 
 
 def frozen() -> Any:
-    """Make the listing of p before the test patches `freeze`."""
+    """Make the listing of p before the test patches `save`."""
     from qwen_vit.inputs.find import find_items
     from qwen_vit.inputs.listing import Listing
 

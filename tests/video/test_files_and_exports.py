@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from qwen_vit.downstream import expand_placeholders, to_hf, to_sglang, to_vllm, 
 from qwen_vit.errors import ArgumentError, ExportError
 from qwen_vit.export import retry
 from qwen_vit.export.estimate import estimate_export
+from qwen_vit.export.resume import read_start_options
 from qwen_vit.feature_files.read import FeatureFolder
+from qwen_vit.feature_files.verify import verify_features
 from qwen_vit.loading import ImageLoader
 from tests.support.fake_encoder import FakeEncoder
 from tests.support.videos import make_video, numbered
@@ -116,6 +119,33 @@ def test_resuming_with_other_frame_options_is_refused_if_there_are_videos(folder
     assert "video" not in load_features("images").metadata["image_policy"]
     same = ExportOptions(video=VideoOptions(fps=1.0))
     assert export_features(fake, ["c.png"], "images", same).exported == 1
+
+
+def test_an_extension_adds_the_first_video(folder: Path) -> None:
+    """Each absent setting of videos was once a difference, so no extension could add a video."""
+    Image.fromarray(numbered(3)).save(folder / "c.png")
+    make_video(folder / "a.mp4", 30)
+    export(["c.png"])
+    with pytest.raises(ExportError) as caught:
+        export(["c.png", "a.mp4"])
+    assert "export: its images: 1 new, first a.mp4. To continue" in str(caught.value)
+    assert "to add the new images, pass extend=True" in str(caught.value)
+    with pytest.raises(ExportError, match=r"image_policy\.video\.as_video was absent, is True now"):
+        export(["c.png", "a.mp4"], as_video=True, extend=True)
+    assert export(["c.png", "a.mp4"], extend=True).exported == 2
+    before = load_features("out")["a.mp4"].embeds
+    assert read_start_options(folder / "out").options.video == SMALL
+    shard = folder / "out" / "shard-00000001.safetensors"
+    shard.unlink()
+    assert export(["c.png", "a.mp4"]).exported == 2
+    fake: Any = FakeEncoder(min_pixels=784)
+    options = ExportOptions(video=replace(SMALL, fps=1.0), extend=True)
+    with pytest.raises(ExportError, match=r"image_policy\.video\.fps was 2\.0, is 1\.0 now"):
+        export_features(fake, ["c.png", "a.mp4"], "out", options)
+    assert torch.equal(load_features("out")["a.mp4"].embeds, before)
+    (folder / "out" / "export.json").unlink()
+    assert export(["c.png", "a.mp4"]).exported == 2
+    assert verify_features("out").problems == ()
 
 
 def test_a_video_that_was_missing_is_tried_again_even_above_the_limits_on_images(
