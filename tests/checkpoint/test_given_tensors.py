@@ -161,7 +161,7 @@ def test_a_given_tower_that_is_incomplete_or_of_another_config_is_refused() -> N
         ((given(), SMALL, 3), r"image_config is 3\. Expected a mapping"),
         (
             (given(visual__merger__ln_q__weight=[1.0]), SMALL),
-            r"tensors\['visual\.merger\.ln_q\.weight'\]: a list\. Expected a torch tensor",
+            r"tensors\['visual\.merger\.ln_q\.weight'\] is \[1\.0\] \(list\)\. Expected a torch",
         ),
         (
             (given(visual__merger__ln_q__weight=torch.zeros(32, device="meta")), SMALL),

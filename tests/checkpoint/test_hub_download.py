@@ -179,7 +179,7 @@ def test_a_mirror_without_a_file_listing_works(
     assert loaded["licence"].startswith("unknown")
 
 
-@pytest.mark.parametrize("total", ["1e999", '"many"', "-1.5", "true"])
+@pytest.mark.parametrize("total", ["1e300", '"many"', "-1.5", "true"])
 def test_a_total_that_is_no_size_is_not_needed(
     worker: Worker, repo: Path, call: dict[str, Any], total: str
 ) -> None:
