@@ -2,6 +2,7 @@
 the tower."""
 
 import logging
+import os
 from functools import lru_cache
 from typing import get_args
 
@@ -14,6 +15,7 @@ from qwen_vit.weight_format import SCALE_COLUMNS, Quantization, pixel_weight_exp
 
 __all__ = [
     "check_fits",
+    "check_process",
     "choose_device",
     "choose_dtype",
     "choose_quantization",
@@ -27,6 +29,8 @@ MIN_CAPABILITY = (8, 0)
 FP8_CAPABILITY = (8, 9)  # Ada: the first with matrix instructions for e4m3
 WITHOUT_FP8 = with_options("leave {} out", "quantization")
 USE_CPU = with_options("use {}", ("device", "cpu"))
+
+_first_process: list[int] = []  # the id of the process that first loaded or used an encoder
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -169,6 +173,21 @@ def check_fits(
             f"patch_size is {config.patch_px}",
             expected="an even number on a GPU, which loads rows of patches in pieces of 16 bytes",
             remedy=USE_CPU,
+        )
+
+
+def check_process(device: torch.device) -> None:
+    """Raise ArgumentError in a forked process where torch would wait for threads that do not exist.
+
+    A forked process lacks the OpenMP threads of its parent. With one thread, torch needs none.
+    """
+    if not _first_process:
+        _first_process.append(os.getpid())
+    elif _first_process[0] != os.getpid() and device.type == "cpu" and torch.get_num_threads() > 1:
+        raise ArgumentError(
+            "torch's threads do not work in this process, because it was forked from a process "
+            "with an encoder",
+            remedy="call torch.set_num_threads(1) in the new process, or start it with spawn",
         )
 
 

@@ -17,6 +17,7 @@ from qwen_vit.checkpoint.hub import Origin, find_checkpoint
 from qwen_vit.checkpoint.load import Checkpoint, load_checkpoint
 from qwen_vit.common.prefetch import core_count, thread_count
 from qwen_vit.config import ImageConfig, VisionConfig
+from qwen_vit.device import check_process
 from qwen_vit.errors import ArgumentError
 from qwen_vit.features import FailedImage, FeatureOutput, ImageFeatures
 from qwen_vit.images.image import ArrayLayout, ExifPolicy, ImageLimits, check_formats
@@ -53,7 +54,8 @@ class VisionEncoder(LoadedTower):
     (torch.Size([345, 192]), (1, 30, 46))
 
     Build an encoder with `from_pretrained` or `from_tensors`. An encoder can be copied, pickled and
-    sent to other processes. A deep copy has its own weights. Every copy gives the same bits.
+    sent to other processes. A deep copy has its own weights. Every copy gives the same bits. On a
+    CPU, a forked process must call `torch.set_num_threads(1)` first. A spawned process need not.
 
     Source: "Qwen2.5-VL Technical Report" (arXiv:2502.13923).
     """
@@ -326,6 +328,7 @@ class VisionEncoder(LoadedTower):
         frames: Pages, decode_threads: int | None,
     ) -> Iterator[ImageFeatures | FailedImage]:  # fmt: skip
         """Encode like `encode_iter`. With `is_lent`, the caller's PIL images keep their pixels."""
+        check_process(self.device)
         outputs = OutputOptions.checked(output, normalize, layers, self.config.depth)
         limits = ImageLimits() if limits is None else limits
         if formats:

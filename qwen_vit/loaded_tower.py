@@ -14,6 +14,7 @@ from qwen_vit.common.tensors import resolved
 from qwen_vit.config import Grid, ImageConfig, VisionConfig
 from qwen_vit.device import (
     check_fits,
+    check_process,
     choose_device,
     choose_dtype,
     choose_quantization,
@@ -94,8 +95,10 @@ class LoadedTower:
         Raises:
             CheckpointError: A weight contains NaN or infinity, or overflows during conversion. The
                 device does not support the checkpoint's architecture.
-            ArgumentError: A pixel limit is invalid.
+            ArgumentError: A pixel limit is invalid, or torch's threads do not work in this forked
+                process.
         """
+        check_process(device)
         image_config = checkpoint.image_config.bounded(min_pixels, max_pixels)
         check_fits(checkpoint.config, device, quantization)
         with torch.device("meta"):
@@ -221,6 +224,7 @@ class LoadedTower:
             The merged tokens (M, out_hidden_size), or the patches (N, hidden_size), image after
             image, each image row-major.
         """
+        check_process(self.device)
         if patches.dtype == torch.uint8 and patches.shape[1] == self.config.patch_dim:
             rows = patches.to(self.device, non_blocking=True)
             patches = pixels_for_tower(rows, self.config, self.image_config, still=False)

@@ -156,6 +156,54 @@ def test_a_fork_while_another_thread_encodes_does_not_hang() -> None:
         thread.join()
 
 
+FORKED = """
+import multiprocessing, sys, torch, numpy as np
+from qwen_vit import VisionEncoder
+
+torch.set_num_threads(2)
+encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+image = np.zeros((56, 84, 3), np.uint8)
+rows = torch.zeros(24, 1176), torch.tensor([[1, 4, 6]])
+calls = [
+    lambda: encoder.encode(image),
+    lambda: encoder.encode_iter([image]),
+    lambda: encoder.encode_video(image[None].repeat(4, 0), fps=1.0),
+    lambda: encoder.encode_patches(*rows),
+    lambda: VisionEncoder.from_pretrained("tiny", device="cpu"),
+]
+
+
+def child():
+    for call in calls:
+        try:
+            call()
+        except ValueError as error:
+            print(error)
+    torch.set_num_threads(1)
+    print(tuple(encoder.encode(image).embeds.shape), flush=True)
+
+
+process = multiprocessing.get_context("fork").Process(target=child)
+process.start()
+process.join(60)
+if process.exitcode is None:
+    process.kill()
+sys.exit(process.exitcode != 0)
+"""
+
+
+def test_a_forked_process_with_several_threads_is_an_error() -> None:
+    """torch would wait for ever in the child for OpenMP's threads, which do not survive a fork."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    error = (
+        "torch's threads do not work in this process, because it was forked from a process with an "
+        "encoder. Call torch.set_num_threads(1) in the new process, or start it with spawn."
+    )
+    assert done.stdout.splitlines() == [*[error] * 5, "(6, 192)"], done.stderr
+
+
 def test_only_the_weights_hash_of_a_pickled_encoder_needs_its_files(tmp_path: Path) -> None:
     """The pickle contains the weights. Only their hash needs the checkpoint, which another machine
     may not have."""
