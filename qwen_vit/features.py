@@ -53,8 +53,8 @@ class ImageFeatures:
             row-major over the patches. For output="mean" the shape is (1, out_hidden_size), in
             float32.
         grid_thw: (frames, height, width) in patches. For a video, `frames` counts pairs of frames.
-        size_px: the original (height, width) in pixels, or (0, 0) if the size is unknown, as for
-            patches.
+        size_px: the original (height, width) in pixels, or (0, 0) if the size is unknown, for
+            example after `encode_patches`.
         notes: the changes that the image policy made, such as "EXIF orientation 6 applied".
         layers: maps a block to the residual stream after that block, before any norm. The rows
             (n_patches, hidden_size) are row-major over the patches. `layers[7].view(*grid_thw, -1)`

@@ -79,7 +79,7 @@ def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """Hold a weight and a bias. The caller names the epilogue that is fused into the GEMM."""
+    """Apply a GEMM with a weight and a bias. The caller names the epilogue that it includes."""
 
     def __init__(self, n_in: int, n_out: int, dtype: torch.dtype) -> None:
         super().__init__()

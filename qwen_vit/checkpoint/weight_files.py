@@ -246,7 +246,7 @@ def _check_shard_path(path: Path, *, index: Path) -> None:
         raise CheckpointError(
             f"names the shard {path.name}, but {path} does not exist",
             name=str(index),
-            remedy="download the shard (qwen-vit download MODEL)",
+            remedy="download the shard into this folder, or pass a Hub repository as the model",
         )
     # A local folder's links are its owner's, and may lead to any regular file. In the Hub's cache
     # every file of snapshots/COMMIT is a link into blobs. No other link may leave the folder.
@@ -257,5 +257,5 @@ def _check_shard_path(path: Path, *, index: Path) -> None:
     raise CheckpointError(
         f"names the shard {path.name}, which is a link out of the Hub's cache to {target}",
         name=str(index),
-        remedy="delete the link and download the shard again (qwen-vit download MODEL)",
+        remedy="delete the link, and download the model again (qwen-vit download MODEL)",
     )

@@ -54,7 +54,10 @@ class _Point(click.ParamType[tuple[float, float]]):
     "--out", type=FILE, default=DEFAULT_OUT, show_default=True,
     help="Write a page (.html), a picture of one image (.png), or a folder with both.",
 )  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace existing files of the same names.")
+@click.option(
+    "--overwrite", is_flag=True,
+    help="Replace existing files of the same names, or write into a folder with files.",
+)  # fmt: skip
 @click.option(
     "--point",
     type=_Point(),

@@ -179,7 +179,7 @@ def read_range(address: str, start: int, end: int, version: str | None = None) -
             if version is not None and _version(files.info(path)) != version:
                 raise ReplacedError(errno.ESTALE, "replaced after the listing")
     if len(data) != end - start:
-        raise OSError(errno.EIO, f"it ends after {len(data)} of {end - start} bytes")
+        raise OSError(errno.EIO, f"only {len(data)} of {end - start} requested bytes arrived")
     return data
 
 

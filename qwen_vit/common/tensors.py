@@ -27,7 +27,8 @@ def check_finite(tensor: Tensor, name: str) -> Tensor:
     >>> check_finite(torch.tensor([1.0, float("nan")]), "merger.ln_q.weight")
     Traceback (most recent call last):
     qwen_vit.errors.CheckpointError: merger.ln_q.weight: contains 1 NaN and 0 infinite values, of \
-2. Expected finite weights. Delete the file and download it again (qwen-vit download MODEL).
+2. Expected finite weights. Check the weights' source, or download them again (qwen-vit \
+download MODEL).
     """
     if not all_finite(tensor):
         raise CheckpointError(
@@ -35,7 +36,7 @@ def check_finite(tensor: Tensor, name: str) -> Tensor:
             f"values, of {tensor.numel()}",
             name=name,
             expected="finite weights",
-            remedy="delete the file and download it again (qwen-vit download MODEL)",
+            remedy="check the weights' source, or download them again (qwen-vit download MODEL)",
         )
     return tensor
 

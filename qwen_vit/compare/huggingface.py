@@ -132,7 +132,7 @@ def process(
 
 
 def process_pairs(frames: Sequence[NDArray[np.uint8]], config: ImageConfig, name: str) -> Processed:
-    """Return a video's rows, which Hugging Face's Pillow processor cuts frame by frame.
+    """Return a video's rows. Hugging Face's Pillow processor makes the rows of each frame.
 
     Hugging Face's video processor needs torchvision. Both processors put a frame's values at the
     same positions of a row, but the image processor repeats one image for both frames. Therefore

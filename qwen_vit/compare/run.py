@@ -137,7 +137,7 @@ def compare(
     Args:
         encoder: our encoder.
         images: paths of images and videos, or one path.
-        attention: the attention of Hugging Face's tower.
+        attention: the attention implementation of Hugging Face's tower.
         processor: the processor of Hugging Face that computes an image's pixels for its tower. Our
             tower takes our own pixels if they agree, and the processor's pixels otherwise.
         save_golden: the file for Hugging Face's results, or None.

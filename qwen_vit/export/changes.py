@@ -32,8 +32,8 @@ class InputChanges:
         moved: images whose source, place in the source or listing error changed, each with its old
             source.
         replaced: images in objects of a store whose version changed.
-        is_reordered: whether the export's only listing does not begin with the ids of the new
-            listing, in order. False if the export has several listings.
+        is_reordered: whether the export has one listing, which does not begin with the ids of the
+            new listing, in order. False if the export has several listings.
     """
 
     new: list[Item] = field(default_factory=list)

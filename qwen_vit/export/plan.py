@@ -93,7 +93,7 @@ class ExportPlan:
 
     @property
     def n_images(self) -> int:
-        """Return the number of this part's lines. A replaced image has several lines."""
+        """Return the number of lines of the listing in this part. A replaced image has several."""
         return sum(map(self.listing.shard_length, self.shards))
 
     def path(self, shard: int) -> AnyPath:
@@ -184,7 +184,7 @@ def _find(
     """Write the listing of the inputs to `scratch`, and return the listing.
 
     Without paths, the function lists the existing export's own inputs. If this machine cannot list
-    them, it returns None, or raises ExportError with `options.extend`.
+    them, the function returns None. With `options.extend`, it raises ExportError instead.
     """
     if paths is not None:
         return list_inputs(paths, scratch, options)

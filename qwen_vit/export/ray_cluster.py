@@ -188,8 +188,8 @@ class _Worker:
         return estimate_plan(self._encoder, plan)
 
     def export(self, plan: ExportPlan, shard: int) -> tuple[DoneShard, dict[str, float]] | None:
-        """Return the written shard and the seconds of waiting for each stage, or None if `stop`
-        came first."""
+        """Return the written shard and the seconds that it waited for each stage, or None if `stop`
+        interrupted it."""
         metadata = self._encoder.metadata()
         # the shard's bits may differ with other versions
         for name, expected in plan.made_by.items():

@@ -114,7 +114,10 @@ class ListedImages:
 
     @cached_property
     def shard_of(self) -> Mapping[str, int]:
-        """Return the shard of each image, in the order of each image's first listing."""
+        """Return the shard of each image, in the order of the listings.
+
+        An image that was withdrawn and listed again takes its later place.
+        """
         shards: dict[str, int] = {}
         for facts, ids in self._listings:
             for name in facts.withdrawn:
@@ -125,7 +128,7 @@ class ListedImages:
 
     @property
     def ids(self) -> Sequence[str]:
-        """Return the id of each image once, in the order of each image's first listing."""
+        """Return the id of each image once, in the order of `shard_of`."""
         return list(self.shard_of) if len(self._listings) > 1 else self._listings[0][1]
 
     def listing_of(self, shard: int) -> ListingFacts:

@@ -111,7 +111,7 @@ def _float_to_uint8(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
     outside = int(((array < 0) | (array > 1)).sum())
     if outside:
         raise ImageError(
-            f"contains {outside} of {array.size} values outside [0, 1] (smallest "
+            f"{outside} of {array.size} values are outside [0, 1] (smallest "
             f"{float(array.min()):g}, largest {float(array.max()):g})",
             name=name,
             remedy="clip the values, or cast 0..255 to uint8",

@@ -76,7 +76,10 @@ def check_exif(image: Image.Image) -> None:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Return whether Pillow will reduce 16-bit samples. Call this before Pillow loads the image."""
+    """Return whether the file has 16-bit samples.
+
+    Call this before Pillow loads the image, because Pillow reduces 16-bit colours.
+    """
     tiles = getattr(image, "tile", ())
     raw_modes = (t[3][0] if isinstance(t[3], tuple) and t[3] else t[3] for t in tiles)
     return any(isinstance(mode, str) and ";16" in mode for mode in raw_modes)

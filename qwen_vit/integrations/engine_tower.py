@@ -99,8 +99,8 @@ class EngineTower(nn.Module):
         """Compile the kernels and capture the CUDA graphs that requests will need.
 
         Args:
-            row_dtypes: dtypes of the tower's input rows. Pass uint8 for images as pixels, and
-                float32 for videos as pixels. For normalised rows, pass the engine's dtype.
+            row_dtypes: dtypes of the tower's input rows. Pass uint8 for pixels of images,
+                float32 for pixels of videos, and the engine's dtype for normalised rows.
             largest: maximum number of patches in one call.
 
         Returns:

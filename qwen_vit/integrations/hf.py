@@ -145,8 +145,9 @@ def expand_placeholders(
         The prompt with one placeholder per token.
 
     Raises:
-        ArgumentError: `text` is not text, or does not have one placeholder for each grid. A grid is
-            not three whole numbers above 0, with height and width divisible by `merge_size`.
+        ArgumentError: `text` is not a string, or does not have one placeholder for each grid. A
+            grid is not three whole numbers above 0. Its height and width must be divisible by
+            `merge_size`.
     """
     if not isinstance(text, str):
         raise ArgumentError(f"text is {typed_repr(text)}", expected="the prompt")

@@ -23,10 +23,10 @@ __all__ = ["interpreted"]
 
 
 def interpreted(kernel: JITFunction) -> Callable[..., None]:
-    """Return a launcher `run(grid, *args, lanes, **constants)` of the kernel's source.
+    """Return a function `run(grid, *args, lanes, **constants)` that interprets the kernel's source.
 
     The grid has one axis. `lanes` programs run at once, and must take the same branches. The
-    launcher also interprets the helpers that the kernel calls by a global name.
+    function also interprets the helpers that the kernel calls by a global name.
     """
 
     @torch.no_grad()

@@ -247,8 +247,8 @@ def linear(
     out_scale: float = 1.0,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Return `epilogue(x @ weight.T * out_scale + bias)`: (M, K) to (M, N). A GPU rounds each value
-    once.
+    """Return `epilogue(x @ weight.T * out_scale + bias)`: (M, K) to (M, N). On a GPU, the kernel
+    sums in float32 and rounds each result once.
 
     The epilogue is `plain` or `gelu` (the exact GELU).
     """
@@ -300,8 +300,8 @@ def linear_residual(
     *,
     quantized: bool = False,
 ) -> ResidualStream:
-    """Return `stream + x @ weight.T + bias` with the new sums of squares. A GPU rounds each value
-    once.
+    """Return `stream + x @ weight.T + bias` with the new sums of squares. On a GPU, the kernel sums
+    in float32 and rounds each result once.
 
     With `quantized`, the new stream also contains its values in e4m3, in the order of
     `weight_format.fp8_column_order`.

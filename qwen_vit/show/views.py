@@ -88,7 +88,7 @@ class FeatureView:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FeatureViews:
-    """Hold images with comparable colours and similarities.
+    """Hold the views of several images, with comparable colours and similarities.
 
     Attributes:
         window: the side of an attention window, in patches.

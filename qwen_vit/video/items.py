@@ -1,5 +1,5 @@
-"""Open a listed video, as a file, inside a tar or in object storage, and estimate its number of
-patches from its header."""
+"""Open a listed video from a file, a tar or object storage, and estimate its number of patches from
+its header."""
 
 import hashlib
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """Turn any kind of video into patches of pairs of sampled frames, or into frames for a GPU.
 
-The loader resizes frames while it decodes, so memory holds only sampled frames.
+The loader resizes each sampled frame at once, or keeps it for the GPU. It drops all other frames.
 """
 
 import os

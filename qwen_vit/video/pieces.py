@@ -16,7 +16,7 @@ POLL_S = 0.1  # seconds between checks whether the caller has cancelled
 
 
 class PieceMemory:
-    """Count the decoded bytes that wait for the encoder, and notify decoding threads of changes."""
+    """Hold the number of decoded bytes that wait for the encoder, and a condition for changes."""
 
     def __init__(self) -> None:
         self.n_bytes = 0

@@ -165,7 +165,7 @@ def test_weights_that_are_not_finite_are_counted_and_their_file_named(
         )  # fmt: skip
     assert ".safetensors (" in str(caught.value)
     assert f" bytes): {QKV}: contains 3 NaN and 1 infinite values, of 3072" in str(caught.value)
-    assert "download it again" in caught.value.remedy
+    assert "download them again" in caught.value.remedy
     with pytest.raises(CheckpointError, match=f"^{QKV}: contains 3 NaN and 1 infinite"):
         convert(tensors, SMALL, IMAGE_CONFIG, torch.float32)
 

@@ -135,7 +135,7 @@ def test_values_out_of_range_are_counted_with_their_extremes() -> None:
     array = np.full((8, 8, 3), 0.5)
     array[0, 0], array[1, 0, 0] = 1.25, -2
     message = refusal("array-range", array)
-    assert "4 of 192 values outside [0, 1] (smallest -2, largest 1.25)" in message
+    assert "4 of 192 values are outside [0, 1] (smallest -2, largest 1.25)" in message
     assert "uint8" in message
 
 

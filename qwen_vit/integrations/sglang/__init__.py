@@ -1,4 +1,4 @@
-"""Provide features for SGLang's engine, and this package's vision tower in SGLang's Qwen2.5-VL.
+"""Convert features for SGLang's engine, and run qwen_vit's tower in SGLang's Qwen2.5-VL.
 
 `SGLANG_EXTERNAL_MODEL_PACKAGE=qwen_vit.integrations.sglang` makes SGLang import every module of
 this package. SGLang then uses `model.EntryClass` in place of its own model. The package has no
