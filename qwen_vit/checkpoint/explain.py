@@ -1,6 +1,7 @@
 """Convert errors of huggingface_hub and the system to HubError, with cause and remedy."""
 
 import errno
+import os
 from pathlib import Path
 
 from qwen_vit.checkpoint.published import did_you_mean, published_checkpoints
@@ -9,13 +10,16 @@ from qwen_vit.errors import HubError, with_options
 __all__ = ["explain"]
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+CACHE = ("HF_HUB_CACHE", "HF_HOME", "HF_TOKEN_PATH")
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def explain(
     error: Exception, *, name: str, label: str, cache_dir: Path, local_files_only: bool
 ) -> HubError:
     """`name` is the repository's name. `label` is the name with the subfolder and the revision."""
+    from huggingface_hub import is_offline_mode
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -50,9 +54,14 @@ def explain(
             "not in the local cache, and {} rules out the network", "local_files_only"
         )
         remedy = with_options("leave out {}", "local_files_only")
+    elif isinstance(error, LocalEntryNotFoundError) and is_offline_mode():
+        offline = _set_variable(OFFLINE) or OFFLINE[0]
+        fact = f"not in the local cache, and {offline} rules out the network"
+        remedy = f"unset {offline.partition('=')[0]}, or pass a local folder"
     elif isinstance(error, LocalEntryNotFoundError):
         fact = "not in the local cache, and the Hub could not be reached"
-        remedy = "check the network and HF_HUB_OFFLINE, or pass a local folder"
+        checked = " and ".join(filter(None, ["the network", _set_variable(("HF_ENDPOINT",))]))
+        remedy = f"check {checked}, or pass a local folder"
     elif isinstance(error, EntryNotFoundError):
         fact = "no config.json or no safetensors weights; qwen_vit never opens pickles (.bin, .pt)"
         remedy = "choose a repository with safetensors"
@@ -61,7 +70,12 @@ def explain(
         remedy = with_options("free some space, or pass {}", "cache_dir")
     elif number in NOT_WRITABLE:
         fact = f"the cache cannot be written ({error})"
-        remedy = with_options("pass another {}, or set HF_HOME", "cache_dir")
+        variable = _set_variable(CACHE)
+        remedy = with_options(
+            "pass another {}, or {change}",
+            "cache_dir",
+            change=f"check {variable}" if variable else "set HF_HOME",
+        )
     else:
         reason = str(error).partition("\n")[0]
         fact, remedy = f"could not be fetched ({type(error).__name__}: {reason})", "try again"
@@ -72,3 +86,8 @@ def explain(
         question = did_you_mean(name)
         remedy = f"{question} Otherwise " + remedy if question else remedy
     return HubError(fact, name=label, remedy=remedy)
+
+
+def _set_variable(names: tuple[str, ...]) -> str:
+    """Return the first of these environment variables that is set, such as "HF_HOME=/data"."""
+    return next((f"{name}={os.environ[name]}" for name in names if os.environ.get(name)), "")

@@ -144,7 +144,7 @@ def download(
         )
     if not REPOSITORY.fullmatch(name):
         raise HubError(
-            "does not exist",
+            "an address" if "://" in name else "does not exist",
             name=name,
             expected=MODELS,
             remedy=did_you_mean(name) or "check the name",

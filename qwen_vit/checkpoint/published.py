@@ -20,6 +20,10 @@ __all__ = [
 
 PACKAGED = ("tiny",)
 MIN_PREFIX = 4  # common letters at the start of two names
+# a repository in an address of the Hub or of a mirror
+ADDRESS = re.compile(
+    r"(?:https?://[^/]+/|hf://|(?:huggingface|hf)\.co/)([\w.-]+/[\w.-]+)", re.IGNORECASE
+)
 MIN_LIKENESS = 0.7  # of two names, by difflib; "qwen2-vl-7b" does not match "Qwen2.5-VL-7B"
 
 
@@ -70,19 +74,24 @@ def closest_names(name: str) -> list[str]:
 def did_you_mean(name: str) -> str:
     """Return a question with the checkpoints that a name may mean, or an empty string.
 
-    >>> did_you_mean("Qwen2.5-VL-7B")
-    'did you mean Qwen/Qwen2.5-VL-7B-Instruct?'
+    >>> did_you_mean("Qwen2.5-VL-7B"), did_you_mean("https://huggingface.co/owner/name/tree/main")
+    ('did you mean Qwen/Qwen2.5-VL-7B-Instruct?', 'did you mean owner/name?')
     """
+    address = ADDRESS.match(name)
     close = [each for each in closest_names(name) if each != name]
+    close = [address[1]] if address else close
     return f"did you mean {' or '.join(close)}?" if close else ""
 
 
 def is_path(name: str) -> bool:
-    """Return whether a name can only be a path. A repository has one slash and no leading dot.
+    """Return whether a name can only be a path. A repository has one slash and no leading dot, and
+    an address names a host.
 
     >>> is_path("./model"), is_path("models/qwen/7b"), is_path("Qwen/Qwen2.5-VL-7B-Instruct")
     (True, True, False)
     """
+    if "://" in name or ADDRESS.match(name):
+        return False
     return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
 
 

@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen_vit.common.atomic_file import cannot_write, check_parent, check_utf8, refuse_link
 from qwen_vit.errors import ArgumentError, ExportError
+
+if TYPE_CHECKING:
+    from qwen_vit.inputs.listing import Item
 
 __all__ = ["check_distinct", "check_model_or_features", "check_output", "check_paths"]
 
@@ -59,23 +63,22 @@ def check_output(
         )
 
 
-def check_distinct(images: Sequence[str], places: Sequence[str] = ()) -> None:
+def check_distinct(images: Sequence[str], items: "Sequence[Item]" = ()) -> None:
     """Raise ExportError if the inputs name an image twice.
 
     >>> check_distinct(["a.png", "b.png", "a.png"])
     Traceback (most recent call last):
     qwen_vit.errors.ExportError: a.png: given twice. Expected each image once. Omit one of the two.
 
-    `places` contains each image's list and line, such as "a.jsonl, line 2", or an empty string.
+    With the images' `items`, the error also names the lines, rows or members of lists, tables and
+    tars.
     """
+    from qwen_vit.inputs.listing import same_id
+
     for name, count in Counter(images).most_common(1):
-        at = [place for image, place in zip(images, places, strict=False) if image == name]
-        if count > 1 and all(at[:2]) and len(at) > 1:
-            raise ExportError(
-                f"two lines have this id: {at[0]} and {at[1]}",
-                name=name,
-                remedy='give each line its own "id"',
-            )
+        same = [item for item in items if item.id == name]
+        if count > 1 and any(item.listed_at or not item.is_file for item in same[:2]):
+            raise same_id(same[1], same[0])
         if count > 1:
             raise ExportError(
                 "given twice", name=name, expected="each image once", remedy="omit one of the two"

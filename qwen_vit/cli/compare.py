@@ -1,6 +1,7 @@
 """Compare our encoder with Hugging Face's encoder, stage by stage: `qwen-vit compare`."""
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -92,11 +93,15 @@ def compare(
         from qwen_vit.compare.report import check_report, write_report
         from qwen_vit.compare.run import compare_checkpoint
         from qwen_vit.compare.text import as_text
+        from qwen_vit.images.image import ADDRESS, ImageLimits
+        from qwen_vit.images.load import read_image_file
         from qwen_vit.inputs.listing import Item
         from qwen_vit.inputs.unused import UnusedOptions
     if report is not None:
         check_report(report, overwrite=overwrite)
     check_paths(images, must_exist=True)
+    if images and all(os.path.isdir(each) or ADDRESS.match(each) for each in images):
+        read_image_file(images[0], images[0], ImageLimits())  # raises the error
     if images or options["golden"] is not None:  # the stored pixels of videos need no sampling
         unused = UnusedOptions(video=video.changed)
         list(unused.watch(Item(path, path) for path in images))

@@ -62,7 +62,7 @@ def list_images(
     if not items:
         raise no_image_found(inputs, left_out)
     unused.warn()
-    check_distinct([item.id for item in items], [item.listed_at for item in items])
+    check_distinct([item.id for item in items], items)
     if out is not None and any(_is_same(item.source, out) for item in items):
         raise ExportError("one of the input images", name=str(out), remedy="pass another --out")
     return items

@@ -47,7 +47,7 @@ def load_rows(name: str, options: VideoOptions, config: ImageConfig) -> VideoRow
 
 def digest_of(name: str) -> str:
     try:
-        with open_regular(name, name, expected="a video", remedy="pass a video file") as file:
+        with open_regular(name, name, expected="a video") as file:
             digest = sha256()
             for block in iter(partial(file.read, BLOCK_BYTES), b""):
                 digest.update(block)

@@ -155,9 +155,7 @@ def _is_struct(value: Mapping[str, Any]) -> bool:
 
 def read_image_file(path: str, name: str, limits: ImageLimits) -> bytes:
     name = name or repr(path)  # an empty path is shown in quotes
-    with open_regular(
-        path, name, expected="an image file", remedy="pass its files, or run `qwen-vit export`"
-    ) as file:
+    with open_regular(path, name, expected="an image file") as file:
         try:
             check_file_bytes(os.fstat(file.fileno()).st_size, name, limits)
             data = file.read(limits.max_file_bytes + 1)

@@ -1,12 +1,13 @@
 """Open image and video paths only if they are regular files."""
 
 import os
+import shlex
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from qwen_vit.errors import ImageError
+from qwen_vit.errors import ImageError, Wording
 from qwen_vit.images.image import ADDRESS
 from qwen_vit.images.refusals import address_remedy
 
@@ -14,9 +15,8 @@ __all__ = ["open_regular", "unreadable"]
 
 
 @contextmanager
-def open_regular(path: str, name: str, *, expected: str, remedy: str) -> Iterator[BinaryIO]:
-    """Open a regular file for reading. `expected` and `remedy` are for the error about a
-    directory."""
+def open_regular(path: str, name: str, *, expected: str) -> Iterator[BinaryIO]:
+    """Open a regular file for reading. `expected` is for the error about a directory."""
     if ADDRESS.match(path):
         raise ImageError(
             "an address, not a file", name=name[:80], remedy=address_remedy(path), code="url"
@@ -24,6 +24,10 @@ def open_regular(path: str, name: str, *, expected: str, remedy: str) -> Iterato
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
+            files = f"{shlex.quote(path.rstrip('/'))}/*"
+            remedy = Wording(
+                "pass its files, or use export_features", shell=f"pass its files, such as {files}"
+            )
             raise ImageError(
                 "a directory", name=name, expected=expected, remedy=remedy, code="directory"
             )

@@ -23,7 +23,7 @@ from qwen_vit.common.atomic_file import atomic_file
 from qwen_vit.errors import ExportError, ImageError, display_name, plural, with_options
 from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, suffix_of
 
-__all__ = ["MAX_NAME_BYTES", "Item", "Listing", "read_listing"]
+__all__ = ["MAX_NAME_BYTES", "Item", "Listing", "read_listing", "same_id"]
 
 logger = logging.getLogger("qwen_vit")
 
@@ -212,7 +212,7 @@ class _Ids:
 
     def add(self, item: Item) -> None:
         if item.id in self._first:
-            raise _same_id(item)
+            raise same_id(item)
         if len(self._first) < IDS_KEPT:
             self._first.add(item.id)
         self._hashes.append(hash(item.id))
@@ -226,31 +226,36 @@ class _Ids:
         for line in listing if twice else ():
             item = Item.from_json(json.loads(line))
             if item.id in seen:
-                raise _same_id(item)
+                raise same_id(item)
             if hash(item.id) in twice:
                 seen.add(item.id)
 
 
-def _same_id(item: Item) -> ExportError:
-    where, row = "is" if item.is_file else "is in", ""
-    remedy = "pass each image once, export the folder that contains both images, or pass a "
+def same_id(item: Item, first: Item | None = None) -> ExportError:
+    """Return the error for an item whose id another item has. `first` is that item, if known."""
+    places = [_place(each) for each in (first, item) if each is not None]
+    remedy = "pass each image once, pass the folder that contains both images, or pass a "
     remedy += '.jsonl list with an "id" for each'
     if not item.is_file:
-        remedy = "rename one in its tar, pass each tar once, or extract them and export the folder"
+        remedy = "rename one in its tar, pass each tar once, or unpack it and pass the folder"
     if item.row is not None:
-        row = f", row {item.row}"
         remedy = with_options("pass each file once, another {}, or none", "id_column")
     if item.listed_at:
-        return ExportError(
-            f"two images have this id, the second in {display_name(item.listed_at)}",
-            name=item.id,
-            remedy='give each line its own "id"',
-        )
-    return ExportError(
-        f"two images have this id, the second {where} {display_name(item.source)}{row}",
-        name=item.id,
-        remedy=remedy,
-    )
+        remedy = 'give each line its own "id"'
+    fact = "two images have this id"
+    is_path = item.is_file and not item.listed_at
+    second = f", the second is {'' if is_path else 'in '}{places[-1]}"
+    fact += second if first is None else f": {' and '.join(places)}"
+    return ExportError(fact, name=item.id, remedy=remedy)
+
+
+def _place(item: Item) -> str:
+    if item.listed_at:
+        return display_name(item.listed_at)
+    place = display_name(item.source)
+    if item.row is not None:
+        return f"{place}, row {item.row}"
+    return place if item.is_file else f"{place}, byte {item.offset}"
 
 
 def _watched(items: Iterable[Item]) -> Iterator[Item]:

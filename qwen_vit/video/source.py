@@ -28,7 +28,7 @@ CONVERT = "convert it, for example with ffmpeg -i IN -c:v libx264 OUT.mp4"
 READ_BYTES = 2**18  # bytes per read from a file without a path
 MAX_STREAMS = 100  # FFmpeg opens a decoder for each one, which may take megabytes
 
-open_file = partial(open_regular, expected="a video file", remedy="pass its files")
+open_file = partial(open_regular, expected="a video file")
 
 
 def require_av(name: str) -> Any:

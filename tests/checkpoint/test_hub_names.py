@@ -94,6 +94,8 @@ def test_the_error_for_a_weight_file_asks_for_its_folder(tmp_path: Path) -> None
         ("Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"),
         ("qwen2.5-vl-3b", "Qwen/Qwen2.5-VL-3B-Instruct"),
         ("Qwen2.5-VL-7B-Instuct", "Qwen/Qwen2.5-VL-7B-Instruct"),
+        ("https://huggingface.co/owner/name/tree/main", "owner/name"),
+        ("huggingface.co/owner/name", "owner/name"),
     ],
 )
 def test_a_short_or_misspelt_name_gets_a_suggestion(name: str, suggestion: str) -> None:
@@ -116,6 +118,22 @@ def test_a_missing_repository_gets_a_suggestion() -> None:
     assert "did you mean" not in remedy(known)
     assert "did you mean" not in remedy("someone/else")
     assert "did you mean" not in remedy("someone/tiny")  # "tiny" without an owner is our model
+
+
+def test_an_error_of_the_hub_names_the_variable_that_may_cause_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    repository = Repository("owner/name", None, None, None, False)
+    no_folder = NotADirectoryError(errno.ENOTDIR, "Not a directory")
+    for variable, error in (
+        ("HF_HOME", no_folder), ("HF_ENDPOINT", LocalEntryNotFoundError(""))
+    ):  # fmt: skip
+        assert f"{variable}=wrong" not in repository.explain(error).remedy
+        monkeypatch.setenv(variable, "wrong")
+        assert f"{variable}=wrong" in repository.explain(error).remedy
 
 
 @pytest.mark.parametrize("error", [errno.EACCES, errno.ENAMETOOLONG])

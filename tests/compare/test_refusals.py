@@ -87,6 +87,8 @@ BAD_USAGE = {
         (CHELSEA, *SMALL, "--report", "no/page"),
         "no: does not exist. Create the folder first.",
     ),
+    "a folder": ((".", *SMALL), "a directory. Expected an image file. Pass its files, such as ./*"),
+    "an address": (("s3://bucket/a.png", *SMALL), "an address, not a file. Download it first."),
     "same image twice": (
         (CHELSEA, CHELSEA, *SMALL, "--save-golden", "g"),
         "chelsea.png: given twice. Expected each image once. Omit one of the two.",

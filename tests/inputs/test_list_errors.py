@@ -1,5 +1,6 @@
 """Test that the error of a list names the fault and its line."""
 
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from qwen_vit.errors import ExportError
 from qwen_vit.inputs.find import find_items
 from qwen_vit.inputs.listing import Listing
 from tests.support.commands import TO_FILE
+from tests.support.inputs import write_tar
 
 
 def test_an_empty_list_has_its_own_remedy(folder: Path, qwen_vit: Any) -> None:
@@ -26,8 +28,15 @@ def test_one_id_on_two_lines_is_named_with_its_lines(folder: Path, qwen_vit: Any
     Path("d.jsonl").write_text('{"id": "x", "path": "a.png"}\n\n{"id": "x", "path": "b.jpg"}\n')
     done = qwen_vit("encode", "d.jsonl", *TO_FILE)
     assert done.code == 2
-    assert "error: x: two lines have this id: " in done.err
+    assert "error: x: two images have this id: " in done.err
     assert 'd.jsonl, line 3. Give each line its own "id".' in done.err
+    write_tar("d.tar", {"1.jpg": b"one"})
+    with tarfile.open("d.tar", "a") as tar:
+        tar.add("a.png", "1.jpg")
+    done = qwen_vit("encode", "d.tar", *TO_FILE)
+    assert "d.tar/1.jpg: two images have this id: " in done.err
+    assert "d.tar, byte 512 and" in done.err
+    assert "Rename one in its tar" in done.err
     items = find_items(["d.jsonl"])
     with pytest.raises(ExportError, match=r"x: two images .*d\.jsonl, line 3\. Give each line"):
         Listing.save(Path("frozen"), items, 10)
