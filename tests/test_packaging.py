@@ -244,3 +244,9 @@ def constraints() -> dict[str, Requirement]:
     lines = (ROOT / "tools" / "constraints.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(pin.name): pin for pin in pins}
+
+
+def test_the_page_of_the_installation_names_every_extra() -> None:
+    page = (ROOT / "docs" / "install.md").read_text()
+    rows = "".join(line for line in page.splitlines() if line.startswith("| `"))
+    assert [name for name in PROJECT["optional-dependencies"] if f"`{name}`" not in rows] == []

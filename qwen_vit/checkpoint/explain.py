@@ -19,7 +19,6 @@ def explain(
     error: Exception, *, name: str, label: str, cache_dir: Path, local_files_only: bool
 ) -> HubError:
     """`name` is the repository's name. `label` is the name with the subfolder and the revision."""
-    from huggingface_hub import is_offline_mode
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -49,19 +48,8 @@ def explain(
         remedy = "wait five minutes, or log in with `hf auth login` for a higher limit"
     elif status is not None and status >= 500:
         fact, remedy = f"server error (HTTP {status})", "try again later"
-    elif isinstance(error, LocalEntryNotFoundError) and local_files_only:
-        fact = with_options(
-            "not in the local cache, and {} rules out the network", "local_files_only"
-        )
-        remedy = with_options("leave out {}", "local_files_only")
-    elif isinstance(error, LocalEntryNotFoundError) and is_offline_mode():
-        offline = _set_variable(OFFLINE) or OFFLINE[0]
-        fact = f"not in the local cache, and {offline} rules out the network"
-        remedy = f"unset {offline.partition('=')[0]}, or pass a local folder"
     elif isinstance(error, LocalEntryNotFoundError):
-        fact = "not in the local cache, and the Hub could not be reached"
-        checked = " and ".join(filter(None, ["the network", _set_variable(("HF_ENDPOINT",))]))
-        remedy = f"check {checked}, or pass a local folder"
+        fact, remedy = _explain_absence(local_files_only)
     elif isinstance(error, EntryNotFoundError):
         fact = "no config.json or no safetensors weights; qwen_vit never opens pickles (.bin, .pt)"
         remedy = "choose a repository with safetensors"
@@ -86,6 +74,23 @@ def explain(
         question = did_you_mean(name)
         remedy = f"{question} Otherwise " + remedy if question else remedy
     return HubError(fact, name=label, remedy=remedy)
+
+
+def _explain_absence(local_files_only: bool) -> tuple[str, str]:
+    """Return the fact and the remedy for a file that is not in the cache."""
+    from huggingface_hub import is_offline_mode
+
+    if local_files_only:
+        ruled_out = "not in the local cache, and {} rules out the network"
+        leave_out = with_options("leave out {}", "local_files_only")
+        return with_options(ruled_out, "local_files_only"), leave_out
+    if is_offline_mode():
+        offline = _set_variable(OFFLINE) or OFFLINE[0]
+        remedy = f"unset {offline.partition('=')[0]}, or pass a local folder"
+        return f"not in the local cache, and {offline} rules out the network", remedy
+    checked = " and ".join(filter(None, ["the network", _set_variable(("HF_ENDPOINT",))]))
+    remedy = f"check {checked}, or pass a local folder"
+    return "not in the local cache, and the Hub could not be reached", remedy
 
 
 def _set_variable(names: tuple[str, ...]) -> str:

@@ -97,6 +97,8 @@ def check_paths(inputs: Sequence[str], *, must_exist: bool = False) -> None:
     from qwen_vit.images.image import ADDRESS
     from qwen_vit.inputs.find import check_inputs, is_missing
 
+    for given in inputs:
+        _refuse_ec_cache(given)
     missing = [
         index
         for index, given in enumerate(inputs)
@@ -125,6 +127,7 @@ another folder.
     """
     from qwen_vit.inputs.tars import MEDIA_SUFFIXES
 
+    _refuse_ec_cache(path)
     folder = Path(path, subfolder or "")
     with suppress(OSError):  # the caller's functions report these errors
         if os.path.isfile(path) and not path.lower().endswith(MODEL_SUFFIXES):
@@ -147,6 +150,19 @@ another folder.
                 name=str(folder),
                 expected="config.json and model.safetensors, or export.json of `qwen-vit export`",
                 remedy="pass another folder",
+            )
+
+
+def _refuse_ec_cache(path: str) -> None:
+    if os.path.isdir(os.path.join(path, "index")):
+        from qwen_vit.export.ec_cache import is_ec_cache
+
+        if is_ec_cache(path):
+            raise ArgumentError(
+                "an encoder cache of vLLM",
+                name=path,
+                expected="images, features or a checkpoint",
+                remedy="open it in Python with read_ec_cache",
             )
 
 

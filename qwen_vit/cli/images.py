@@ -45,9 +45,10 @@ def list_images(
     no image.
     """
     from qwen_vit.images.image import ImageLimits
-    from qwen_vit.inputs.find import find_items, is_missing, no_image_found, warn_of_skipped
+    from qwen_vit.inputs.find import find_items, is_missing, warn_of_skipped
     from qwen_vit.inputs.pages import page_items
     from qwen_vit.inputs.parquet import ParquetColumns
+    from qwen_vit.inputs.unsupported import no_image_found
     from qwen_vit.inputs.unused import UnusedOptions
 
     check_paths(inputs)

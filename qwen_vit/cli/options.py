@@ -174,7 +174,7 @@ def output_options(command: Command) -> Command:
         ),
         click.option("--normalize", is_flag=True, help="Scale each mean vector to unit length."),
         click.option(
-            "--layers", default="", metavar="K,K,...", callback=lambda _, __, text: _layers(text),
+            "--layers", metavar="K,K,...", callback=lambda _, __, text: _layers(text),
             help="Add the features after these blocks, before any norm. The first block is 0.",
         ),
     )  # fmt: skip
@@ -183,8 +183,8 @@ def output_options(command: Command) -> Command:
     return command
 
 
-def _layers(text: str) -> tuple[int, ...]:
-    parts = text.split(",") if text else []
+def _layers(text: str | None) -> tuple[int, ...]:
+    parts = [] if text is None else text.split(",")
     if not all(re.fullmatch(r" *[0-9]{1,9} *", part) for part in parts):
         raise click.BadParameter(f"--layers is {text!r}, expected blocks such as 7,15")
     return tuple(map(int, parts))

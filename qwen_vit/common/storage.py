@@ -7,6 +7,7 @@ these are installed.
 
 import errno
 import io
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -208,6 +209,9 @@ def storage_errors(error: OSError, doing: str = "read") -> tuple[str, str, str]:
     reason = error.strerror or str(error) or type(error).__name__
     if error.errno == errno.EINVAL:
         return f"is not a valid address ({reason.rstrip('.')})", "check the address", "missing"
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint and endpoint in reason:
+        return f"cannot be {doing} ({reason})", "check AWS_ENDPOINT_URL", "unreadable"
     return f"cannot be {doing} ({reason})", "try again later", "unreadable"
 
 

@@ -66,4 +66,6 @@ def _keep(data: bytes, path: Path, folder: Path) -> None:
 @lru_cache(1)
 def _warn(folder: Path, reason: str | None) -> None:
     """Log a warning, unless the previous warning was the same."""
-    logger.warning("the cache %s could not store bytes: %s; check the disk", folder, reason)
+    is_variable = os.environ.get(CACHE_VARIABLE) == str(folder)
+    check = CACHE_VARIABLE if is_variable else "the folder and its disk"
+    logger.warning("the cache %s could not store bytes: %s; check %s", folder, reason, check)

@@ -189,8 +189,8 @@ def load_golden(path: Path) -> Golden:
 
     >>> load_golden(Path("no-such-file.safetensors"))
     Traceback (most recent call last):
-    qwen_vit.errors.ComparisonError: no-such-file.safetensors: not a file. Expected a golden file \
-    written by `qwen-vit compare --save-golden`.
+    qwen_vit.errors.ComparisonError: no-such-file.safetensors: does not exist. Expected a golden \
+    file written by `qwen-vit compare --save-golden`. Check the path.
     """
     name = str(path)
     try:
@@ -199,9 +199,10 @@ def load_golden(path: Path) -> Golden:
             raise FileNotFoundError
     except FileNotFoundError:
         raise ComparisonError(
-            "not a file",
+            "not a file" if path.exists() else "does not exist",
             name=name,
             expected="a golden file written by `qwen-vit compare --save-golden`",
+            remedy="check the path",
         ) from None
     except OSError as error:
         raise ComparisonError(

@@ -9,9 +9,23 @@ from qwen_vit.errors import ArgumentError, with_options
 from qwen_vit.export.plan import ExportPlan
 from qwen_vit.export.records import DoneShard
 from qwen_vit.feature_files.file import open_shard
-from qwen_vit.integrations.vllm.ec_cache import check_ec_folder, index_file, write_ec_cache
+from qwen_vit.integrations.vllm.ec_cache import (
+    SETTINGS,
+    check_ec_folder,
+    index_file,
+    write_ec_cache,
+)
 
-__all__ = ["CacheWriter"]
+__all__ = ["CacheWriter", "is_ec_cache"]
+
+
+def is_ec_cache(folder: str) -> bool:
+    """Return whether a folder contains the settings of an encoder cache.
+
+    >>> is_ec_cache("tests/photographs")
+    False
+    """
+    return os.path.isfile(os.path.join(folder, SETTINGS))
 
 
 class CacheWriter:

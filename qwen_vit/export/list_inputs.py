@@ -6,9 +6,10 @@ from pathlib import Path
 
 from qwen_vit.common.atomic_file import TEMPORARY_SUFFIX
 from qwen_vit.export.options import ExportOptions
-from qwen_vit.inputs.find import find_items, no_image_found, warn_of_skipped
+from qwen_vit.inputs.find import find_items, warn_of_skipped
 from qwen_vit.inputs.listing import Listing
 from qwen_vit.inputs.pages import page_items
+from qwen_vit.inputs.unsupported import no_image_found
 from qwen_vit.inputs.unused import UnusedOptions
 
 __all__ = ["list_inputs"]

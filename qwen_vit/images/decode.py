@@ -70,6 +70,7 @@ def decode_bytes(
     check_ratio(image.width, image.height, name)
     if _seconds_at_most(image, jpeg) * (page or 1) > limits.max_seconds:
         return decode_in_child(data, name, limits, exif, page)
+    mode = image.mode
     if page is not None:
         with decoding_memory.hold(_peak_bytes(image)), _decoding(data, file_format, name):
             image.seek(page - 1)
@@ -80,6 +81,8 @@ def decode_bytes(
         early_notes += _load(image, name, limits, jpeg)
         if file_format == "PNG" and page in (None, 1) and misses_rows(data):
             raise EOFError
+        if file_format == "GIF" and image.mode == "RGB" != mode:  # Pillow converted a later frame
+            early_notes += (f"{mode} to RGB",)
         picture, notes = _to_rgb(image, name, deep, exif, turned)
         if picture is image:  # the image reads from its file, and counting frames seeks in it
             picture = image._new(image.im)

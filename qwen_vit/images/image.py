@@ -160,6 +160,8 @@ def check_hosts(hosts: object) -> tuple[str, ...]:
                 with_options("{} contains {each!r}", "allow_urls", each=each),
                 expected='names of hosts, such as "images.example.org" or "*.example.org", without '
                 "https:// and paths",
+                remedy="download images of other hosts first, because qwen_vit reads only from "
+                "public addresses",
             )
     return tuple(each.lower() for each in given)
 

@@ -37,17 +37,16 @@ from qwen_vit.inputs.tars import (
     TAR_SUFFIX,
     tar_items,
 )
+from qwen_vit.inputs.unsupported import NOT_IMAGES, STDIN, not_images
 from qwen_vit.inputs.urls import is_https
 
 __all__ = [
-    "STDIN", "check_inputs", "find_items", "is_missing", "no_image_found", "warn_of_skipped",
+    "STDIN", "check_inputs", "find_items", "is_missing", "warn_of_skipped",
 ]  # fmt: skip
 
 logger = logging.getLogger("qwen_vit")
 
-STDIN = "-"  # reads a list of paths from standard input
 MAX_SUFFIXES_LOGGED = 5
-NOT_IMAGES = {".csv", ".json", ".pdf", ".tsv", ".xml", ".yaml", ".yml", ".zip"}
 # a search of a folder may return files with these suffixes
 TAKEN_SUFFIXES = (*MEDIA_SUFFIXES, TAR_SUFFIX, *COMPRESSED_TARS, PARQUET_SUFFIX)
 DEEP = re.compile(r"(?:^|(?<=/))\*\*(?:/+|$)")  # in a pattern: any number of folders
@@ -136,24 +135,6 @@ def warn_of_skipped(left_out: Counter[str]) -> None:
         logger.warning("skipped files without an image or video extension: %s%s", named, more)
 
 
-def no_image_found(inputs: Sequence[str], left_out: Counter[str]) -> ExportError:
-    has_parquet = left_out[PARQUET_SUFFIX] > 0
-    lists = (*LIST_SUFFIXES, JSON_SUFFIX)
-    if all(given == STDIN or given.lower().endswith(lists) for given in inputs):
-        return ExportError(
-            f"no image found in {', '.join(map(display_name, inputs))}",
-            expected="a path or a JSON object in each line",
-            remedy="check that the list is not empty",
-        )
-    return ExportError(
-        f"no image found in {', '.join(map(display_name, inputs))}",
-        expected=f"a file with one of these extensions: {', '.join(MEDIA_SUFFIXES)}",
-        remedy=with_options("to read Parquet files, pass {}", "column") + TO_ENCODE
-        if has_parquet
-        else "check the inputs",
-    )
-
-
 def _check_alone(inputs: Sequence[str], columns: ParquetColumns | None) -> None:
     """Reject inputs that are all Parquet files, if no column is given. Reject a single input of an
     unsupported kind, such as .csv."""
@@ -162,13 +143,7 @@ def _check_alone(inputs: Sequence[str], columns: ParquetColumns | None) -> None:
             if os.path.isfile(path):
                 raise needs_column(path)
     if len(inputs) == 1 and suffix_of(inputs[0]) in NOT_IMAGES and os.path.isfile(inputs[0]):
-        raise ExportError(
-            "a JSON file, not an image" if suffix_of(inputs[0]) == ".json" else "not an image",
-            name=inputs[0],
-            expected="images, folders, tars or lists",
-            remedy="pass a list as .txt with one path per line, or as .jsonl with "
-            'an "id" and a "path" per line',
-        )
+        raise not_images(inputs[0])
 
 
 def _input_items(

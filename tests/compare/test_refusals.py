@@ -66,7 +66,7 @@ BAD_USAGE = {
         (CHELSEA, *SMALL, "--golden", "a", "--save-golden", "b"),
         "--golden compares with a file and --save-golden writes one. Expected one of the two. Omit",
     ),
-    "no golden": ((*SMALL, "--golden", "none"), "none: not a file. Expected a golden file"),
+    "no golden": ((*SMALL, "--golden", "none"), "none: does not exist. Expected a golden file"),
     "golden is a folder": ((*SMALL, "--golden", "."), "Expected a golden file"),
     "attention": (
         (CHELSEA, *SMALL, "--attention", "flash_attention_2"),

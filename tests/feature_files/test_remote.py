@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from qwen_vit.common import store_cache
+from qwen_vit.common.storage import storage_errors
 from qwen_vit.common.store_cache import CACHE_VARIABLE
 from qwen_vit.common.store_path import StorePath
 from qwen_vit.errors import ArgumentError, ExportError
@@ -251,7 +253,20 @@ def test_an_unwritable_cache_is_one_warning(
     for name in ("03.png", "04.png"):
         check_same(remote[name], load_features(local)[name])
     assert [each.levelname for each in caplog.records] == ["WARNING"]
-    assert "could not store bytes: Not a directory; check the disk" in caplog.text
+    assert "could not store bytes: Not a directory; check the folder" in caplog.text
+
+
+def test_a_wrong_variable_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "c"))
+    store_cache._warn.cache_clear()
+    store_cache._warn(tmp_path / "c", "Not a directory")
+    assert "check QWEN_VIT_STORE_CACHE" in caplog.text
+    unreachable = OSError('Could not connect to the endpoint URL: "http://s3.wrong/b"')
+    assert storage_errors(unreachable)[1] == "try again later"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://s3.wrong")
+    assert storage_errors(unreachable)[1] == "check AWS_ENDPOINT_URL"
 
 
 def test_damage_in_a_cache_is_found(server: S3Server, tmp_path: Path, local: Path) -> None:

@@ -46,6 +46,7 @@ def test_each_page_is_the_picture_that_pillow_shows(file_format: str) -> None:
     found = [load_image(page, name=name) for page, name in split_pages(data, "a", ImageLimits())]
     assert [each.name for each in found] == ["a#page=1", "a#page=2", "a#page=3"]
     assert [each.notes[-1] for each in found] == ["page 1", "page 2", "page 3"]
+    assert len({each.notes[:-1] for each in found}) == 1  # such as "P to RGB" in a GIF
     for page, frame in zip(found, FRAMES, strict=True):
         difference = np.abs(page.pixels - np.asarray(frame).astype(int))
         assert difference.max() == 0 or file_format in ("GIF", "AVIF", "HEIF")

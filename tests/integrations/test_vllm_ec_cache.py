@@ -234,7 +234,7 @@ def test_a_folder_with_other_files_is_not_changed(tmp_path: Path) -> None:
         write_ec_cache(PICTURES, tmp_path / "notes.txt", MODEL)
     with pytest.raises(ExportError, match=r"no-such: does not exist. Create the folder first"):
         write_ec_cache(PICTURES, tmp_path / "no-such" / "ec", MODEL)
-    for name, words in (("notes.txt", "not a folder"), ("none", "not a folder"), ("", "without")):
+    for name, words in (("notes.txt", "not a folder"), ("none", "does not exist"), ("", "without")):
         with pytest.raises(ExportError, match=rf"{words}.*Expected an encoder cache"):
             read_ec_cache(tmp_path / name)
 

@@ -300,8 +300,9 @@ def _make_folder(folder: Path, settings: Mapping[str, Any]) -> None:
 def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
     if not path.is_file():
+        other = "not a folder" if folder.exists() else "does not exist"
         raise ExportError(
-            f"a folder without {SETTINGS}" if folder.is_dir() else "not a folder",
+            f"a folder without {SETTINGS}" if folder.is_dir() else other,
             name=str(folder),
             expected="an encoder cache that this package wrote",
         )
