@@ -12,7 +12,7 @@ from qwen_vit.errors import ImageError
 from qwen_vit.images.formats import decoder, identify
 from qwen_vit.images.image import ImageLimits, ImagePage, check_pixels
 
-__all__ = ["HEAD_BYTES", "MAX_PAGES", "Pages", "count_pages", "page_id", "split_pages"]
+__all__ = ["HEAD_BYTES", "MAX_PAGES", "Pages", "count_pages", "is_still", "page_id", "split_pages"]
 
 Pages = Literal["first", "all"]
 
@@ -49,6 +49,19 @@ def split_pages(source: Any, name: str, limits: ImageLimits) -> Iterator[tuple[A
             source.seek(before)
     else:
         yield source, name
+
+
+def is_still(head: bytes) -> bool:
+    """Return whether a file with these first bytes is a PNG or WebP without animation.
+
+    >>> is_still(b"\\x89PNG...IHDR...IDAT"), is_still(b"\\x89PNG...IHDR...acTL...IDAT")
+    (True, False)
+    """
+    if head.startswith(b"\x89PNG"):
+        return b"IDAT" in head and b"acTL" not in head
+    # a still WebP has no VP8X chunk, or one without the animation bit
+    is_webp = head.startswith(b"RIFF") and head[8:12] == b"WEBP" and len(head) > 20
+    return is_webp and not (head[12:16] == b"VP8X" and head[20] & 2)
 
 
 def count_pages(data: bytes, name: str, limits: ImageLimits) -> int:

@@ -1,11 +1,14 @@
 """Warn of options that apply to no input, by the extensions of the inputs."""
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 from qwen_vit.errors import Wording, with_options
 from qwen_vit.images.image import ImageLimits
+from qwen_vit.images.pages import is_still
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.parquet import ParquetColumns
 from qwen_vit.inputs.suffixes import suffix_of
@@ -17,6 +20,7 @@ __all__ = ["UnusedOptions"]
 logger = logging.getLogger("qwen_vit")
 
 OPTIONAL_SUFFIXES = (".jp2", ".j2k", ".ico", ".pbm", ".pgm", ".pnm", ".ppm", ".tga")
+HEAD_BYTES = 4096  # usually enough to contain the start of a PNG's pixels
 ANIMATIONS = (".gif", ".png", ".webp")
 ONE_PAGE = (".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", *OPTIONAL_SUFFIXES)
 
@@ -24,7 +28,7 @@ ONE_PAGE = (".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", *OPTIONAL_SUFFIXES
 class _Option(NamedTuple):
     name: Wording
     reason: str
-    applies_to: Callable[[Item], bool]
+    applies_to: Callable[[Item], bool] | None  # None: to no input
 
 
 class UnusedOptions:
@@ -65,8 +69,12 @@ class UnusedOptions:
             reason = "every input has the extension of another format"
             found.append(_Option(with_options("{}", "formats"), reason, _may_be_optional))
         if as_video:
-            reason = "no input has the extension of a GIF, WebP or PNG"
-            found.append(_Option(with_options("{}", "as_video"), reason, _may_be_animation))
+            reason = "no input is an animated GIF, WebP or PNG"
+            is_used: Callable[[Item], bool] | None = _may_be_animation
+            if pages == "all":
+                reason = with_options("with {}, each frame is an image", ("pages", "all"))
+                is_used, as_video = None, False
+            found.append(_Option(with_options("{}", "as_video"), reason, is_used))
         if pages == "all":
             reason = "no input has the extension of a format with pages or frames"
             found.append(_Option(with_options("{}", "pages"), reason, _may_have_pages))
@@ -107,7 +115,7 @@ def _named(*names: str) -> Wording:
 def _applies(option: _Option, item: Item) -> bool:
     is_known = _suffix(item) in IMAGE_SUFFIXES or item.is_video
     is_unsure = _is_row(item) or item.error is not None or not is_known
-    return is_unsure or option.applies_to(item)
+    return option.applies_to is not None and (is_unsure or option.applies_to(item))
 
 
 def _suffix(item: Item) -> str:
@@ -123,7 +131,18 @@ def _may_be_optional(item: Item) -> bool:
 
 
 def _may_be_animation(item: Item) -> bool:
-    return _suffix(item) in ANIMATIONS
+    return _suffix(item) in ANIMATIONS and not (item.is_file and _is_still(item.source))
+
+
+@lru_cache(maxsize=1)  # two options check the same item
+def _is_still(path: str) -> bool:
+    try:
+        if not os.path.isfile(path):  # opening a FIFO would block
+            return False
+        with open(path, "rb") as file:
+            return is_still(file.read(HEAD_BYTES))
+    except (OSError, ValueError):  # reading the image reports the error
+        return False
 
 
 def _may_have_pages(item: Item) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from qwen_vit.errors import ExportError
 from qwen_vit.export.options import ExportOptions
@@ -85,7 +86,7 @@ def test_the_images_of_a_tar_take_no_memory() -> None:
     ("options", "expected"),
     [
         (["--column", "x", "--id-column", "y"], "--column and --id-column: no input is a Parquet"),
-        (["--as-video"], "--as-video: no input has the extension of a GIF, WebP or PNG"),
+        (["--as-video"], "--as-video: no input is an animated GIF, WebP or PNG"),
         (["--fps", "1"], "--fps: no input has the extension of a video"),
         (["--start", "1", "--max-frame-pixels", "99999"], "--start, --max-frame-pixels: no input"),
         (["--pages", "all"], "--pages: no input has the extension of a format with pages or"),
@@ -113,9 +114,39 @@ def test_an_option_for_images_gives_a_warning_if_every_input_is_a_video(qwen_vit
     assert done.err.count("ignored") == 1
 
 
-def test_an_option_that_applies_to_an_input_gives_no_warning(qwen_vit: Any) -> None:
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
+def test_as_video_gives_a_warning_for_still_images(kind: str, qwen_vit: Any) -> None:
+    frames = [Image.fromarray(picture(56, 56, seed)) for seed in range(2)]
+    for name, rest in (("still", []), ("moving", frames[1:])):
+        frames[0].save(f"{name}.{kind.lower()}", save_all=True, append_images=rest)
+    warning = "ignored --as-video: no input is an animated GIF, WebP or PNG\n"
+    size = ("--max-frame-pixels", "12544", "--min-frame-pixels", "3136")
+    for names, expected in ((["still"], kind != "GIF"), (["still", "moving"], False)):
+        files = [f"{name}.{kind.lower()}" for name in names]
+        done = qwen_vit("encode", *files, *OUT, "--as-video", *size, "--overwrite")
+        assert (done.code, warning in done.err) == (0, expected), done.err
+        assert ("max-frame-pixels: no input" in done.err) == expected
+
+
+def test_as_video_gives_a_warning_if_each_frame_is_an_image(
+    qwen_vit: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    frames = [Image.fromarray(picture(56, 56, seed)) for seed in range(2)]
+    frames[0].save("a.gif", save_all=True, append_images=frames[1:])
+    options = ExportOptions(as_video=True, pages="all")
+    export_features(tiny(), ["a.gif"], "out", options)
+    assert 'ignored as_video: with pages="all", each frame is an image' in caplog.text
+    done = qwen_vit("encode", "a.gif", *OUT, "--as-video", "--pages", "all", "--fps", "1")
+    assert "ignored --as-video: with --pages all, each frame is an image\n" in done.err
+    assert "ignored --fps: no input has the extension of a video" in done.err
+
+
+@pytest.mark.parametrize("option", [["--as-video"], ["--pages", "all"]])
+def test_an_option_that_applies_to_an_input_gives_no_warning(
+    option: list[str], qwen_vit: Any
+) -> None:
     shutil.copy(ROOT / "tests" / "videos" / "clip.mp4", "clip.mp4")
-    options = ("--as-video", "--pages", "all", "--max-frame-pixels", "12544", "--fps", "1")
+    options = (*option, "--max-frame-pixels", "12544", "--fps", "1")
     done = qwen_vit("encode", "im", "clip.mp4", *OUT, *options, "--min-frame-pixels", "3136")
     assert (done.code, done.err.count("ignored")) == (0, 0), done.err
 
