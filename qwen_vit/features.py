@@ -4,7 +4,7 @@ import html
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
 import torch
@@ -239,6 +239,16 @@ class FailedImage:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NoReturn:
         raise self.error
+
+    if not TYPE_CHECKING:  # type checkers would accept every name
+
+        def __getattr__(self, name: str) -> NoReturn:
+            text = f"{type(self).__name__!r} object has no attribute {name!r}"
+            # during unpickling, the object has no error yet
+            known = not name.startswith("_") and name not in self.__match_args__
+            raise AttributeError(
+                f"{text}, because the image failed: {self.error}" if known else text
+            )
 
     def _repr_html_(self) -> str:
         failed_at = {"stage": self.stage, "size": _size_text(self.size_px)}

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from qwen_vit.common.arguments import check_ordered
 from qwen_vit.common.prefetch import Job
 from qwen_vit.config import ImageConfig, VisionConfig
 from qwen_vit.errors import ArgumentError, ImageError, check_choice
@@ -102,6 +103,7 @@ def is_single_still(images: Any) -> bool:
 
 
 def as_images(images: Any) -> Iterator[Any]:
+    check_ordered("images", images)
     try:
         return iter([images] if is_one_image(images) else images)
     except TypeError:
@@ -122,6 +124,7 @@ def as_videos(videos: Any, options: VideoOptions) -> Video | Iterable[Video]:
     """
     if isinstance(videos, Video):
         return videos
+    check_ordered("videos", videos)
     if isinstance(videos, (np.ndarray, Tensor)):
         is_one = videos.ndim <= STACKED_AXES
     elif isinstance(videos, (list, tuple)):

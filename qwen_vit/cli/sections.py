@@ -1,6 +1,11 @@
 """Divide a command's help into sections, because some commands have about 50 options."""
 
+import os
+from typing import Any
+
 import click
+
+from qwen_vit.errors import ArgumentError
 
 __all__ = ["SECTIONS", "SECTION_OF", "SectionedCommand"]
 
@@ -20,7 +25,16 @@ SECTION_OF = {option: name for name, options in SECTIONS.items() for option in o
 
 
 class SectionedCommand(click.Command):
-    """Print options that several commands share in sections, after the command's own options."""
+    """Print options that several commands share in sections, after the command's own options. Do
+    not run in a deleted folder, where torch may end the process."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            remedy = "change to another folder"
+            raise ArgumentError("the current folder was deleted", remedy=remedy) from None
+        return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         records: dict[str, list[tuple[str, str]]] = {"Options": []}

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from qwen_vit.errors import ArgumentError
 
-__all__ = ["check_path", "check_paths", "short_repr", "typed_repr"]
+__all__ = ["check_ordered", "check_path", "check_paths", "short_repr", "typed_repr"]
 
 
 def check_path(name: str, value: str | os.PathLike[str], expected: str) -> str:
@@ -28,11 +28,23 @@ def check_paths(
     >>> check_paths("images", "a.jpg"), check_paths("images", ["a.jpg", "b.jpg"])
     (['a.jpg'], ['a.jpg', 'b.jpg'])
     """
+    check_ordered(name, value)
     if isinstance(value, (str, os.PathLike)):
         value = [value]
     if not isinstance(value, Iterable):
         raise ArgumentError(f"{name} is {typed_repr(value)}", expected="paths")
     return [check_path(f"an item of {name}", path, "a path") for path in value]
+
+
+def check_ordered(name: str, value: object) -> None:
+    """Raise ArgumentError for a set, whose order is arbitrary.
+
+    >>> check_ordered("images", {"a.jpg"})
+    Traceback (most recent call last):
+    qwen_vit.errors.ArgumentError: images is a set, whose order is arbitrary. Expected a list.
+    """
+    if isinstance(value, set | frozenset):
+        raise ArgumentError(f"{name} is a set, whose order is arbitrary", expected="a list")
 
 
 def typed_repr(value: object) -> str:

@@ -106,9 +106,9 @@ class ExportOptions:
         is_time = seconds is None or (is_number(seconds) and seconds > 0)
         is_count = is_integer(self.max_failures) and self.max_failures >= 0
         for is_right, name, expected in (
-            (is_size, "shard_size", "at least 1 image"),
+            (is_size, "shard_size", "a whole number of images, at least 1"),
             (is_part and 1 <= self.part[0] <= self.part[1], "part", "(I, N) with I from 1 to N"),
-            (is_count, "max_failures", "0 (never stop) or more"),
+            (is_count, "max_failures", "a whole number: 0 (never stop) or more"),
             (is_time, "shard_seconds", "a number above 0, or None"),
             (isinstance(self.limits, ImageLimits), "limits", "ImageLimits"),
             (isinstance(self.video, VideoOptions), "video", "VideoOptions"),

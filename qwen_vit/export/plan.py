@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
-from qwen_vit.common.arguments import typed_repr
+from qwen_vit.common.arguments import check_ordered, typed_repr
 from qwen_vit.common.safetensors_header import MAX_HEADER_BYTES
 from qwen_vit.common.storage import is_remote
 from qwen_vit.common.store_path import AnyPath, PathOrAddress
@@ -317,6 +317,7 @@ def _check_heads(plan: ExportPlan) -> None:
 
 
 def _paths(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
+    check_ordered("inputs", inputs)
     if isinstance(inputs, str | bytes | os.PathLike) or not isinstance(inputs, Iterable):
         raise ArgumentError(
             f"inputs is {typed_repr(inputs)}",

@@ -24,20 +24,29 @@ from qwen_vit.integrations.sglang import to_sglang
 from qwen_vit.integrations.vllm import to_vllm, to_vllm_chat_part
 from qwen_vit.show.sheets import show_features
 
-__all__ = ["FeatureSubset", "Features"]
+__all__ = ["FeatureSubset", "Features", "as_id"]
 
 ImageKeys: TypeAlias = (
     slice | range | list[int] | list[str] | tuple[int, ...] | NDArray[Any] | Tensor
 )
 
 
+def as_id(key: Any) -> Any:
+    """Return the text of a path, which is an id, and every other key unchanged.
+
+    >>> as_id(Path("im/a.png")), as_id(3)
+    ('im/a.png', 3)
+    """
+    return os.fsdecode(key) if isinstance(key, os.PathLike) else key
+
+
 class Features(ABC):
     """Access the features of images in order, and read rows on demand.
 
-    An index is a position or an id. A slice, or a list, tuple, range, array or tensor of positions
-    or ids, selects a subset. A mask with one truth value per image also selects a subset. A subset
-    also reads rows on demand. The rows may be views of the mapped file, so clone them before you
-    write to them.
+    An index is a position or an id, which may also be a `Path`. A slice, or a list, tuple, range,
+    array or tensor of positions or ids, selects a subset. A mask with one truth value per image
+    also selects a subset. A subset also reads rows on demand. The rows may be views of the mapped
+    file, so clone them before you write to them.
     """
 
     metadata: dict[str, Any]
@@ -88,10 +97,13 @@ class Features(ABC):
         """
 
     @overload
-    def __getitem__(self, key: int | str) -> ImageFeatures: ...
+    def __getitem__(self, key: int | str | os.PathLike[str]) -> ImageFeatures: ...
     @overload
     def __getitem__(self, key: ImageKeys) -> "Features": ...
-    def __getitem__(self, key: int | str | ImageKeys) -> "ImageFeatures | Features":
+    def __getitem__(
+        self, key: int | str | os.PathLike[str] | ImageKeys
+    ) -> "ImageFeatures | Features":
+        key = as_id(key)
         if isinstance(key, slice):
             return FeatureSubset(self, range(*key.indices(len(self))))
         one_or_many: Any = key.tolist() if isinstance(key, (np.ndarray, Tensor)) else key
@@ -104,6 +116,7 @@ class Features(ABC):
 
     def __contains__(self, name: object) -> bool:
         try:
+            name = as_id(name)
             return isinstance(name, str) and self.locate(name) is not None
         except KeyError:
             return False
@@ -270,9 +283,10 @@ class Features(ABC):
                     "for each image."
                 )
             return [index for index, is_chosen in enumerate(keys) if is_chosen]
-        for key in keys:
-            self.locate(key)
-        return list(keys)
+        names = list(map(as_id, keys))
+        for name in names:
+            self.locate(name)
+        return names
 
     def position(self, key: int | str) -> int:
         """Return a position counted from the front.
@@ -289,6 +303,8 @@ class Features(ABC):
         """
         count = len(self)
         try:
+            if isinstance(key, bool):
+                raise TypeError
             index = operator.index(key)  # type: ignore[arg-type]
         except TypeError:
             raise TypeError(
@@ -322,6 +338,7 @@ class FeatureSubset(Features):
         return len(self.keys)
 
     def __contains__(self, name: object) -> bool:
+        name = as_id(name)
         return name in self.ids and name in self.source
 
     def locate(self, key: int | str) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 from qwen_vit.common.missing_name import missing_name
 from qwen_vit.common.store_path import AnyPath, StorePath, as_path
 from qwen_vit.errors import ExportError, UnreadableError, plural
-from qwen_vit.feature_files.collection import Features
+from qwen_vit.feature_files.collection import Features, as_id
 from qwen_vit.feature_files.head import WRITE_AGAIN, cannot_read, open_tensors
 from qwen_vit.feature_files.schema import (
     EMBEDS,
@@ -106,6 +106,7 @@ class FeatureFile(Features):
         return len(self._ids)
 
     def __contains__(self, name: object) -> bool:
+        name = as_id(name)
         return isinstance(name, str) and name in self._index
 
     def locate(self, key: int | str) -> int:

@@ -18,7 +18,7 @@ from qwen_vit.common.safetensors_header import read_header
 from qwen_vit.common.store_cache import cache_folder
 from qwen_vit.common.store_path import AnyPath, StorePath, as_path
 from qwen_vit.errors import CheckpointError, ExportError, UnreadableError, plural
-from qwen_vit.feature_files.collection import Features
+from qwen_vit.feature_files.collection import Features, as_id
 from qwen_vit.feature_files.file import FeatureFile, file_content, open_shard
 from qwen_vit.feature_files.head import cannot_read
 from qwen_vit.feature_files.listed import ListedImages
@@ -150,6 +150,7 @@ class FeatureFolder(Features):
         return (self.read_at((i, place)) for i in self._present for place in self._places(i))
 
     def __contains__(self, name: object) -> bool:
+        name = as_id(name)
         index = self._listed.shard_of.get(name) if isinstance(name, str) else None
         return index in self._present and super().__contains__(name)
 

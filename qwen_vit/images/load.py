@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from qwen_vit.common.arguments import short_repr
 from qwen_vit.errors import ArgumentError, ImageError, check_choice
 from qwen_vit.images.arrays import from_array, tensor_to_array
 from qwen_vit.images.decode import decode_bytes, decode_pil
@@ -131,6 +132,14 @@ def unwrap(source: Mapping[str, Any], name: str) -> ImageSource:
     if len(keys) == 1:
         value = source[keys[0]]
         return unwrap(value, name) if isinstance(value, Mapping) else value
+    if not keys and isinstance(path := source.get("image"), str):
+        raise ImageError(
+            f"a dict whose 'image' is the text {short_repr(path)}",
+            name=name,
+            expected="{bytes, path}, or a row with one image",
+            remedy='pass row["image"] if it is a path, or cast the column to datasets.Image()',
+            code="source-type",
+        )
     raise ImageError(
         f"a dict with {len(keys)} images; its keys are {', '.join(map(repr, source)) or 'none'}"[
             :300

@@ -34,6 +34,7 @@ OTHERS = (
         "draw stored features with `qwen-vit show`, or describe the file with `qwen-vit info`",
     ),
     (rb"\x93numpy", "a NumPy file", "pass numpy.load(...) instead"),
+    (rb".{257}ustar", "a tar", "pass it to export_features or `qwen-vit export`"),
     (rb"pk[\x03\x05][\x04\x06]", "a zip archive", "unpack it first"),
     (rb"\x1f\x8b", "a gzip archive", "unpack it first"),
     (rb"bzh[1-9]1ay&sy", "a bzip2 archive", "unpack it first"),

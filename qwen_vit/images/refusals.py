@@ -1,5 +1,6 @@
 """Build the errors that several checks of an encoded image raise."""
 
+from qwen_vit.common.storage import is_remote
 from qwen_vit.errors import TO_ENCODE, ImageError, Wording
 
 __all__ = ["address_remedy", "damaged", "lacks_parts", "too_much_memory", "too_slow", "truncated"]
@@ -83,6 +84,8 @@ def address_remedy(address: str) -> str:
     ('pass the path that follows file://', 'download it first, or pass limits with its allow_urls')
     """
     scheme = address.partition(":")[0].lower()
+    if is_remote(address):
+        return Wording("download it first, or use export_features", shell="download it first")
     return {
         "file": "pass the path that follows file://",
         "data": "pass its bytes: base64.b64decode(address.partition(',')[2])",

@@ -1,5 +1,6 @@
 """Open image and video paths only if they are regular files."""
 
+import glob
 import os
 import shlex
 import stat
@@ -41,9 +42,10 @@ def open_regular(path: str, name: str, *, expected: str) -> Iterator[BinaryIO]:
             )
         file = open(path, "rb")  # noqa: SIM115 - closed below
     except FileNotFoundError:
-        raise ImageError(
-            "does not exist", name=name, remedy="check the path", code="missing"
-        ) from None
+        remedy = Wording("check the path", shell="check the path")
+        if glob.has_magic(path):
+            remedy = Wording("pass the paths that glob.glob returns", shell="check the path")
+        raise ImageError("does not exist", name=name, remedy=remedy, code="missing") from None
     except (OSError, ValueError) as error:
         raise unreadable(error, name) from None
     with file:

@@ -32,6 +32,29 @@ def test_no_argument_at_all_is_a_request_for_help(run: Any) -> None:
     assert "\nCommands:\n" in bare.out
 
 
+@pytest.mark.parametrize("command", ["encode", "info", "export", "verify"])
+def test_a_deleted_folder_is_an_error_and_help_works(command: str, tmp_path: Path) -> None:
+    arguments = {
+        "encode": "/a.png --model tiny --out /b.safetensors", "info": "tiny",
+        "export": "/a --model tiny --out /b", "verify": "tiny",
+    }  # fmt: skip
+    (tmp_path / "gone").mkdir()
+    code = "import os; os.rmdir(os.getcwd()); from qwen_vit.__main__ import main; main()"
+    for options, expected in (
+        (
+            arguments[command],
+            (2, "error: the current folder was deleted. Change to another folder.\n"),
+        ),
+        ("--help", (0, "")),
+    ):
+        (tmp_path / "gone").mkdir(exist_ok=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, command, *options.split()], capture_output=True, text=True,
+            cwd=tmp_path / "gone", env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == expected
+
+
 STARTED = """
 import sys
 from qwen_vit.__main__ import main

@@ -74,7 +74,7 @@ def test_a_list_of_an_unknown_kind_is_refused(export_dir: Path, name: str) -> No
     Path(name).write_text("{}")
     with pytest.raises(
         ExportError,
-        match=rf"{name}: (a JSON file, )?not an image\. .* a list as .txt .* as .jsonl",
+        match=rf"{name}: a (JSON file|CSV table|ZIP archive), not an image\. Expected images, fold",
     ):
         export(name)
     assert not Path("out").exists()

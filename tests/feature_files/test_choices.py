@@ -47,6 +47,25 @@ def test_slices_and_lists_select_images_in_order(path: Path) -> None:
     assert features[1:5].metadata is features.metadata
 
 
+def test_a_path_is_an_id_and_a_truth_value_is_not(path: Path, folder: Folder) -> None:
+    stored = load_features(folder.path)
+    first = Path(stored.ids[0])
+    assert first in stored
+    assert stored[first].id == stored.ids[0]
+    write_features(path, features_of("im/cat.jpg", "im/dog.jpg"), METADATA)
+    features = load_features(path)
+    dog = Path("im/dog.jpg")
+    for chosen in (features, features[:]):
+        assert chosen[dog].id == "im/dog.jpg"
+        assert dog in chosen
+        assert Path("cat.jpg") not in chosen
+        assert chosen[[dog]].ids == ["im/dog.jpg"]
+        with pytest.raises(KeyError, match=r"Did you mean 'im/cat\.jpg'"):
+            chosen[Path("cat.jpg")]
+        with pytest.raises(TypeError, match="True does not select images"):
+            chosen[True]
+
+
 def test_the_error_of_a_missing_image_names_a_close_id(path: Path) -> None:
     write_features(path, features_of("im/cat.jpg", "im/dog.jpg"), METADATA)
     features = load_features(path)
