@@ -215,7 +215,8 @@ def _picture_of(
 
 
 def _given_picture(features: DenseFeatures, source: ImageSource) -> RgbImage:
-    picture = load_image(source, name=features.id)
+    is_path = isinstance(source, str | os.PathLike)  # an error then names this path
+    picture = load_image(source, name=None if is_path else features.id)
     if not _fits(picture, features):
         height, width = features.size_px
         known = "an image of another shape" if (height, width) == UNKNOWN_SIZE else ""
