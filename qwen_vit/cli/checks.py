@@ -71,13 +71,15 @@ def check_distinct(images: Sequence[str], items: "Sequence[Item]" = ()) -> None:
     qwen_vit.errors.ExportError: a.png: given twice. Expected each image once. Omit one of the two.
 
     With the images' `items`, the error also names the lines, rows or members of lists, tables and
-    tars.
+    tars, or the files of two folders.
     """
     from qwen_vit.inputs.listing import same_id
 
     for name, count in Counter(images).most_common(1):
-        same = [item for item in items if item.id == name]
-        if count > 1 and any(item.listed_at or not item.is_file for item in same[:2]):
+        same = [item for item in items if item.id == name][:2]
+        files = {os.path.realpath(item.source) for item in same}
+        is_found = any(item.listed_at or not item.is_file for item in same)  # in a list or tar
+        if count > 1 and (is_found or len(files) > 1):
             raise same_id(same[1], same[0])
         if count > 1:
             raise ExportError(

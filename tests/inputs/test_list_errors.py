@@ -61,3 +61,15 @@ def test_a_line_without_a_path_is_named_with_its_keys(folder: Path) -> None:
     Path("w.jsonl").write_text('{"id": "a", "file": "a.png"}\n')
     with pytest.raises(ExportError, match=r'line 1: "path" is missing, .* has .id., .file'):
         list(find_items(["w.jsonl"]))
+
+
+def test_one_name_in_two_folders_is_named_with_both_files(folder: Path, qwen_vit: Any) -> None:
+    """The error once was that the image is given twice."""
+    for name in ("d1", "d2"):
+        Path(name).mkdir()
+        Path(name, "1.png").write_bytes(Path("a.png").read_bytes())
+    done = qwen_vit("encode", "d1", "d2", *TO_FILE)
+    assert (done.code, done.out) == (2, "")
+    assert "error: 1.png: two images have this id: " in done.err
+    assert "d1/1.png and " in done.err
+    assert "d2/1.png. Pass each image once, pass the folder that contains both" in done.err
