@@ -184,8 +184,8 @@ class BatchEncoder:
         return self.outputs.join(rows) if is_video else rows[0]
 
     def _pieces(self, window: Sequence[LoadedImage]) -> list[_Piece]:
-        """Return whole images, and videos' patches in pieces of one pass each. Failed images have
-        no piece."""
+        """Return each image as one piece, and split a long video into pieces that fit into one
+        pass. Failed images have no piece."""
         most = TOKEN_BUDGET[self.device.type]
         return [
             _Piece(place, loaded.id, patches)

@@ -254,7 +254,7 @@ class ImageConfig:
         """Read preprocessor_config.json, or processor_config.json, as parsed JSON or a path.
 
         Missing or null keys get transformers' defaults. Raises CheckpointError with the file and
-        the rule, for example if the file requests another resampling filter than bicubic.
+        the rule, for example if the file requests a resampling filter other than bicubic.
         """
         config, source = _open(config, source)
         if "image_processor" in config:
@@ -284,7 +284,7 @@ class ImageConfig:
             ) from None
 
     def to_json(self) -> dict[str, Any]:
-        """Return Hugging Face's preprocessor_config, from which from_json makes an equal object."""
+        """Return the settings as Hugging Face's preprocessor_config, which `from_json` reads."""
         return {
             "image_processor_type": "Qwen2VLImageProcessor",
             "min_pixels": self.min_pixels,

@@ -119,7 +119,9 @@ class VisionEncoder(LoadedTower):
             ("torch_dtype", torch_dtype, "dtype"), ("device_map", device_map, "device"),
         ):  # fmt: skip
             if value is not None:
-                raise ArgumentError(f"{theirs} is a name of transformers", remedy=f"pass {ours}=")
+                raise ArgumentError(
+                    f"{theirs} is transformers' name for {ours}", remedy=f"pass {ours}="
+                )
 
         def opened() -> tuple[Checkpoint, Origin]:
             source = find_checkpoint(
@@ -226,7 +228,7 @@ class VisionEncoder(LoadedTower):
                 VideoFeatures. Do not change a PIL image in another thread during the call.
             on_error: "raise" raises the error of the first failed image. "skip" returns a
                 FailedImage instead, and continues with the other images.
-            output: "merged" returns the language model's input. "patch" returns un-merged rows.
+            output: "merged" returns the language model's input. "patch" returns unmerged rows.
                 "mean" returns one vector per image, which is the float32 mean of the merged rows.
             normalize: True divides each mean by its Euclidean length. This option needs
                 output="mean".

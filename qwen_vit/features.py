@@ -174,7 +174,7 @@ class VideoFeatures(ImageFeatures):
     The other attributes are those of `ImageFeatures`.
 
     Attributes:
-        second_per_grid_t: seconds from one step to the next, from the sampling rate. The language
+        second_per_grid_t: seconds between two steps, computed from the sampling rate. The language
             model computes its positions from this value.
         frame_seconds: the time of each sampled frame, in seconds from the video's first frame.
     """

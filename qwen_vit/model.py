@@ -300,7 +300,7 @@ class VisionTower(nn.Module):
         output: Output = "merged",
         taps: LayerTaps | None = None,
     ) -> Tensor:
-        """Encode `patches`, (N, P / 2) uint8 or (N, P) float, to (M, O), or un-merged to (N, C).
+        """Encode `patches`, (N, P / 2) uint8 or (N, P) float, to (M, O), or unmerged to (N, C).
 
         `patches` are in grid order. The rows of the result are in raster order of their cells,
         image after image. `taps` collects the rows after chosen blocks, and does not change the

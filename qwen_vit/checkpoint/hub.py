@@ -60,8 +60,8 @@ class Source(Origin):
 class Download:
     """Count a download's bytes: fetched now, kept on the disk, and left on the Hub (saved).
 
-    `kept_bytes` is the size of the weights on the disk, and `saved_bytes` of the others. Both are
-    None for a checkpoint outside the Hub. `saved_bytes` is also None if the index does not give the
+    `kept_bytes` is the size of the weights on the disk, and `saved_bytes` that of the rest. Both
+    are None for a checkpoint outside the Hub. `saved_bytes` is also None if the index does not give the
     total size.
     """
 

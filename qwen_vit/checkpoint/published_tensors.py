@@ -84,7 +84,7 @@ class PublishedTensors(Mapping[str, Tensor], Generic[Part]):
 
 
 class LazyTensors(PublishedTensors[StoredTensor]):
-    """Read tensors of files at each look-up.
+    """Read a tensor from its file at each lookup.
 
     An open file is mapped into memory, so its content remains readable after another process
     deletes or replaces the path. A pickle contains paths and no open files, so an unpickled object

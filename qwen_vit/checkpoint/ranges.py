@@ -51,8 +51,7 @@ Opener = Callable[[str, int, int], AbstractContextManager[RangeResponse]]
 
 
 class RangesRefusedError(Exception):
-    """Report that the server supports no ranges for this file, or sent other bytes than
-    requested."""
+    """Report that the server supports no ranges for this file, or sent the wrong bytes."""
 
 
 class TransferError(Exception):

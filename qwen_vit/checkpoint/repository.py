@@ -141,8 +141,8 @@ class Repository:
         return f"{self.subfolder}/{name}" if self.subfolder else name
 
     def _look_up(self, name: str) -> Any:
-        """Return a file's path in the cache, None if the cache does not know the file, or a mark
-        that the commit lacks the file."""
+        """Return a file's path in the cache, or None if the cache does not know the file. If the
+        commit lacks the file, return huggingface_hub's sentinel."""
         from huggingface_hub import try_to_load_from_cache
 
         at = self.commit or self._revision

@@ -172,8 +172,8 @@ def check_tower(
 
 
 def check_tensor(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError for a name or shape that contradicts `shapes`, or for another type than
-    float32, bfloat16 and float16.
+    """Raise CheckpointError if the name or shape contradicts `shapes`, or if the type is not
+    float32, bfloat16 or float16.
 
     `shapes` contains q, k and v as one tensor. Each of the three must be a third of this tensor.
 

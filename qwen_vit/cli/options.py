@@ -156,7 +156,7 @@ allow_urls_option = click.option(
 )  # fmt: skip
 json_option = click.option(
     "--json", "as_json", is_flag=True,
-    help="Print one JSON document. Any size_px in it is [height, width].",
+    help="Print one JSON document. Each size_px is [height, width].",
 )  # fmt: skip
 
 

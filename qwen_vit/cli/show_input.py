@@ -101,7 +101,7 @@ def read_stored(
     output: str | None = None,
 ) -> ShowInput:  # fmt: skip
     """Read the stored features of `ids`, or the first `limit`, and find the original images in
-    `images`. Features with another output than `output` are an error."""
+    `images`. Features of a different output from `output` are an error."""
     stored = load_features(path)
     try:
         chosen: Features = stored[list(ids)] if ids else stored[:limit]

@@ -23,7 +23,7 @@ def check_path(name: str, value: str | os.PathLike[str], expected: str) -> str:
 def check_paths(
     name: str, value: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 ) -> list[str]:
-    """Return paths as text, or raise ArgumentError for another value.
+    """Return paths as text. Raise ArgumentError for any other value.
 
     >>> check_paths("images", "a.jpg"), check_paths("images", ["a.jpg", "b.jpg"])
     (['a.jpg'], ['a.jpg', 'b.jpg'])

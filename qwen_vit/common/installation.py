@@ -51,7 +51,7 @@ def install_remedy(extra: str) -> Wording:
     >>> print(install_remedy("heif"))
     install the extra heif: pip install -e '.[heif]' in a checkout
 
-    Export files record the Python wording, so this wording does not depend on the machine.
+    The Python wording must not depend on the machine, because export files record it.
     """
     return Wording(
         f"install the extra {extra}: pip install -e '.[{extra}]' in a checkout",

@@ -89,7 +89,7 @@ def read_header(path: AnyPath) -> dict[str, TensorInfo]:
 
 
 def header_length(start: bytes, *, file_bytes: int, source: str) -> int:
-    """Return the length of the JSON header from the first bytes of a file of `file_bytes`.
+    """Return the length of the JSON header, from the first bytes of a file of this size.
 
     >>> header_length((2).to_bytes(8, "little") + b"{}", file_bytes=10, source="a.safetensors")
     2
@@ -124,8 +124,8 @@ def header_length(start: bytes, *, file_bytes: int, source: str) -> int:
 
 
 def parse_header(raw: bytes, *, file_bytes: int, source: str) -> dict[str, TensorInfo]:
-    """Parse the JSON header of a file of `file_bytes`, and check that its tensors cover the data
-    without overlaps or gaps."""
+    """Parse the JSON header of a file of `file_bytes` bytes, and check that its tensors cover the
+    data without overlaps or gaps."""
     named = f"{source} ({file_bytes} bytes)"
     try:
         header = parse_json(raw, source=f"{named}, header")

@@ -127,7 +127,7 @@ def as_path(
 ) -> AnyPath:
     """Return a path on this machine, or an address in object storage.
 
-    Raises ArgumentError for an address without a bucket, and for another value than a path. `name`
+    Raises ArgumentError for an address without a bucket, and for a value that is not a path. `name`
     and `expected` are for this error.
 
     >>> as_path("s3://bucket/features")

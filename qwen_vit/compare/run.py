@@ -152,7 +152,7 @@ def compare(
     Raises:
         ArgumentError: An argument has another type or value. transformers is not installed, is too
             old, or rejects `attention`.
-        ExportError: `save_golden` exists without `overwrite`, or cannot be written.
+        ExportError: `save_golden` exists and `overwrite` is False, or the file cannot be written.
     """
     if not isinstance(encoder, VisionEncoder):
         raise ArgumentError(f"encoder is {typed_repr(encoder)}", expected="a VisionEncoder")

@@ -70,7 +70,7 @@ class ExportFolder(ABC):
     def publish(self, name: str, *, replace: bool = False, keep: bool = False) -> None:
         """Move a finished file from `scratch` to its place in the export.
 
-        Without `replace`, an existing file at that place remains. With `keep`, a copy remains in
+        Without `replace`, the method keeps an existing file there. With `keep`, a copy remains in
         `scratch`.
         """
 

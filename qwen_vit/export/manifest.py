@@ -96,7 +96,7 @@ def shard_rows(file: FeatureFile, items: Sequence[Item], first: int) -> list[Man
 
 def load_arrow() -> bool:
     """Import pyarrow, and return whether it is installed. Call this function before decoding,
-    because pyarrow takes memory that decoding must not plan to use."""
+    so that the memory budget for decoding excludes pyarrow's memory."""
     try:
         import pyarrow.parquet  # type: ignore[import-untyped]
     except ImportError:

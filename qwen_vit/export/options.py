@@ -31,7 +31,7 @@ class ExportOptions:
     512
 
     Attributes:
-        output: "merged" rows are the language model's input. "patch" rows are un-merged patches.
+        output: "merged" rows are the language model's input. "patch" rows are unmerged patches.
             "mean" is one row per image, the float32 mean of its merged rows.
         dtype: the dtype of stored rows. None selects the encoder's dtype.
         shard_size: the number of images in a shard.

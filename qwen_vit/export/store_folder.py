@@ -232,7 +232,9 @@ def _make_private(folder: Path) -> None:
             raise cannot_write(each, error) from None
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
             raise ExportError(
-                "not a folder of this user", name=str(each), remedy="set TMPDIR to another folder"
+                "not a folder that this user owns",
+                name=str(each),
+                remedy="set TMPDIR to another folder",
             )
 
 

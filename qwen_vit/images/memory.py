@@ -110,8 +110,8 @@ def set_decoding_memory(n_bytes: int | None) -> None:
 
 
 def available_bytes() -> int:
-    """Return the available memory within the limits of machine, control group and process, in
-    bytes.
+    """Return the available memory in bytes, within the limits of the machine, the control group
+    and the process.
 
     >>> available_bytes() > 0
     True

@@ -1,4 +1,4 @@
-"""Check that a container has all bytes, and a PNG all rows, that the headers declare.
+"""Check that a container has all the bytes that its headers declare, and that a PNG has all rows.
 
 For some truncated files, Pillow stops without an error and fills in the missing pixels.
 """

@@ -135,7 +135,7 @@ class _Chunk:
         except ValueError as error:
             raise cannot_read("", error) from None
         if header is None and len(self._held) > MAX_HEADER_BYTES:
-            raise cannot_read("", ValueError("the header of a page has more than 16 MB"))
+            raise cannot_read("", ValueError("the header of a page is larger than 16 MiB"))
         return header
 
     def _check(self, header: "PageHeader", left: int) -> None:

@@ -1,4 +1,4 @@
-"""Build the errors for inputs without an image."""
+"""Build the errors for inputs that contain no image."""
 
 from collections import Counter
 from collections.abc import Sequence

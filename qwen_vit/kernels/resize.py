@@ -68,7 +68,7 @@ class Cut(NamedTuple):
 
 
 class _Launch(NamedTuple):
-    """Hold where a launch's rows and its programs' row numbers begin in the table."""
+    """Hold the offsets of a launch's rows and of its programs' row numbers in the table."""
 
     rows: int
     owners: int

@@ -38,8 +38,8 @@ def fused_rope_varlen_attention(
         (N, H, D) in qkv's dtype. The kernel does not write rows from `cu_seqlens[-1]` on.
 
     Raises:
-        ArgumentError: An argument is not a dense tensor, has another shape or dtype than the list
-            above allows, or is on another device than `qkv`. On a CPU, `cu_seqlens` has wrong
+        ArgumentError: An argument is not a dense tensor of a shape and dtype in the list above,
+            or is not on the device of `qkv`. On a CPU, `cu_seqlens` has wrong
             values.
     """
     _check_arguments(qkv, cos, sin, cu_seqlens)

@@ -63,8 +63,8 @@ class VideoOptions:
     Raises:
         ArgumentError: `fps` is not a number above 0, a number of frames is below 2, a pixel limit
             is below 1, or a time is below 0. `end` is not after `start`, a value has another type,
-            or `sampling` is unknown. `n_frames` is given with another `fps` than the default, or
-            with `max_frames`.
+            or `sampling` is unknown. `n_frames` is set together with `max_frames` or a
+            non-default `fps`.
     """
 
     fps: float = DEFAULT_FPS

@@ -168,7 +168,7 @@ def test_an_encoder_of_ours_names_its_own_model(tmp_path: Path) -> None:
     assert torch.equal(stored["ec_cache"], made.embeds)
     assert len(read_ec_cache(tmp_path / "ec", encoder.metadata())) == 1
     bounded = VisionEncoder.from_pretrained("tiny", max_pixels=50_176)
-    with pytest.raises(ExportError, match=r"another model or setting: its config_sha256 is"):
+    with pytest.raises(ExportError, match=r"different model or setting: its config_sha256 is"):
         read_ec_cache(tmp_path / "ec", bounded.metadata())
 
 
@@ -189,7 +189,9 @@ def test_a_folder_is_of_one_model(tmp_path: Path, other: str) -> None:
     before = content(tmp_path / "ec")
     changes, change = OTHERS[other]
     made = [replace(each, embeds=change(each.embeds)) for each in PICTURES]
-    with pytest.raises(ExportError, match=r"ec: a cache of another model or setting: .* Pass anot"):
+    with pytest.raises(
+        ExportError, match=r"ec: belongs to a different model or setting: .* Pass anot"
+    ):
         write_ec_cache(made, tmp_path / "ec", {**MODEL, **changes})
     assert content(tmp_path / "ec") == before
 

@@ -329,7 +329,9 @@ def _check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, 
             for name in differ
         )
         raise ExportError(
-            f"a cache of another model or setting: {facts}", name=str(folder), remedy=OTHER_FOLDER
+            f"belongs to a different model or setting: {facts}",
+            name=str(folder),
+            remedy=OTHER_FOLDER,
         )
 
 
