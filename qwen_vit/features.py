@@ -287,7 +287,7 @@ def check_features(features: AnyFeatures) -> list[ImageFeatures | FailedImage]:
     wanted = "ImageFeatures, as `encode` returns them"
     if isinstance(features, ImageFeatures | FailedImage):
         features = [features]
-    if isinstance(features, Tensor) or not isinstance(features, Iterable):
+    if isinstance(features, Tensor | str | bytes) or not isinstance(features, Iterable):
         raise ArgumentError(f"features is {typed_repr(features)}", expected=f"a list of {wanted}")
     features = list(features)
     for feature in features:

@@ -61,8 +61,8 @@ class Download:
     """Count a download's bytes: fetched now, kept on the disk, and left on the Hub (saved).
 
     `kept_bytes` is the size of the weights on the disk, and `saved_bytes` that of the rest. Both
-    are None for a checkpoint outside the Hub. `saved_bytes` is also None if the index does not give the
-    total size.
+    are None for a checkpoint outside the Hub. `saved_bytes` is also None if the index does not give
+    the total size.
     """
 
     source: Source

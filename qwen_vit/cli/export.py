@@ -167,8 +167,8 @@ def export(
     qwen-vit export 'data/*.parquet' --column image --model tiny --out features
 
     INPUTS are images, videos, folders, quoted patterns, tars and lists. The command searches
-    folders to every depth. A .txt list has one path per line. Each line of a .jsonl list has a
-    "path" and, optionally, an "id". Paths in a list are relative to the list's folder. With
+    folders recursively. A .txt list has one path per line. Each line of a .jsonl list has a "path"
+    and, optionally, an "id". Paths in a list are relative to the list's folder. With
     --column, each row of a Parquet file is an image.
 
     Pass '-' to read a list from standard input. Paths in this list are relative to the current

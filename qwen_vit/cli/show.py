@@ -138,7 +138,9 @@ def show(
         given = encode_images(inputs, model, output, layer, limit, **loading)
     shown = len(given.features) + len(given.failed)
     if shown < given.total:
-        print_log(f"showing the first {shown:,} of {plural(given.total, 'image')}: see --limit")
+        print_log(
+            f"showing the first {shown:,} of {plural(given.total, 'image')}; --limit shows more"
+        )
     if not given.features:
         raise ArgumentError(
             "no image to show, because all images failed",

@@ -140,7 +140,8 @@ def _no_features(stored: FeatureFile | FeatureFolder, path: str) -> ArgumentErro
 def _find_pictures(ids: Sequence[str], images: Sequence[str]) -> dict[str, ImageSource]:
     """Map each id to the one image whose path shares the longest ending with the id.
 
-    Log the ids for which no image or several images share this ending.
+    Of several such images, the function selects the one with the same id. Otherwise, it logs the
+    id, as for an id without an image.
     """
     wanted = {name: _parts(name) for name in ids}
     found: dict[str, list[Item]] = {name: [] for name in ids}
@@ -155,6 +156,9 @@ def _find_pictures(ids: Sequence[str], images: Sequence[str]) -> dict[str, Image
             if common == most and common >= length[name]:
                 found[name] = [*(found[name] if common == length[name] else []), item]
                 length[name] = common
+    for name, items in found.items():
+        if len(exact := [item for item in items if item.id == name]) == 1:
+            found[name] = exact
     places = Counter(item.source for items in found.values() for item in items if not item.offset)
     good = {
         name: items[0] for name, items in found.items()

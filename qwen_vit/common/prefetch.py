@@ -80,10 +80,10 @@ def work_ahead(
     """Yield the results of jobs in order, while threads compute ahead of the caller.
 
     The function iterates over `jobs` in the caller's thread. At most `max_jobs` jobs are in
-    progress. While results of `max_bytes` wait for the caller, only the job that the caller waits
-    for may start. The function raises an exception of a job, or of `jobs` itself, after the earlier
-    results. Closing the generator ends the threads, which finish running jobs and drop the others.
-    With `threads=1`, all jobs run in the caller's thread.
+    progress. While finished results occupy `max_bytes`, only the job whose result the caller needs
+    next may start. If a job or `jobs` itself raises an exception, the function first yields the
+    earlier results, and then raises this exception. Closing the generator ends the threads, which
+    finish running jobs and drop the others. With `threads=1`, all jobs run in the caller's thread.
     """
     if threads == 1:
         for job in jobs:

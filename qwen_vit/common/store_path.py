@@ -30,7 +30,8 @@ class _Status(NamedTuple):
 
 @dataclass(frozen=True)
 class StorePath:
-    """Use an address as a path. The path remembers the object's size and version.
+    """Represent an address in object storage as a path. The path remembers the object's size and
+    version.
 
     `cache` is a folder on this machine that stores the ranges read.
 

@@ -150,8 +150,8 @@ def compare(
         The differences of pixels and stages for each image. `passed` is the verdict.
 
     Raises:
-        ArgumentError: An argument has another type or value. transformers is not installed, is too
-            old, or rejects `attention`.
+        ArgumentError: An argument has the wrong type or value. transformers is not installed, is
+            too old, or rejects `attention`.
         ExportError: `save_golden` exists and `overwrite` is False, or the file cannot be written.
     """
     if not isinstance(encoder, VisionEncoder):

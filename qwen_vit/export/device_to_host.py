@@ -47,8 +47,8 @@ class HostCopier:
     def copy(self, images: Sequence[ImageRecord], features: Sequence[ImageFeatures]) -> HostCopy:
         """Set each image's `n_rows`, convert the rows, and begin to copy a GPU's rows to the CPU.
 
-        `features` belong to the images without an error, in order. The caller must release copies
-        in the order of their creation.
+        `features` has one element for each image without an error, in the order of `images`. The
+        caller must release copies in the order of their creation.
         """
         lengths = iter([len(each.embeds) for each in features])
         for image in images:

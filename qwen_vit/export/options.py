@@ -59,7 +59,7 @@ class ExportOptions:
             image. With "all", the export opens every image before it writes the listing.
 
     Raises:
-        ArgumentError: A value has another type, is unknown or is out of range. `normalize` is set
+        ArgumentError: A value has the wrong type, is unknown or is out of range. `normalize` is set
             without output="mean", `id_column` without `column`, or a layer repeats.
     """
 

@@ -78,7 +78,8 @@ def export_on_ray(
         decode_threads: the number of loader threads for a shard. The default depends on the CPU
             cores per GPU, and is 1 without GPUs.
         ec_cache: as in `export_features`. This process writes the encoder cache.
-        address: the cluster's address. None selects RAY_ADDRESS, or a running or new local cluster.
+        address: the cluster's address. None selects the cluster in RAY_ADDRESS, otherwise a running
+            local cluster, otherwise a new one.
         device: "auto", "cuda" or "cpu". "auto" selects the GPUs if the cluster has any.
     """
     if device not in ("auto", "cpu", "cuda"):

@@ -69,7 +69,8 @@ class ShardStart(NamedTuple):
 
 
 class DoneShard(NamedTuple):
-    """Describe a finished shard by its manifest rows. Earlier runs made the first `n_kept` rows."""
+    """Describe a finished shard by its manifest rows. The first `n_kept` rows come from earlier
+    runs."""
 
     shard: int
     rows: list[ManifestRow]

@@ -73,7 +73,8 @@ def export_features(
             a single core]
         ec_cache: a folder for vLLM's encoder cache, which the export writes after each shard. See
             `integrations.vllm.write_ec_cache`.
-        stop: signals that end the export as an interrupt does, but after the batch in progress.
+        stop: a handler of signals. The first signal ends the export after the batch in progress,
+            and a second one ends it at once.
 
     Returns:
         A report that counts the images of the part and the folder's shards.

@@ -333,7 +333,7 @@ def warn_of_new(folder: ExportFolder, found: Listing | None, options: ExportOpti
         changes = "" if found is None else InputChanges.between(before, found).describe()
         if changes:
             logger.warning(
-                "%s: no shard exists: this run starts a new export. Its inputs changed: %s",
+                "%s: no shard exists, so this run starts a new export. Its inputs changed: %s",
                 folder, changes,
             )  # fmt: skip
 

@@ -39,7 +39,7 @@ class ShardWriter:
 
     An interrupt in the block saves the images written so far as another segment. `batch_starts` are
     the indices of the first images of batches. On a CPU, where bits depend on the batch, a segment
-    ends before one of these images.
+    ends only at the start of a batch.
     """
 
     def __init__(

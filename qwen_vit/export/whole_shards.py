@@ -38,8 +38,8 @@ def whole_shard(
 ) -> list[ManifestRow] | None:
     """Return a shard's manifest rows, or None if its file is missing or damaged.
 
-    For a damaged file, the function logs a line with `then`, the next step. For a file of another
-    export, it raises ExportError.
+    If the file is damaged, the function logs a warning with `then` as the remedy. For a file of
+    another export, it raises ExportError.
     """
     if not plan.has(shard):
         return None

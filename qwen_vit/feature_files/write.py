@@ -65,7 +65,7 @@ def write_features(
         path: the file. Its format is safetensors, whatever its suffix is.
         features: the features of one image, or of several images with different ids. Their rows
             are finite floating-point tensors (n, width) that fit their grids. All images have the
-            same kind of rows, widths and layers.
+            same widths, the same layers and the same kind of rows.
         metadata: the result of `VisionEncoder.metadata()`, or other JSON values by name.
         overwrite: whether to replace an existing file.
 
@@ -76,7 +76,7 @@ def write_features(
         ExportError: `path` exists without `overwrite=True`, is a symbolic link, is not UTF-8 or
             cannot be written. No image succeeded, a value of `features` or `metadata` is not as
             described above, or the file's header exceeds 100 MB.
-        ArgumentError: `features` or `metadata` has another type.
+        ArgumentError: `features` or `metadata` has the wrong type.
     """
     path = Path(check_path("path", path, "the file to write"))
     check_utf8(path)

@@ -53,6 +53,15 @@ def from_array(
 
 def _channels_last(array: NDArray[Any], name: str, layout: ArrayLayout) -> NDArray[Any]:
     shape = array.shape
+    if array.dtype.kind in "OSU":
+        kind = "Python objects" if array.dtype.kind == "O" else "text"
+        raise ImageError(
+            f"an array of {kind}, not of pixels",
+            name=name,
+            expected="an array of numbers",
+            remedy="for a list of images, pass array.tolist()",
+            code="array-dtype",
+        )
     if array.ndim == 2:
         return array[:, :, None]
     if array.ndim != 3:

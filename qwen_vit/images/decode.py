@@ -100,8 +100,8 @@ def decode_pil(
 ) -> RgbImage:
     """Convert a PIL image to RGB, after decoding it if it is still lazy.
 
-    With `is_lent`, the result may share the image's pixels. The function checks neither the ratio
-    of the sides nor the time.
+    With `is_lent`, the result may share the image's pixels. The function checks neither the aspect
+    ratio nor the decoding time.
     """
     file_format = str(image.format or "PIL image")
     with LOAD_LOCKS[id(image) // 16 % len(LOAD_LOCKS)]:

@@ -66,7 +66,7 @@ class _Sized(Protocol):
 
 
 class Passes(NamedTuple):
-    """Plan the passes over pictures that follow each other in a buffer."""
+    """Plan the passes over pictures that are contiguous in a buffer."""
 
     rounds: tuple[list[Pass], ...]  # a picture's second pass is in the second round
     places: list[int]  # of each picture's result, in pixels

@@ -59,7 +59,7 @@ class Overlap:
 
 
 def _is_taken(item: Item) -> bool:
-    """Return whether the search of a folder also returns the file of an item."""
+    """Return whether a folder search also finds an item's file."""
     is_tar = item.source.lower().endswith((TAR_SUFFIX, *COMPRESSED_TARS))
     return is_tar or item.row is not None or suffix_of(item.source) in MEDIA_SUFFIXES
 

@@ -104,8 +104,8 @@ def _size(file: BinaryIO) -> int:
 
 
 def _check_rows(metadata: Any, n_bytes: int, name: str) -> None:
-    """Raise ImageError if the number of rows exceeds both MANY_ROWS and the file's bytes, or
-    differs from the sum of the row groups.
+    """Raise ImageError if the number of rows exceeds both MANY_ROWS and the file's size in bytes,
+    or differs from the row groups' total.
 
     The number comes only from the footer, so a few bytes may claim any number of rows.
     """

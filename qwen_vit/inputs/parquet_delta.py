@@ -1,7 +1,7 @@
 """Check the lengths in a delta-encoded Parquet page before pyarrow decodes the page.
 
-pyarrow allocates 4 bytes for each length that the content claims, and repeated lengths need no
-bytes at all, so a page of 20 bytes could take 8 GB. Source:
+pyarrow allocates 4 bytes for each length that the content claims. Repeated lengths need no bytes in
+the page, so a page of 20 bytes could take 8 GB. Source:
 https://parquet.apache.org/docs/file-format/data-pages/encodings/
 """
 

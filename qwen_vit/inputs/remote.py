@@ -84,9 +84,9 @@ def open_input(
 ) -> BinaryIO:
     """Open a file or an object to read it in pieces.
 
-    Raises ImageError if the object cannot be opened or has another version, or if the path is not a
-    regular file. Raises OSError if the path cannot be opened, and ExportError if a package for
-    object storage is not installed.
+    Raises ImageError if the object cannot be opened, if its version is not `version`, or if the
+    path is not a regular file. Raises OSError if the path cannot be opened, and ExportError if a
+    package for object storage is not installed.
     """
     if is_remote(path):
         try:

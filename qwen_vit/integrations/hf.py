@@ -76,10 +76,10 @@ def to_hf(
 
     Raises:
         ArgumentError: transformers is missing or too old. `features` and `videos` are both empty,
-            or an item has another type or an invalid grid. The grid of ImageFeatures in `features`
-            has several time steps. `second_per_grid_ts` does not give one number above 0 for each
-            video. `input_ids` is not a tensor (batch, sequence), or its runs of placeholder tokens
-            do not have the lengths of the items.
+            or an item has the wrong type or an invalid grid. The grid of ImageFeatures in
+            `features` has several time steps. `second_per_grid_ts` does not give one number above 0
+            for each video. `input_ids` is not a tensor (batch, sequence), or its runs of
+            placeholder tokens do not have the lengths of the items.
         ExportError: The features are not finite merged tokens of one width and dtype, or an image
             failed.
     """

@@ -7,7 +7,7 @@ shared memory, from which the tensor cores read them.
 In the full kernel, a program has three partitions. The load partition, one warp, fetches tiles of K
 and V into a ring of shared memory. `attention.rotated_keys` has applied RoPE to K beforehand. Each
 of the two MMA partitions is a warpgroup, and computes the attention of 64 query rows. It applies
-RoPE to Q in registers as Q loads, and multiplies Q with the next tile's keys before it needs the
+RoPE to Q in registers as Q loads, and multiplies Q by the next tile's keys before it needs the
 scores. The two MMA partitions alternate: one computes its softmax while the other uses the tensor
 cores.
 

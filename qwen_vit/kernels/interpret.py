@@ -4,7 +4,7 @@ A group of a launch's programs runs at once, as lanes. A block is a tensor whose
 lane. This module calls the kernel's function with its own `tl`. Each operation on a block becomes
 one PyTorch operation for all lanes, which uses PyTorch's threads and vector instructions.
 
-Triton's own interpreter runs one program at a time with NumPy, and takes 35 us of Python for each
+Triton's own interpreter runs one program at a time with NumPy, and spends 35 us in Python on each
 operation. Tests compare the two interpreters. This module implements only the names of
 triton.language that the attention kernels need. Any other name raises AttributeError.
 """

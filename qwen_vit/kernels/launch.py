@@ -1,4 +1,4 @@
-"""Set FP fusion for all kernel launches except those of `resize`, which switch it off."""
+"""Enable FP fusion for all kernel launches except those of `resize`, which disable it."""
 
 __all__ = ["LAUNCH"]
 

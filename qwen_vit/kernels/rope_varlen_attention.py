@@ -35,12 +35,12 @@ def fused_rope_varlen_attention(
             instead of an error.
 
     Returns:
-        (N, H, D) in qkv's dtype. The kernel does not write rows from `cu_seqlens[-1]` on.
+        (N, H, D) in qkv's dtype. The rows from index `cu_seqlens[-1]` are uninitialised.
 
     Raises:
         ArgumentError: An argument is not a dense tensor of a shape and dtype in the list above,
-            or is not on the device of `qkv`. On a CPU, `cu_seqlens` has wrong
-            values.
+            or is not on the device of `qkv`. `cu_seqlens` has wrong values, which the function
+            checks only on a CPU.
     """
     _check_arguments(qkv, cos, sin, cu_seqlens)
     cut = tiling(qkv.device, qkv.dtype, "full")

@@ -70,7 +70,7 @@ class LoadedVideo:
 
 
 class LoadOptions(TypedDict, total=False):
-    """Define the options of `load_video`, which `load_pieces` describes."""
+    """Define the options that `load_video` passes to `load_pieces`."""
 
     limits: VideoLimits | None
     image_limits: ImageLimits | None
@@ -330,7 +330,7 @@ def _workers(
     """Yield a function that runs a call in one of the threads, and a function that waits for all.
 
     Decoding continues while other threads resize earlier frames. With `threads=1`, the caller's
-    thread runs each call at once. Both functions raise the first error of a call.
+    thread runs each call immediately. Both functions raise the first error of a call.
     """
     if threads == 1:
         yield (lambda call: call()), (lambda: None)

@@ -82,7 +82,7 @@ class Window(io.RawIOBase):
 
 
 class Opener:
-    """Check a video, and open it as often as necessary."""
+    """Check a video once, and open a new PyAV container for each call of `open`."""
 
     def __init__(self, source: str | bytes | BinaryIO, name: str, limits: VideoLimits) -> None:
         require_av(name)

@@ -84,7 +84,6 @@ def test_an_array_without_pixels_is_refused(shape: tuple[int, ...]) -> None:
         (np.int64, "Cast to uint8"),
         (np.int8, "Cast to uint8"),
         (np.complex64, "Cast to uint8"),
-        (object, "Cast to uint8"),
     ],
 )
 def test_other_dtypes_are_refused_by_name(dtype: Any, remedy: str) -> None:
@@ -92,6 +91,21 @@ def test_other_dtypes_are_refused_by_name(dtype: Any, remedy: str) -> None:
     assert message.startswith("frame 7: ")
     assert f"dtype is {np.dtype(dtype)}" in message
     assert remedy in message
+
+
+@pytest.mark.parametrize(
+    ("array", "kind"),
+    [
+        (np.array(["a.png", "b.png"]), "text"),
+        (np.array(["a.png"], object), "Python objects"),
+        (np.zeros((8, 8, 3), object), "Python objects"),
+    ],
+)
+def test_an_array_of_paths_is_no_image(array: Any, kind: str) -> None:
+    """The error once asked for other axes. A column of pandas gives such an array."""
+    message = refusal("array-dtype", array, name="image 0")
+    assert message.startswith(f"image 0: an array of {kind}, not of pixels.")
+    assert "pass array.tolist()" in message
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.uint16, torch.complex64])

@@ -17,6 +17,7 @@ from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ImageError
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
+from qwen_vit.feature_files.read import load_features
 from qwen_vit.loading import ImageLoader
 from tests.support import ROOT
 
@@ -187,6 +188,21 @@ def test_a_picture_is_matched_by_the_end_of_its_path(undrawn: None, folder: Path
         assert ("found no file for" in done.err) == (len(shown) < 4)
 
 
+def test_an_image_with_the_same_id_precedes_others_of_its_name(
+    folder: Path, run: Any, qwen_vit: Any
+) -> None:
+    """A second image of the same name in a subfolder once hid both."""
+    assert qwen_vit("export", "p/a.png", *TINY, "--out", "one").code == 0
+    [name] = load_features("one").ids
+    target = Path("q", name)
+    target.parent.mkdir(parents=True)
+    shutil.copy("p/a.png", target)
+    Path("q/sub").mkdir()
+    shutil.copy("p/a.png", "q/sub/a.png")
+    done = run("one", "--images", "q", "--json")
+    assert [each["has_picture"] for each in json.loads(done.out)["images"]] == [True], done.err
+
+
 def test_some_of_the_images_are_chosen(folder: Path, run: Any) -> None:
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
     export_features(encoder, ["p"], "stored")
@@ -194,7 +210,7 @@ def test_some_of_the_images_are_chosen(folder: Path, run: Any) -> None:
     assert [each["id"] for each in one["images"]] == ["b.jpg"]
     first = run("p", *TINY, "--limit", "1", "--out", "l.html")
     assert first.code == 0
-    assert "showing the first 1 of 2 images: see --limit" in first.err
+    assert "showing the first 1 of 2 images; --limit shows more" in first.err
     assert len(re.findall("<h2>[ab]", Path("l.html").read_text())) == 1
     missing = run("stored", "--id", "c.jpg", "--out", "m.html")
     assert (missing.code, missing.out) == (2, "")

@@ -32,7 +32,7 @@ def to_sglang(features: AnyFeatures) -> list[dict[str, Any]]:
     Raises:
         ExportError: The features are not finite merged tokens of one width and dtype, or an image
             failed.
-        ArgumentError: `features` is empty. An item has another type or an invalid grid, is a
+        ArgumentError: `features` is empty. An item has the wrong type or an invalid grid, is a
             VideoFeatures, or has a grid of several time steps. SGLang 0.5.23 passes a video's
             features to its tower as pixels, and its scheduler then crashes for every user.
     """

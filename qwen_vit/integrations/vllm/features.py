@@ -53,7 +53,7 @@ def to_vllm(
     Raises:
         ExportError: The features are not finite merged tokens of one dtype and one width, the
             width is not `width`, or an image failed.
-        ArgumentError: `features` and `videos` are both empty, or an item has another type or an
+        ArgumentError: `features` and `videos` are both empty, or an item has the wrong type or an
             invalid grid. The grid of ImageFeatures in `features` has several time steps.
             `second_per_grid_ts` does not give one number above 0 for each video.
     """
