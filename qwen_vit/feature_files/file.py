@@ -21,6 +21,7 @@ from qwen_vit.feature_files.head import WRITE_AGAIN, cannot_read, open_tensors
 from qwen_vit.feature_files.schema import (
     EMBEDS,
     RESUME,
+    REWRITE_SHARD,
     StoredFacts,
     layer_name,
     parse_errors,
@@ -164,7 +165,9 @@ class FeatureFile(Features):
             )
         if digests[tensor] != rows_sha256(rows):
             raise ExportError(
-                f"{what} changed after it was written", name=name, remedy=self._remedy
+                f"{what} changed after it was written",
+                name=name,
+                remedy=REWRITE_SHARD if self._remedy == RESUME else self._remedy,
             )
 
     def _check(self, remedy: str) -> None:

@@ -45,6 +45,7 @@ __all__ = [
     "READABLE",
     "RESTORE",
     "RESUME",
+    "REWRITE_SHARD",
     "SCHEMA_VERSION",
     "SHARD",
     "ItemFacts",
@@ -72,6 +73,7 @@ ROW_DTYPES = ("BF16", "F16", "F32", "F64")  # safetensors' own names
 LINES_AT_ONCE = 4_096  # of a listing, parsed as one array: 1e6 lines take 0.5 s, one by one 2 s
 SHARD = re.compile(r"shard-(\d{8})\.safetensors")
 RESUME = "run the same `qwen-vit export` command again to write what is missing"
+REWRITE_SHARD = "delete the shard, and run the same `qwen-vit export` command again"
 RESTORE = (
     "run the original `qwen-vit export` command with its inputs and options, which restores "
     "export.json"

@@ -15,7 +15,7 @@ from qwen_vit.errors import ExportError, UnreadableError, display_name, plural
 from qwen_vit.feature_files.file import FeatureFile
 from qwen_vit.feature_files.listed import listings_of
 from qwen_vit.feature_files.read import FeatureFolder, open_features
-from qwen_vit.feature_files.schema import RESUME, rows_by_tensor, shard_name
+from qwen_vit.feature_files.schema import RESUME, REWRITE_SHARD, rows_by_tensor, shard_name
 from qwen_vit.feature_files.writer import rows_sha256
 
 __all__ = ["Verification", "verify_features"]
@@ -104,7 +104,9 @@ class _Check:
                 missing += 1
                 continue
             try:
-                self.file(folder.open_shard(shard), partial(folder.is_current, shard))
+                self.file(
+                    folder.open_shard(shard), partial(folder.is_current, shard), REWRITE_SHARD
+                )
             except ExportError as error:
                 self.problems.append(str(error))
         before = self.images
@@ -116,7 +118,10 @@ class _Check:
         if missing:
             self.unfinished.append(f"{plural(missing, 'shard')} missing: {RESUME}")
 
-    def file(self, file: FeatureFile, is_current: Callable[[str], bool] = lambda _: True) -> None:
+    def file(
+        self, file: FeatureFile, is_current: Callable[[str], bool] = lambda _: True,
+        remedy: str = "write the file again",
+    ) -> None:  # fmt: skip
         """Check a file, and count its images that are current."""
         per_row = file.metadata.get("patches_per_row")
         facts = file.metadata.get("images") or [{} for _ in file.ids]
@@ -134,7 +139,7 @@ class _Check:
                     self.problems.append(f"{where}: {tensor} contains NaN or infinity")
                 if digests and digests.get(tensor) != rows_sha256(rows):
                     self.problems.append(
-                        f"{where}: its rows of {tensor} changed after they were written"
+                        f"{where}: its rows of {tensor} changed after they were written; {remedy}"
                     )
             if is_current(name):
                 self.images += 1

@@ -56,6 +56,8 @@ def test_a_wrong_bit_is_an_error_of_one_image(export_dir: Path, copied: bool) ->
         with pytest.raises(ExportError, match="changed after it was written") as caught:
             features[damaged]
         assert "qwen-vit" in caught.value.remedy
+        if path == export_dir:
+            assert "delete the shard" in caught.value.remedy.lower()
     assert len(load_features(export_dir)[damaged].embeds)
 
 

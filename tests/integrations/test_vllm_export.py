@@ -76,7 +76,7 @@ def test_a_cache_of_another_model_is_refused_before_any_image(
 ) -> None:
     export(encoder, photos)
     other = VisionEncoder.from_pretrained("tiny", device="cpu", max_pixels=50_176)
-    with pytest.raises(ExportError, match=r"ec: belongs to a different model or setting"):
+    with pytest.raises(ExportError, match=r"a different model or setting"):
         export_features(
             other, [photos], photos.parent / "other", TWO, ec_cache=photos.parent / "ec"
         )

@@ -328,11 +328,8 @@ def _check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, 
             f"its {name} is {stored.get(name)}, and the {name} of the features is {settings[name]}"
             for name in differ
         )
-        raise ExportError(
-            f"belongs to a different model or setting: {facts}",
-            name=str(folder),
-            remedy=OTHER_FOLDER,
-        )
+        fact = f"belongs to a different model or setting: {facts}"
+        raise ExportError(fact, name=str(folder), remedy=OTHER_FOLDER)
 
 
 def _write_entry(folder: Path, rows: Tensor) -> None:
