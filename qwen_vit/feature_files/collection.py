@@ -27,7 +27,7 @@ from qwen_vit.show.sheets import show_features
 __all__ = ["FeatureSubset", "Features", "as_id"]
 
 ImageKeys: TypeAlias = (
-    slice | range | list[int] | list[str] | tuple[int, ...] | NDArray[Any] | Tensor
+    slice | range | list[int] | list[str] | list[Path] | tuple[int, ...] | NDArray[Any] | Tensor
 )
 
 
