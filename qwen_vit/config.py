@@ -191,7 +191,7 @@ class VisionConfig:
             ) from None
 
     def to_json(self) -> dict[str, Any]:
-        """Return Hugging Face's vision config, from which from_json makes an equal object."""
+        """Return the config in Hugging Face's format, which `from_json` reads."""
         return {
             "model_type": "qwen2_5_vl_vision",
             **{names[0]: getattr(self, field) for field, names, _, _ in VISION_KEYS},

@@ -1,4 +1,4 @@
-"""Compute cosine similarities of images, or of parts of two images."""
+"""Compute cosine similarities between images, or between parts of images."""
 
 from typing import Any, TypeAlias
 

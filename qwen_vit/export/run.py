@@ -150,7 +150,7 @@ def warn_of_idle(n_shards: int, n_workers: int, workers: str) -> None:
 
 
 def make_manifest(plan: ExportPlan) -> AnyPath:
-    """Write the manifest of every existing shard, including the shards of other parts.
+    """Write one manifest of all readable shards, including the shards of other parts.
 
     The manifest contains the current row of each image.
     """

@@ -50,7 +50,7 @@ class FeatureFolder(Features):
     once. If a shard does not exist at that time, the object omits the shard's images, and
     `is_complete` is False.
 
-    `load_features` opens an export folder.
+    `load_features` returns this object for an export folder.
 
     Args:
         path: the folder, or its address in object storage.

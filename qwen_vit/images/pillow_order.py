@@ -64,7 +64,8 @@ def knows_pillow(version: str = PIL.__version__) -> bool:
     if version in KNOWN_PILLOWS and machine in MACHINES:
         return True
     logger.warning(
-        "the CPU resizes images: the GPU matches Pillow %s on %s, but this is Pillow %s on %s",
+        "the CPU resizes images, because the GPU matches only Pillow %s on %s. "
+        "This is Pillow %s on %s",
         " and ".join(KNOWN_PILLOWS), MACHINES[0], version, machine,
     )  # fmt: skip
     return False

@@ -102,7 +102,7 @@ class _Chunk:
         end = at + len(data)
         # pyarrow reads beyond the end of a column in files of 2013, whose sizes are too small
         if self._start <= at < self._end < end:
-            raise cannot_read("", ValueError("its column is longer than its declared size"))
+            raise cannot_read("", ValueError("a column is longer than its declared size"))
         if at >= self._end:  # of a later column: pyarrow alternates between a struct's columns
             return
         while (place := self._at + len(self._held)) < min(end, self._end):

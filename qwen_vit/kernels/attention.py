@@ -254,7 +254,8 @@ def _window_attention(
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     AXIAL: tl.constexpr, ADJACENT: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Compute softmax(rope(Q) rope(K)^T * scale) V for a tile's head. The keys are the query rows.
+    """Compute softmax(rope(Q) rope(K)^T * scale) V for a tile's head. Q, K and V come from the same
+    rows.
 
     qkv (N, 3, H, D); tiles (T, 4); out (N, H, D).
     """

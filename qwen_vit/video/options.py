@@ -146,7 +146,8 @@ class Video(VideoOptions):
         source: a path, the bytes of a file, an array or tensor of frames (t, h, w, c), or a list of
             images: PIL images, arrays, or image paths. The loader uses all frames that a caller
             passes. `fps`, the two pixel limits and the resizing of `sampling` apply to them, and
-            other options are errors. A GIF, WebP or PNG gives the frames of the animation.
+            other options are errors. The frames of an animated GIF, WebP or PNG become the video's
+            frames.
         name: the video's name in messages, which becomes `VideoFeatures.id`.
     """
 

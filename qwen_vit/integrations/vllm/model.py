@@ -149,7 +149,7 @@ def _refuse(vllm_config: Any) -> None:
         ("cudagraph_mm_encoder", getattr(compilation, "cudagraph_mm_encoder", False),
          "it captures vLLM's tower, and this one captures its own CUDA graphs"),
         ("compile_mm_encoder", getattr(compilation, "compile_mm_encoder", False),
-         "it compiles vLLM's tower, and this one's kernels are compiled already"),
+         "it compiles vLLM's tower, which qwen_vit replaces with its own kernels"),
         ("enable_tower_connector_lora", getattr(lora, "enable_tower_connector_lora", False),
          "this tower's weights are stored in a format that adapters do not support"),
     ):  # fmt: skip
