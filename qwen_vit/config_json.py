@@ -60,7 +60,7 @@ PILLOW_BICUBIC = 3
 
 
 def find_vision_part(config: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], str]:
-    """Return a config's vision part and its name in messages.
+    """Return the vision part of a config, and the name of this part for error messages.
 
     Raises CheckpointError for the config of another model.
     """

@@ -82,7 +82,7 @@ class GraphRunner:
         none fits.
 
         `bucket_for` chooses the number, unless only a larger graph exists. The larger graph runs
-        until the rows that a smaller graph would have saved equal the cost of a capture. This rule
+        until its extra padding rows, summed over all calls, exceed CAPTURE_COST_ROWS. This rule
         avoids captures for rare sizes, such as the last batch's size.
         """
         own = bucket_for(len(patches))

@@ -40,7 +40,7 @@ class LoadedTower:
     >>> isinstance(VisionEncoder.from_pretrained("tiny"), LoadedTower)
     True
 
-    `VisionEncoder` adds checkpoints by name, images and videos.
+    `VisionEncoder` also loads checkpoints by name, and encodes images and videos.
     """
 
     tower: VisionTower

@@ -55,7 +55,7 @@ class StageMaps:
         return cls(name, colours.paint(ours), colours.paint(theirs), error.numpy())
 
     def draws(self, largest: float | None = None) -> dict[str, Callable[..., Any]]:
-        """Return the functions that draw the panels on axes with a layout, by panel title.
+        """Return a function `draw(layout, axes)` for each panel, by the panel's title.
 
         `largest` is the error at the end of the scale. The default is the map's largest error.
         """

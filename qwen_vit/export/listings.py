@@ -21,8 +21,8 @@ __all__ = ["CurrentImages", "Listings"]
 class Listings:
     """Combine listings in order, with the ids that each listing withdraws.
 
-    A withdrawn id belongs to an input that could not be listed, such as a temporarily unreadable
-    folder.
+    A withdrawn id stands for an input that an earlier listing could not list, such as a temporarily
+    unreadable folder.
     """
 
     all: tuple[Listing, ...]

@@ -103,8 +103,8 @@ def _hold(path: Path, kind: int, timeout_s: float = TIMEOUT_S) -> Iterator[None]
 
 
 def _release(descriptor: int, kind: int, path: Path) -> None:
-    """Release a lock. The last owner unlinks the file while it has the exclusive lock, because the
-    file may have a new owner afterwards."""
+    """Release a lock. The last owner unlinks the file before it releases the exclusive lock,
+    because another process may lock the file after the release."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         is_last = True

@@ -322,8 +322,8 @@ def read_stored(
 
 
 def warn_of_new(folder: ExportFolder, found: Listing | None, options: ExportOptions) -> None:
-    """Log each option that has no effect on a new export, and how its images differ from those of
-    an export without shards that it replaces."""
+    """Warn about options that have no effect on a new export. If the new export replaces one
+    without shards, also warn about changed inputs."""
     for name in ("extend", "retry_failed", "accept_versions"):
         if getattr(options, name):
             option = with_options("{}", (name, True))

@@ -45,8 +45,8 @@ def video_policy_of(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def adds_only_decoders(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether each difference is a decoder that was missing before, or the settings of the
-    first videos.
+    """Return whether the only differences are decoders that were missing before, or the settings of
+    the export's first videos.
 
     A missing decoder decoded no image, so no stored rows depend on its version. Without videos, no
     stored rows depend on the settings of videos, unless animations become videos.

@@ -68,8 +68,8 @@ def listings_of(description: Mapping[str, Any], path: AnyPath) -> list[ListingFa
 def is_made_by(
     metadata: Mapping[str, Any], settings: Mapping[str, Any], accepted: Sequence[Mapping[str, Any]]
 ) -> bool:
-    """Return whether a shard's metadata match an export's settings, with the export's first
-    versions or with accepted versions."""
+    """Return whether a shard's metadata match an export's settings. The versions may be those of
+    the export's start, or versions that it accepted later."""
     return any(
         all(metadata.get(name) == value for name, value in {**settings, **made_by}.items())
         for made_by in ({}, *accepted)

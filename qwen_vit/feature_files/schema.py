@@ -323,7 +323,7 @@ def read_description(path: AnyPath, names: Iterable[str] = ()) -> dict[str, Any]
 
 
 def check_description(description: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for a value of another type."""
+    """Raise CheckpointError if a value has the wrong type or is out of range."""
     for name in ("n_images", "shard_size"):
         check_integer(description.get(name), name, 2**63)
     objects = {name: description.get(name, {}) for name in ("inputs", "image_policy", "versions")}

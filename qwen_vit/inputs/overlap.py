@@ -1,4 +1,4 @@
-"""Reject an image that two inputs name."""
+"""Reject an image that two inputs contain."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,8 @@ class Overlap:
         self._ids: dict[str, str] = {}  # the first id of each file
 
     def checked(self, given: str, items: Iterator[Item]) -> Iterator[Item]:
-        """Yield the items of an input. Raise ExportError for an image of another input."""
+        """Yield the items of an input. Raise ExportError for an image that another input also
+        contains."""
         is_list = given == "-" or given.lower().endswith((*LIST_SUFFIXES, JSON_SUFFIX))
         if not self._is_needed or is_list or is_remote(given):
             yield from items

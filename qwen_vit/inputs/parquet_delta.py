@@ -85,8 +85,8 @@ class _Lengths:
         self._data, self._at = data, 0
 
     def count(self, most: int) -> tuple[int, int, int]:
-        """Read the header. Return the number of miniblocks in a block, of values in a miniblock,
-        and of all values."""
+        """Read the header. Return three counts: miniblocks per block, values per miniblock, and
+        values in total."""
         block, miniblocks, total = self._varint(), self._varint(), self._varint()
         if not 0 < block <= MAX_BLOCK or not 0 < miniblocks <= block:
             raise ValueError(f"a page has blocks of {block:,} values in {miniblocks:,} miniblocks")

@@ -150,8 +150,8 @@ class _Reader:
     def _begin_at(self, group: int) -> None:
         """Start reading at a row group's first row.
 
-        pyarrow cannot start inside a row group. A batch has one row, because in a few bytes many
-        rows can repeat one image, and a larger batch would contain a copy for each row.
+        pyarrow cannot start inside a row group. Each batch has one row. Dictionary encoding lets
+        many rows share one stored image, and a larger batch would copy it for each row.
         """
         self._pages.expect(self._parquet, group, self._column)
         self._batches = self._parquet.iter_batches(

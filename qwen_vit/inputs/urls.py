@@ -37,7 +37,7 @@ HEADERS = {"User-Agent": "qwen-vit", "Accept": "image/*", "Accept-Encoding": "id
 
 
 class _RefusedError(Exception):
-    """Report a response, an address or an exceeded time for which a retry is useless."""
+    """Report a failure that a retry cannot fix: a bad address, a bad response or a timeout."""
 
     def __init__(self, fact: str, remedy: str, code: str) -> None:
         super().__init__(fact)
@@ -57,7 +57,7 @@ def read_url(url: str, name: str, limits: ImageLimits) -> bytes:
     """Return the bytes at an address. `limits.allow_urls` must contain the address's host and the
     hosts of redirects.
 
-    After a transient network error, the error's context is a TimeoutError with the number
+    For a transient network error, the ImageError's `__context__` is a TimeoutError with errno
     ETIMEDOUT.
     """
     end = time.monotonic() + MAX_SECONDS

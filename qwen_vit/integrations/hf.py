@@ -79,7 +79,7 @@ def to_hf(
             or an item has the wrong type or an invalid grid. The grid of ImageFeatures in
             `features` has several time steps. `second_per_grid_ts` does not give one number above 0
             for each video. `input_ids` is not a tensor (batch, sequence), or its runs of
-            placeholder tokens do not have the lengths of the items.
+            placeholder tokens do not match the items' token counts, in order.
         ExportError: The features are not finite merged tokens of one width and dtype, or an image
             failed.
     """

@@ -35,12 +35,12 @@ def fused_rope_varlen_attention(
             instead of an error.
 
     Returns:
-        (N, H, D) in qkv's dtype. The rows from index `cu_seqlens[-1]` are uninitialised.
+        (N, H, D) in qkv's dtype. The rows from index `cu_seqlens[-1]` onward are uninitialised.
 
     Raises:
-        ArgumentError: An argument is not a dense tensor of a shape and dtype in the list above,
-            or is not on the device of `qkv`. `cu_seqlens` has wrong values, which the function
-            checks only on a CPU.
+        ArgumentError: An argument is not a dense tensor with the shape and dtype in `Args`, or is
+            not on the device of `qkv`. `cu_seqlens` has wrong values, which the function checks
+            only on a CPU.
     """
     _check_arguments(qkv, cos, sin, cu_seqlens)
     cut = tiling(qkv.device, qkv.dtype, "full")

@@ -116,10 +116,10 @@ def view_features(
     """Fit components to all features together, and compute similarities to a cell, for drawing.
 
     `show_features` describes the arguments from `features` to `frame`. For an image that is not in
-    `pictures`, the function reads the file that the id names. If this file is missing, unreadable
-    or of another size, the view has no picture. With on_error="skip", the view also has no
-    picture if the image in `pictures` is unreadable or does not fit. The function then logs a
-    warning. `window` is the side of an attention window, in patches.
+    `pictures`, the function reads the file that the id names. If this file is missing, is
+    unreadable or does not fit the features, the view has no picture. With on_error="skip", the view
+    also has no picture if the image in `pictures` is unreadable or does not fit. The function then
+    logs a warning. `window` is the side of an attention window, in patches.
     """
     features = list(features) if isinstance(features, Iterable) else [features]
     for each in features:

@@ -1,4 +1,5 @@
-"""Turn any kind of video into patches of pairs of sampled frames, or into frames for a GPU.
+"""Sample a video of any kind, and cut each pair of frames into patches, or keep the frames for a
+GPU.
 
 The loader resizes each sampled frame at once, or keeps it for the GPU. It drops all other frames.
 """

@@ -49,8 +49,8 @@ class VideoOptions:
     Attributes:
         fps: the number of frames to sample per second. For frames that a caller passes, the
             number of frames per second.
-        n_frames: the number of frames to sample, rounded to an even number. `n_frames` excludes
-            `fps` and `max_frames`.
+        n_frames: the number of frames to sample, rounded to an even number. `n_frames` cannot be
+            combined with `max_frames` or a non-default `fps`.
         start: the start of sampling, in seconds from the first frame.
         end: the end of sampling, in seconds from the first frame.
         max_frames: the maximum number of frames with `fps`. None means 768.
@@ -62,8 +62,8 @@ class VideoOptions:
 
     Raises:
         ArgumentError: `fps` is not a number above 0, a number of frames is below 2, a pixel limit
-            is below 1, or a time is below 0. `end` is not after `start`, a value has another type,
-            or `sampling` is unknown. `n_frames` is set together with `max_frames` or a
+            is below 1, or a time is below 0. `end` is not after `start`, a value has the wrong
+            type, or `sampling` is unknown. `n_frames` is set together with `max_frames` or a
             non-default `fps`.
     """
 
@@ -111,7 +111,8 @@ class VideoOptions:
 
     @property
     def changed(self) -> Wording:
-        """Return the names of the options without their default value, or an empty text.
+        """Return the names of the options whose values differ from the defaults, or an empty
+        string.
 
         >>> print(VideoOptions(fps=1.0, max_pixels=9).changed.shell)
         --fps, --max-frame-pixels
@@ -145,9 +146,9 @@ class Video(VideoOptions):
     Attributes:
         source: a path, the bytes of a file, an array or tensor of frames (t, h, w, c), or a list of
             images: PIL images, arrays, or image paths. The loader uses all frames that a caller
-            passes. `fps`, the two pixel limits and the resizing of `sampling` apply to them, and
-            other options are errors. The frames of an animated GIF, WebP or PNG become the video's
-            frames.
+            passes. For these frames, `fps`, the pixel limits and `sampling` apply, and `sampling`
+            determines only the resizing. `n_frames`, `start`, `end` and `max_frames` raise
+            ArgumentError. The frames of an animated GIF, WebP or PNG become the video's frames.
         name: the video's name in messages, which becomes `VideoFeatures.id`.
     """
 

@@ -361,7 +361,8 @@ def read_header(source: str | BinaryIO, name: str, limits: VideoLimits) -> Video
 
 
 def _turn_of(frame: Any) -> tuple[Image.Transpose | None, bool]:
-    """Return the operation of a frame's display matrix, and whether the matrix is unsupported.
+    """Return the transposition that turns a frame upright, and whether the display matrix is
+    unsupported.
 
     The function reads the matrix from a small copy of the frame. PyAV's side data and frame refer
     to each other, so only Python's garbage collector would free the pair.

@@ -94,7 +94,8 @@ def write_ec_cache(
     Raises:
         ExportError: The features are not finite merged tokens of one width and of one dtype
             (bfloat16, float16 or float32), or an image failed. The folder has files but no
-            `qwen_vit.json`, has damaged or other settings, or a file cannot be written.
+            `qwen_vit.json`, its settings are damaged or differ from those of the features, or a
+            file cannot be written.
         ArgumentError: `metadata` lacks a digest, or `to_vllm` raises ArgumentError for the same
             features.
     """

@@ -51,8 +51,8 @@ def to_vllm(
         seconds per time step.
 
     Raises:
-        ExportError: The features are not finite merged tokens of one dtype and one width, the
-            width is not `width`, or an image failed.
+        ExportError: The features are not finite merged tokens of one dtype and one width, their
+            width differs from the argument `width`, or an image failed.
         ArgumentError: `features` and `videos` are both empty, or an item has the wrong type or an
             invalid grid. The grid of ImageFeatures in `features` has several time steps.
             `second_per_grid_ts` does not give one number above 0 for each video.
