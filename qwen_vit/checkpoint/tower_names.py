@@ -244,8 +244,8 @@ def _refuse_other_towers(
 
 
 def _refuse_as_tools_save(shapes: Mapping[str, tuple[int, ...] | None], source: str) -> None:
-    """Raise CheckpointError for files of training and conversion tools that contain no tower in the
-    published layout."""
+    """Raise CheckpointError if a tool saved the tensors incompletely or in another layout: LoRA,
+    FSDP, DeepSpeed ZeRO-3 or MLX."""
     for pattern, what, remedy in SAVED_BY_TOOLS:
         found = [name for name in shapes if pattern.search(name)]
         if found:

@@ -82,9 +82,10 @@ class WeightUpdates:
                 may reuse all memory afterwards.
 
         Raises:
-            CheckpointError: A tensor has a name, shape or type that this tower lacks, contains NaN
-                or infinity, or overflows the tower's type. The parameters written before the error
-                keep their new values, so load all weights again.
+            CheckpointError: A tensor's name or shape does not match this tower, its dtype is
+                unsupported, it contains NaN or infinity, or its values overflow the tower's dtype.
+                The parameters written before the error keep their new values, so load all weights
+                again.
         """
         # leave a caller's inference mode: parameters made in it could not be written again
         with torch.inference_mode(False), torch.no_grad():

@@ -46,8 +46,8 @@ def bench(
     qwen-vit bench --model tiny --workload "1 x 448^2" --json
 
     The roofline is the time of the tower's GEMMs and attention at the rate of a large GEMM, which
-    the benchmark interleaves with the workload. Hopper GPUs have their own kernels. With --plain,
-    they run the kernels of other GPUs.
+    the benchmark interleaves with the workload. On Hopper GPUs, qwen_vit uses special kernels. With
+    --plain, it uses the plain Triton kernels, as on other GPUs.
     """
     with slow_imports():
         from qwen_vit import benchmark

@@ -31,8 +31,8 @@ def check_output(
     Traceback (most recent call last):
     qwen_vit.errors.ExportError: no-such-folder: does not exist. Create the folder first.
 
-    The function accepts a name without a suffix, because only a different suffix names another
-    format.
+    A name without a suffix is valid. A suffix other than `suffix` is an error, because it names a
+    different format.
     """
     name, remedy = str(out), f"pass another {option}"
     check_utf8(out)
@@ -70,8 +70,8 @@ def check_distinct(images: Sequence[str], items: "Sequence[Item]" = ()) -> None:
     Traceback (most recent call last):
     qwen_vit.errors.ExportError: a.png: given twice. Expected each image once. Omit one of the two.
 
-    With the images' `items`, the error also names the lines, rows or members of lists, tables and
-    tars, or the files of two folders.
+    With the images' `items`, the error also names the source of each duplicate, such as the line of
+    a list or the row of a table.
     """
     from qwen_vit.inputs.listing import same_id
 

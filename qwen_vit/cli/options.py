@@ -50,7 +50,8 @@ NAME = click.Path(readable=False, path_type=str)  # the command skips a file tha
 
 
 class NamedPath(click.Path):
-    """Convert an argument to a path, except an empty text and the - of standard streams."""
+    """Convert an argument to a path. Reject an empty string, and `-`, which stands for standard
+    input or output."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value in ("", "-"):

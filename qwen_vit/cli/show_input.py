@@ -101,7 +101,7 @@ def read_stored(
     output: str | None = None,
 ) -> ShowInput:  # fmt: skip
     """Read the stored features of `ids`, or the first `limit`, and find the original images in
-    `images`. Features of a different output from `output` are an error."""
+    `images`. Raise ArgumentError if the features have a different output from `output`."""
     stored = load_features(path)
     try:
         chosen: Features = stored[list(ids)] if ids else stored[:limit]
@@ -138,10 +138,10 @@ def _no_features(stored: FeatureFile | FeatureFolder, path: str) -> ArgumentErro
 
 
 def _find_pictures(ids: Sequence[str], images: Sequence[str]) -> dict[str, ImageSource]:
-    """Map each id to the one image whose path shares the longest ending with the id.
+    """Map each id to the image whose path shares the longest ending with the id.
 
-    Of several such images, the function selects the one with the same id. Otherwise, it logs the
-    id, as for an id without an image.
+    Of several such images, the function selects the only one with this id. It logs ids without an
+    image, and ids for which several images remain.
     """
     wanted = {name: _parts(name) for name in ids}
     found: dict[str, list[Item]] = {name: [] for name in ids}

@@ -41,8 +41,8 @@ Value = TypeVar("Value")
 def put_file(address: str, path: Path, *, is_new: bool) -> None:
     """Upload a file. The object appears complete or not at all.
 
-    With `is_new`, the function raises FileExistsError if the object exists, and does not replace
-    it. A store without conditional writes may replace it.
+    With `is_new`, the function raises FileExistsError if the object exists. A store without
+    conditional writes may replace the object instead.
     """
     files, place = files_of(address)
     options: dict[str, Any] = {"mode": "create" if is_new else "overwrite"}  # for s3fs and gcsfs

@@ -30,8 +30,7 @@ class _Status(NamedTuple):
 
 @dataclass(frozen=True)
 class StorePath:
-    """Represent an address in object storage as a path. The path remembers the object's size and
-    version.
+    """Represent an address in object storage as a path. It caches the object's size and version.
 
     `cache` is a folder on this machine that stores the ranges read.
 
