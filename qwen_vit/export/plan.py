@@ -258,10 +258,11 @@ def _begin_or_resume(
             changes = InputChanges.between(stored.listings, found)
         stored.check(settings, changes if paths is not None or options.extend else None, options)
         if paths is None and changes is not None and not options.extend and changes.describe():
+            growth = with_options("; to add the new images, pass {}", ("extend", True))
             logger.warning(
-                "the export's inputs changed: %s; the export continues with its own listing",
-                changes.describe(),
-            )
+                "the export's inputs changed: %s; the export continues with its own listing%s",
+                changes.describe(), growth if changes.new else "",
+            )  # fmt: skip
         is_restored = paths is not None and "inputs" not in stored.description
         if paths is not None and (options.extend or is_restored):
             stored.description["inputs"] = inputs

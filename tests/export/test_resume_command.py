@@ -60,9 +60,8 @@ def test_resume_names_changed_inputs_and_extends_with_its_own(
     run(*START)
     write("p/x.png", tiny_png(42))
     assert run("--resume", "out")[0] == 0
-    assert (
-        "the export's inputs changed: 1 new, first x.png; the export continues with" in caplog.text
-    )
+    assert "the export's inputs changed: 1 new, first x.png; the export con" in caplog.text
+    assert "with its own listing; to add the new images, pass --extend" in caplog.text
     write("p/7.png", tiny_png(7))
     code, out, _ = run("--resume", "out", "--extend", "--retry-failed", "--json", "-q")
     done = json.loads(out)
