@@ -57,8 +57,9 @@ def put_bytes(address: str, data: bytes, *, replaces: str | None = None) -> str 
     """Write a new small object, or replace the version `replaces`. Return the object's version.
 
     Without `replaces`, raises FileExistsError if the object exists. With `replaces`, raises
-    FileExistsError if S3, GCS or Azure finds another version. FileExistsError can also mean that
-    this call itself wrote the object, but that the response was lost before a retry.
+    FileExistsError if S3, GCS or Azure finds another version, or if GCS or Azure finds no object.
+    FileExistsError can also mean that this call itself wrote the object, but that the response was
+    lost before a retry.
     """
     files, place = files_of(address)
     _with_condition(lambda: _put(files, place, data, replaces))

@@ -37,7 +37,7 @@ def read_cached(
     """Return a range from `folder`, or read it like `read_range` and store it in `folder`.
 
     Without a folder or a version, the function stores nothing. If the function cannot store the
-    range, it logs a warning.
+    range, it logs a warning, unless the previous warning was the same.
     """
     if folder is None or version is None or end <= start:
         return read_range(address, start, end, version)

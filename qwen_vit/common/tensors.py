@@ -59,8 +59,8 @@ def odd_kind(tensor: Tensor) -> str:
 
 
 def resolved(tensor: Tensor) -> Tensor:
-    """Return the tensor with its signs in memory, because kernels ignore torch's negative and
-    conjugate bits.
+    """Apply torch's pending negation and conjugation to the values in memory, because kernels
+    ignore these bits.
 
     >>> resolved(torch.complex(*torch.ones(2, 1)).conj().imag)
     tensor([-1.])

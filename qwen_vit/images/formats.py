@@ -64,7 +64,8 @@ ALLOWED = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
 
 
 def identify(data: bytes, name: str, formats: Sequence[str] = ()) -> str:
-    """Return a file's format by its content. An optional format must be in `formats`.
+    """Return a file's format by its content. A format that is off by default, such as PPM, must be
+    in `formats`.
 
     >>> identify(b"P6 1 1 255 abc", "a.ppm", ("PPM",))
     'PPM'

@@ -56,10 +56,10 @@ class JpegFile:
     """Hold the facts that the markers of a JPEG give.
 
     `pixel_part` is the first image without metadata, so that libjpeg warns only about pixels.
-    For each component, `bits` contains the lowest bit that the scans so far have coded of each
-    coefficient. `entropy_end` is the offset in `pixel_part` where the last scan ends. `readable` is
-    the file for Pillow, without Exif that would take much memory. `notes` then reports the removal.
-    `closes` means that the last bytes of the file are an end marker.
+    For each component, `bits` contains each coefficient's lowest bit that a scan has coded so far.
+    `entropy_end` is the offset in `pixel_part` where the last scan ends. `readable` is the file for
+    Pillow, without Exif that would take much memory. `notes` then reports the removal. `closes`
+    means that the last bytes of the file are an end marker.
     """
 
     n_bytes: int

@@ -79,8 +79,8 @@ def find_items(
     Neither a folder's search nor `**` in a pattern follows a link to a parent folder.
 
     With `must_exist=False`, a missing path or a web address becomes an item, and the function does
-    not open it. An input folder that cannot be listed, and a problem below an input, become items
-    with `error`.
+    not open it. With `must_exist=False`, an input folder that cannot be listed becomes an item with
+    `error`. A problem below an input always does.
 
     Raises ExportError if an input contains an image of another input. The function does not check
     lists or addresses in object storage.

@@ -194,7 +194,8 @@ def _puts_back_what_it_does_not_load() -> bool:
     """Return whether vLLM's reload keeps parameters with a `weight_loader_numel` of 0 as they are.
 
     The tower writes its parameters itself. With another number, vLLM warns "Failed to load weights"
-    for each of the tower's layers. The name of a field distinguishes the versions of vLLM.
+    for each of the tower's layers. Versions of vLLM that keep such parameters have the field that
+    this function reads.
     """
     try:
         from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
