@@ -76,15 +76,16 @@ def check_distinct(images: Sequence[str], items: "Sequence[Item]" = ()) -> None:
     from qwen_vit.inputs.listing import same_id
 
     for name, count in Counter(images).most_common(1):
+        if count == 1:
+            return
         same = [item for item in items if item.id == name][:2]
         files = {os.path.realpath(item.source) for item in same}
         is_found = any(item.listed_at or not item.is_file for item in same)  # in a list or tar
-        if count > 1 and (is_found or len(files) > 1):
+        if is_found or len(files) > 1:
             raise same_id(same[1], same[0])
-        if count > 1:
-            raise ExportError(
-                "given twice", name=name, expected="each image once", remedy="omit one of the two"
-            )
+        raise ExportError(
+            "given twice", name=name, expected="each image once", remedy="omit one of the two"
+        )
 
 
 def check_paths(inputs: Sequence[str], *, must_exist: bool = False) -> None:

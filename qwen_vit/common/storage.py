@@ -24,6 +24,7 @@ __all__ = [
     "ReplacedError",
     "files_of",
     "find_object",
+    "has_bucket",
     "is_remote",
     "is_s3",
     "is_store",
@@ -296,10 +297,19 @@ def _info(files: Any, path: str) -> Any:
         raise
 
 
+def has_bucket(address: str) -> bool:
+    """Return whether an address names a bucket.
+
+    >>> has_bucket("s3://bucket/a.jpg"), has_bucket("s3://")
+    (True, False)
+    """
+    return bool(address.partition("://")[2].partition("/")[0])
+
+
 def files_of(address: str) -> tuple[Any, str]:
     """Return the file system of an address, and the address in that file system's form."""
     scheme, _, path = address.partition("://")
-    if not path.partition("/")[0]:
+    if not has_bucket(address):
         raise OSError(errno.EINVAL, "names no bucket")
     files = _filesystem(scheme.lower())
     return files, path if is_s3(files) else files._strip_protocol(address)

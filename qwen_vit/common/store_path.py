@@ -14,6 +14,7 @@ from qwen_vit.common.arguments import check_path
 from qwen_vit.common.storage import (
     RemoteObject,
     find_object,
+    has_bucket,
     is_remote,
     list_names,
     storage_errors,
@@ -138,12 +139,11 @@ def as_path(
     path = check_path(name, path, expected)
     if not is_remote(path):
         return Path(path)
-    scheme, _, place = path.partition("://")
-    if not place.partition("/")[0]:  # for example of an empty variable
+    if not has_bucket(path):  # for example "s3://$BUCKET" with an empty variable
         raise ArgumentError(
             "names no bucket",
             name=path,
-            expected=f"{scheme}://BUCKET/NAME",
+            expected=f"{path.partition('://')[0]}://BUCKET/NAME",
             remedy="check the address",
         )
     return StorePath(path)
