@@ -80,7 +80,7 @@ def _rows(name: str, given: Rows) -> Tensor:
     if isinstance(given, np.ndarray):
         return torch.from_numpy(given)
     images: list[Tensor] = []
-    for image in check_features(given):
+    for image in check_features(given, name):
         if isinstance(image, FailedImage):
             raise ExportError(
                 f"this image failed: {image.error.fact}", name=image.id, remedy="omit the image"

@@ -282,24 +282,26 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_features(features: AnyFeatures) -> list[ImageFeatures | FailedImage]:
+def check_features(
+    features: AnyFeatures, name: str = "features"
+) -> list[ImageFeatures | FailedImage]:
     """Return features as a list, even for a single image, and reject other values."""
     wanted = "ImageFeatures, as `encode` returns them"
     if isinstance(features, ImageFeatures | FailedImage):
         features = [features]
     if isinstance(features, Tensor | str | bytes) or not isinstance(features, Iterable):
-        raise ArgumentError(f"features is {typed_repr(features)}", expected=f"a list of {wanted}")
+        raise ArgumentError(f"{name} is {typed_repr(features)}", expected=f"a list of {wanted}")
     features = list(features)
     for feature in features:
         if isinstance(feature, FailedImage):
             continue
         if not isinstance(feature, ImageFeatures):
-            raise ArgumentError(f"features contains {typed_repr(feature)}", expected=wanted)
+            raise ArgumentError(f"{name} contains {typed_repr(feature)}", expected=wanted)
         grid = feature.grid_thw
         is_grid = isinstance(grid, tuple | list) and len(grid) == 3 and all(map(is_integer, grid))
         if not isinstance(feature.id, str) or not is_grid:
             raise ArgumentError(
-                f"features contains an item with the id {feature.id!r} and the grid_thw {grid!r}",
+                f"{name} contains an item with the id {feature.id!r} and the grid_thw {grid!r}",
                 expected="text and three whole numbers, as `encode` returns them",
             )
     return features

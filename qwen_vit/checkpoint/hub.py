@@ -29,7 +29,7 @@ from qwen_vit.checkpoint.weight_files import (
     choose_weights,
     read_index,
 )
-from qwen_vit.common.arguments import check_path
+from qwen_vit.common.arguments import check_path, missing_remedy
 from qwen_vit.common.strict_json import is_number, read_json
 from qwen_vit.config import VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError, HubError, QwenVitError, with_options
@@ -140,7 +140,7 @@ def download(
             "does not exist",
             name=name,
             expected="a checkpoint's folder",
-            remedy="check the path",
+            remedy=missing_remedy(name),
         )
     if not REPOSITORY.fullmatch(name):
         raise HubError(

@@ -15,6 +15,7 @@ from qwen_vit.cli.exit_codes import EXIT_ERROR, EXIT_SKIPPED
 from qwen_vit.cli.imports import slow_imports
 from qwen_vit.cli.options import (
     FILE,
+    LOCAL_FOLDER,
     NAME,
     device_option,
     dtype_option,
@@ -42,7 +43,7 @@ __all__ = ["compare"]
 @model_option
 @click.option("--golden", type=FILE, help="Compare with this golden file, without transformers.")
 @click.option("--save-golden", type=FILE, help="Save Hugging Face's results in a golden file.")
-@click.option("--report", type=FILE, help="Write a page with pictures into this folder.")
+@click.option("--report", type=LOCAL_FOLDER, help="Write a page with pictures into this folder.")
 @click.option(
     "--overwrite", is_flag=True,
     help="Replace an existing golden file or report, or write a report into a folder with files.",
@@ -86,6 +87,8 @@ def compare(
     pip install -e '.[hf,show]'.
     """
     video = take_video_options(options)["video"]
+    if overwrite and save_golden is None and report is None:
+        print_log("--overwrite has no effect without --save-golden or --report")
     if save_golden is not None:
         check_output(save_golden, overwrite, "--save-golden")
         check_distinct(images)

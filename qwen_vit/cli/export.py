@@ -19,8 +19,8 @@ from qwen_vit.cli.console import is_quiet, is_verbose, print_data, print_log
 from qwen_vit.cli.exit_codes import EXIT_SKIPPED
 from qwen_vit.cli.imports import slow_imports
 from qwen_vit.cli.options import (
-    FILE,
     FOLDER,
+    LOCAL_FOLDER,
     NAME,
     Dtype,
     allow_failed_option,
@@ -125,7 +125,7 @@ OF_START = (
     "RAY_ADDRESS or this machine.",
 )  # fmt: skip
 @click.option(
-    "--ec-cache", type=FILE, metavar="DIR",
+    "--ec-cache", type=LOCAL_FOLDER, metavar="DIR",
     help="Also write vLLM's encoder cache to DIR. The cache takes about as many bytes as the "
     "export.",
 )  # fmt: skip
@@ -203,7 +203,7 @@ def export(
         loading |= start.loading
         options = replace(start.options, **of_this_run)
     elif not inputs or model is None or out is None:
-        raise click.UsageError("pass INPUTS, --model and --out, or only --resume OUT")
+        raise _missing({"INPUTS": inputs, "--model": model, "--out": out})
     running: dict[str, Any] = {"decode_threads": decode_threads, "ec_cache": ec_cache}
     running |= {"confirm": None if yes else partial(_ask_if_large, folder=out)}
     running |= {"show_progress": not is_quiet()}
@@ -252,6 +252,13 @@ def _print_report(done: "ExportReport", *, as_json: bool, with_waits: bool) -> N
 
     summary = export_text(done) + (f"\n{waits_text(done)}" if with_waits else "")
     print_data(json.dumps(done.to_json(), indent=2) if as_json else summary)
+
+
+def _missing(wanted: dict[str, object]) -> click.UsageError:
+    missing = ", ".join(name for name, given in wanted.items() if not given)
+    return click.UsageError(
+        f"missing: {missing}. Pass INPUTS, --model and --out, or only --resume OUT"
+    )
 
 
 def _refuse_start_options(ctx: click.Context) -> None:

@@ -1,5 +1,6 @@
 """Define the options that several commands share."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,9 @@ from qwen_vit.errors import FLOAT16_OVERFLOWS, ArgumentError
 
 __all__ = [
     "FILE",
+    "FILE_OR_FOLDER",
     "FOLDER",
+    "LOCAL_FOLDER",
     "MODEL_HELP",
     "NAME",
     "SOURCE_NAMES",
@@ -46,6 +49,7 @@ __all__ = [
     "video_options",
 ]
 
+FILE_SUFFIXES = (".html", ".json", ".parquet", ".safetensors")  # of the files that commands write
 NAME = click.Path(readable=False, path_type=str)  # the command skips a file that it cannot read
 
 
@@ -66,7 +70,21 @@ class LocalPath(NamedPath):
         return super().convert(value, param, ctx)
 
 
-class Folder(NamedPath):
+class LocalFile(LocalPath):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and value.endswith(os.sep):
+            self.fail(f"{value} names a folder. Pass the path of a file.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class LocalFolder(LocalPath):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if str(value).lower().endswith(FILE_SUFFIXES) and not os.path.isdir(value):
+            self.fail(f"{value} names a file. Pass the path of a folder.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Folder(LocalFolder):
     """Convert an argument to a folder on this machine, or to a prefix in object storage."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -76,8 +94,10 @@ class Folder(NamedPath):
 
 
 SOURCE_NAMES = ("revision", "subfolder", "cache_dir", "local_files_only")
-FILE = LocalPath(path_type=Path)
+FILE = LocalFile(path_type=Path)
+FILE_OR_FOLDER = LocalPath(path_type=Path)
 FOLDER = Folder(path_type=Path)
+LOCAL_FOLDER = LocalFolder(path_type=Path)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -187,7 +207,9 @@ def output_options(command: Command) -> Command:
 def _layers(text: str | None) -> tuple[int, ...]:
     parts = [] if text is None else text.split(",")
     if not all(re.fullmatch(r" *[0-9]{1,9} *", part) for part in parts):
-        raise click.BadParameter(f"--layers is {text!r}, expected blocks such as 7,15")
+        raise click.BadParameter(
+            f"--layers is {text!r}, expected block numbers such as 7,15, counted from 0"
+        )
     return tuple(map(int, parts))
 
 
@@ -314,7 +336,7 @@ def source_options(command: Command) -> Command:
         click.option("--subfolder", help="Use this folder inside MODEL."),
         click.option(
             "--cache-dir",
-            type=FILE,
+            type=LOCAL_FOLDER,
             help="Set the Hub's cache folder.  [default: huggingface_hub's folder]",
         ),
         click.option("--local-files-only", is_flag=True, help="Do not contact the Hub."),

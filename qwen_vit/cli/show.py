@@ -15,7 +15,7 @@ from qwen_vit.cli.console import print_data, print_log, warn_of_ignored
 from qwen_vit.cli.exit_codes import EXIT_SKIPPED
 from qwen_vit.cli.imports import slow_imports
 from qwen_vit.cli.options import (
-    FILE,
+    FILE_OR_FOLDER,
     NAME,
     SOURCE_NAMES,
     complete_model,
@@ -51,7 +51,7 @@ class _Point(click.ParamType[tuple[float, float]]):
 @click.argument("inputs", nargs=-1, required=True, type=NAME)
 @click.option("--model", shell_complete=complete_model, help="Encode images with this model.")
 @click.option(
-    "--out", type=FILE, default=DEFAULT_OUT, show_default=True,
+    "--out", type=FILE_OR_FOLDER, default=DEFAULT_OUT, show_default=True,
     help="Write a page (.html), a picture of one image (.png), or a folder with both.",
 )  # fmt: skip
 @click.option(

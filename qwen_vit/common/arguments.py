@@ -5,7 +5,9 @@ from collections.abc import Iterable
 
 from qwen_vit.errors import ArgumentError
 
-__all__ = ["check_ordered", "check_path", "check_paths", "short_repr", "typed_repr"]
+__all__ = [
+    "check_ordered", "check_path", "check_paths", "missing_remedy", "short_repr", "typed_repr",
+]  # fmt: skip
 
 
 def check_path(name: str, value: str | os.PathLike[str], expected: str) -> str:
@@ -37,7 +39,7 @@ def check_paths(
 
 
 def check_ordered(name: str, value: object) -> None:
-    """Raise ArgumentError for a set, whose order is arbitrary.
+    """Raise ArgumentError for a set, whose order is arbitrary, or a table, whose items are names.
 
     >>> check_ordered("images", {"a.jpg"})
     Traceback (most recent call last):
@@ -45,6 +47,20 @@ def check_ordered(name: str, value: object) -> None:
     """
     if isinstance(value, set | frozenset):
         raise ArgumentError(f"{name} is a set, whose order is arbitrary", expected="a list")
+    if type(value).__name__ == "DataFrame":
+        raise ArgumentError(f"{name} is a DataFrame", expected="a list", remedy="pass one column")
+
+
+def missing_remedy(path: str | os.PathLike[str], remedy: str = "check the path") -> str:
+    """Return `remedy` for a path that does not exist, or how to write a path that begins with ~.
+
+    >>> missing_remedy("a.jpg")
+    'check the path'
+    >>> missing_remedy("~root/a.jpg")
+    'write the path without ~: /root/a.jpg'
+    """
+    full = os.path.expanduser(path)
+    return remedy if full == os.fspath(path) else f"write the path without ~: {full}"
 
 
 def typed_repr(value: object) -> str:

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from qwen_vit.common.arguments import missing_remedy
 from qwen_vit.errors import ExportError, with_options
 
 __all__ = [
@@ -139,7 +140,9 @@ def check_parent(path: Path) -> None:
     except NotADirectoryError:
         is_folder, fact = False, "not a folder"
     if not is_folder:
-        raise ExportError(fact, name=str(path.parent), remedy="create the folder first")
+        raise ExportError(
+            fact, name=str(path.parent), remedy=missing_remedy(path, "create the folder first")
+        )
 
 
 def refuse_existing(path: Path) -> None:

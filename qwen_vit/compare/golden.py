@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from qwen_vit.checkpoint.published_tensors import weights_hash
+from qwen_vit.common.arguments import missing_remedy
 from qwen_vit.common.atomic_file import atomic_file
 from qwen_vit.common.safetensors_header import read_header
 from qwen_vit.common.strict_json import parse_json
@@ -202,7 +203,7 @@ def load_golden(path: Path) -> Golden:
             "not a file" if path.exists() else "does not exist",
             name=name,
             expected="a golden file written by `qwen-vit compare --save-golden`",
-            remedy="check the path",
+            remedy=missing_remedy(path),
         ) from None
     except OSError as error:
         raise ComparisonError(

@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
+from qwen_vit.common.arguments import missing_remedy
 from qwen_vit.common.missing_name import missing_name
 from qwen_vit.common.safetensors_header import read_header
 from qwen_vit.common.store_cache import cache_folder
@@ -303,7 +304,7 @@ def open_features(path: AnyPath, *, verify: bool = False) -> FeatureFile | Featu
         fact,
         name=str(path),
         expected="a feature file of `qwen-vit encode` or a folder of `qwen-vit export`",
-        remedy="check the path",
+        remedy=missing_remedy(str(path)),
     )
 
 

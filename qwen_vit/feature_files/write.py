@@ -241,10 +241,12 @@ def _kind_text(output: str, is_normalized: bool) -> str:
 
 
 def _rows(path: Path, name: str, embeds: Tensor) -> Tensor:
-    kind = odd_kind(embeds) if isinstance(embeds, Tensor) else type(embeds).__name__
+    kind = f"have the type {type(embeds).__name__}"
+    if isinstance(embeds, Tensor):
+        kind = odd_kind(embeds) and f"are a {odd_kind(embeds)} tensor"
     if kind:
         raise ExportError(
-            f"the embeddings of {name!r} are of the kind {kind}",
+            f"the embeddings of {name!r} {kind}",
             name=str(path),
             expected="a dense torch tensor",
             remedy=AS_ENCODED,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
+from qwen_vit.common.arguments import missing_remedy
 from qwen_vit.errors import ImageError, Wording
 from qwen_vit.images.image import ADDRESS
 from qwen_vit.images.refusals import address_remedy
@@ -42,9 +43,11 @@ def open_regular(path: str, name: str, *, expected: str) -> Iterator[BinaryIO]:
             )
         file = open(path, "rb")  # noqa: SIM115 - closed below
     except FileNotFoundError:
-        remedy = Wording("check the path", shell="check the path")
+        checked = missing_remedy(path)
         if glob.has_magic(path):
-            remedy = Wording("pass the paths that glob.glob returns", shell="check the path")
+            remedy = Wording("pass the paths that glob.glob returns", shell=checked)
+        else:
+            remedy = Wording(checked, shell=checked)
         raise ImageError("does not exist", name=name, remedy=remedy, code="missing") from None
     except (OSError, ValueError) as error:
         raise unreadable(error, name) from None

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from qwen_vit.common.arguments import missing_remedy
 from qwen_vit.common.storage import RemoteObject, is_remote
 from qwen_vit.errors import TO_ENCODE, ExportError, ImageError, display_name, with_options
 from qwen_vit.images.image import ADDRESS
@@ -222,7 +223,7 @@ def _path_items(
             raise ExportError(
                 "does not exist" if is_gone else f"cannot be read ({reason})",
                 name=path or repr(path),  # show an empty path in quotes
-                remedy="check the path",
+                remedy=missing_remedy(path),
             ) from None
         mode = stat.S_IFREG
     name, source = str(Path(path)), str(Path(path).absolute())

@@ -81,7 +81,8 @@ def split_videos(
     """
     given = check_features(features)
     pictures = [each for each in given if not isinstance(each, VideoFeatures)]
-    clips = [each for each in given if isinstance(each, VideoFeatures)] + check_features(videos)
+    clips = check_features(videos, "videos")
+    clips = [each for each in given if isinstance(each, VideoFeatures)] + clips
     seconds = list(second_per_grid_ts)
     if not seconds and all(isinstance(each, VideoFeatures) for each in clips):
         seconds = [each.second_per_grid_t for each in clips if isinstance(each, VideoFeatures)]
@@ -98,7 +99,7 @@ def check_modalities(
 
     The function rejects input that would stop an engine for all its users.
     """
-    pictures, clips = check_features(features), check_features(videos)
+    pictures, clips = check_features(features), check_features(videos, "videos")
     seconds = list(second_per_grid_ts)
     if len(seconds) != len(clips):
         raise ArgumentError(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.support.inputs import write_tar
 
@@ -35,3 +36,53 @@ def test_other_files_are_named(folder: Path, run: Any, name: str, words: str) ->
 
 def test_an_empty_value_of_layers_is_an_error(folder: Path, run: Any) -> None:
     assert "--layers is ''" in run(*ENCODE, "a.png", "--layers", "").err
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (
+            ("encode", "a.png", "--out", "folder/"),
+            "folder/ names a folder. Pass the path of a file",
+        ),
+        (("compare", "a.png", "--save-golden", "new/"), "new/ names a folder."),
+        (
+            ("export", "a.png", "--out", "f.safetensors"),
+            "f.safetensors names a file. Pass the path",
+        ),
+        (("compare", "a.png", "--report", "page.HTML"), "page.HTML names a file."),
+    ],
+)
+def test_a_path_of_the_other_kind_is_an_error(
+    folder: Path, run: Any, words: tuple[str, ...], error: str
+) -> None:
+    before = set(folder.iterdir())
+    done = run(*words, "--model", "tiny")
+    assert (done.code, set(folder.iterdir())) == (2, before)
+    assert error in done.err
+
+
+def test_an_existing_folder_may_have_a_suffix(folder: Path, run: Any) -> None:
+    Path("old.html").mkdir()
+    Image.new("RGB", (56, 56)).save("a.png")
+    assert run("export", "a.png", "--model", "tiny", "--out", "old.html").code == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (*ENCODE, "~/gone.png"),
+        ("export", "~/gone.png", "--model", "tiny", "--out", "new"),
+        ("info", "~/gone"),
+        ("show", "~/gone"),
+        ("compare", "--model", "tiny", "--golden", "~/gone"),
+        ("encode", "a.png", "--model", "tiny", "--out", "~/gone"),
+    ],
+)
+def test_a_path_with_a_tilde_is_written_without_it(
+    folder: Path, run: Any, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/of-test")
+    done = run(*words)
+    assert done.code == 2
+    assert "Write the path without ~: /home/of-test/gone" in done.err

@@ -70,8 +70,8 @@ def test_an_exports_report_names_its_rows(run: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--layers", "1,x"), "--layers is '1,x', expected blocks such as 7,15"),
-        (("--layers", "-1"), "--layers is '-1', expected blocks"),
+        (("--layers", "1,x"), "--layers is '1,x', expected block numbers such as 7,15"),
+        (("--layers", "-1"), "--layers is '-1', expected block numbers"),
         (("--layers", "1,"), "--layers is '1,'"),
         (("--layers", "1,1"), "error: --layers contains 1 twice"),
         (("--layers", "5"), "error: --layers contains 5. Expected integers from 0 to 4"),

@@ -49,6 +49,17 @@ def test_a_set_is_refused_because_its_order_is_arbitrary(kind: Any, tmp_path: Pa
         export_features(tiny(), images, tmp_path / "out")
 
 
+def test_a_data_frame_is_refused_because_its_items_are_names(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"image": ["a.png"]})
+    words = r"is a DataFrame\. Expected a list\. Pass one column\."
+    for call in (tiny().encode, tiny().encode_iter, tiny().encode_video):
+        with pytest.raises(ArgumentError, match=words):
+            call(table)
+    with pytest.raises(ArgumentError, match=words):
+        export_features(tiny(), table, tmp_path / "out")
+
+
 def test_a_missing_attribute_of_a_failed_image_names_its_error() -> None:
     failed = tiny().encode("none.png", on_error="skip")
     assert isinstance(failed, FailedImage)

@@ -350,7 +350,7 @@ def test_the_command_reports_its_waits_and_how_to_retry(export_dir: Path, run: A
 
 
 BAD_USAGE = {
-    "no inputs": ([], "pass INPUTS, --model and --out"),
+    "no inputs": ([], "missing: INPUTS. Pass INPUTS, --model and --out"),
     "part": (["p", "--part", "3"], "expected I/N"),
     "part range": (["p", "--part", "3/2"], "expected I/N such as 2/8, I from 1 to N"),
     "shard size": (["p", "--shard-size", "0"], "Invalid value for '--shard-size'"),

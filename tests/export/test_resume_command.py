@@ -88,7 +88,7 @@ def test_resume_works_from_another_folder(run: Any, monkeypatch: pytest.MonkeyPa
         (("--resume", "out", "--model", "tiny"), "--model does not work with --resume"),
         (
             ("p", "--out", "out"),
-            "pass INPUTS, --model and --out, or only --resume OUT",
+            "missing: --model. Pass INPUTS, --model and --out, or only --resume OUT",
         ),
     ],
 )

@@ -111,9 +111,9 @@ REFUSED: dict[str, tuple[Any, Any, type[Exception], str]] = {
     ),
     "a vector": (torch.ones(3), None, ArgumentError, r"shape \(3,\).* v as v\[None\]"),
     "a map": (torch.ones(1, 2, 2, 3), None, ArgumentError, r"shape \(1, 2, 2, 3\)"),
-    "a path": ("cat.jpg", None, ArgumentError, r"features is 'cat.jpg'\. Expected a list"),
-    "a number": (3, None, ArgumentError, r"features is 3 \(int\)"),
-    "None in b": (vectors(1), [None], ArgumentError, "features contains None"),
+    "a path": ("cat.jpg", None, ArgumentError, r"a is 'cat.jpg'\. Expected a list"),
+    "a number": (3, None, ArgumentError, r"a is 3 \(int\)"),
+    "None in b": (vectors(1), [None], ArgumentError, "b contains None"),
 }
 
 
