@@ -6,16 +6,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, Protocol, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from qwen_vit.common.arguments import typed_repr
 from qwen_vit.common.missing_name import missing_name
 from qwen_vit.common.store_path import AnyPath
-from qwen_vit.errors import plural
+from qwen_vit.errors import one_line, plural
 from qwen_vit.feature_files import tables
 from qwen_vit.features import ImageFeatures
 from qwen_vit.images.image import ImageSource
@@ -26,9 +27,18 @@ from qwen_vit.show.sheets import show_features
 
 __all__ = ["FeatureSubset", "Features", "as_id"]
 
+
+class ListLike(Protocol):
+    """Define the part of an array, a tensor, or a column of pandas that a selection needs."""
+
+    def tolist(self) -> Any: ...
+
+
 ImageKeys: TypeAlias = (
-    slice | range | list[int] | list[str] | list[Path] | tuple[int, ...] | NDArray[Any] | Tensor
+    slice | range | list[int] | list[str] | list[Path] | tuple[int, ...] | ListLike
 )
+# the methods that return an array's items as a list, in NumPy, torch and pandas, Polars, and Arrow
+LIST_METHODS = ("tolist", "to_list", "to_pylist")
 
 
 def as_id(key: Any) -> Any:
@@ -43,10 +53,10 @@ def as_id(key: Any) -> Any:
 class Features(ABC):
     """Access the features of images in order, and read rows on demand.
 
-    An index is a position or an id, which may also be a `Path`. A slice, or a list, tuple, range,
-    array or tensor of positions or ids, selects a subset. A mask with one truth value per image
-    also selects a subset. A subset also reads rows on demand. The rows may be views of the mapped
-    file, so clone them before you write to them.
+    An index is a position or an id, which may also be a `Path`. A slice selects a subset. So does
+    a list, tuple, range, array, tensor, or pandas Index or Series of positions or ids, or a mask
+    with one truth value per image. A subset also reads rows on demand. The rows may be views of the
+    mapped file, so clone them before you write to them.
     """
 
     metadata: dict[str, Any]
@@ -106,13 +116,20 @@ class Features(ABC):
         key = as_id(key)
         if isinstance(key, slice):
             return FeatureSubset(self, range(*key.indices(len(self))))
-        one_or_many: Any = key.tolist() if isinstance(key, (np.ndarray, Tensor)) else key
+        methods = (getattr(key, name, None) for name in LIST_METHODS)
+        to_list = next(filter(callable, methods), None)
+        one_or_many: Any = key if to_list is None else to_list()
         if isinstance(one_or_many, (list, tuple, range)):
             return FeatureSubset(self, self._keys(one_or_many))
         return self.read_at(self.locate(one_or_many))
 
     def __iter__(self) -> Iterator[ImageFeatures]:
         return (self[index] for index in range(len(self)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("float32 on the host needs a copy: omit copy=False")  # NumPy's own
+        return self.to_numpy().astype(dtype or np.float32, copy=False)
 
     def __contains__(self, name: object) -> bool:
         try:
@@ -197,6 +214,8 @@ class Features(ABC):
 
     def to_numpy(self) -> NDArray[np.float32]:
         """Return all rows (T, D) as float32, image by image, in the order of `ids`.
+
+        `np.asarray` of the features returns the same array.
 
         >>> load_features("means").to_numpy().shape  # doctest: +SKIP
         (999998, 3584)
@@ -308,11 +327,15 @@ class Features(ABC):
             index = operator.index(key)  # type: ignore[arg-type]
         except TypeError:
             raise TypeError(
-                f"{key!r} does not select images of {self}. Expected a position or an id, a "
-                "slice, or a list or array of positions or ids."
+                one_line(
+                    f"{typed_repr(key)} does not select images of {self}. Expected a position or "
+                    "an id, a slice, or a list or array of positions or ids."
+                )
             ) from None
         if not -count <= index < count:
-            raise IndexError(f"image {index} of {self}, which contains {plural(count, 'image')}")
+            raise IndexError(
+                f"image {index} is not in {self}, which contains {plural(count, 'image')}"
+            )
         return index % count
 
 

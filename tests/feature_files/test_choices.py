@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 import torch
 
@@ -34,6 +35,7 @@ def test_slices_and_lists_select_images_in_order(path: Path) -> None:
         (torch.tensor([3, 0]), "da"),
         (np.arange(6) % 2 == 1, "bdf"),
         (torch.arange(6) < 2, "ab"),
+        (pa.chunked_array([["c"], ["b"]]), "cb"),
         ([], ""),
     ):
         chosen = features[key]
@@ -45,6 +47,35 @@ def test_slices_and_lists_select_images_in_order(path: Path) -> None:
     assert features[1:5]["d"].grid_thw == features["d"].grid_thw
     assert features[1:5][["e", "b"]][0].id == "e"
     assert features[1:5].metadata is features.metadata
+
+
+def test_columns_and_masks_of_pandas_select_images(path: Path) -> None:
+    """pandas 3 has its own arrays of text, also in the `.values` of a column."""
+    pd = pytest.importorskip("pandas", reason="pip install -e '.[pandas]'")
+    write_features(path, features_of(*"abc"), METADATA)
+    features = load_features(path)
+    frame = features.to_pandas()
+    table = pd.DataFrame({"id": pd.array(["c", "a", "b"], dtype="string"), "size": [3, 1, 2]})
+    for key, expected in (
+        (frame.index[:2], "ab"),
+        (frame.index.to_series()[::-1], "cba"),
+        (table.id, "cab"),
+        (table[table["size"] > 1].id.values, "cb"),
+        (table["size"] > 1, "ac"),
+        (pd.array([True, False, True], dtype="boolean"), "ac"),
+        (pd.array([2, 0], dtype="Int64"), "ca"),
+        (table["size"] - 2, "bca"),
+    ):
+        assert features[key].ids == list(expected)
+    with pytest.raises(IndexError, match=r"the mask has 2 values\. Expected 3"):
+        features[pd.Series([True, False])]
+    for odd, kind in (
+        (pd.array([True, None, True], dtype="boolean"), "bool"),
+        (table, "DataFrame"),
+    ):
+        with pytest.raises(TypeError, match=rf"\({kind}\) does not select images") as caught:
+            features[odd]
+        assert "\n" not in str(caught.value)
 
 
 def test_a_path_is_an_id_and_a_truth_value_is_not(path: Path, folder: Folder) -> None:
@@ -62,7 +93,7 @@ def test_a_path_is_an_id_and_a_truth_value_is_not(path: Path, folder: Folder) ->
         assert chosen[[dog]].ids == ["im/dog.jpg"]
         with pytest.raises(KeyError, match=r"Did you mean 'im/cat\.jpg'"):
             chosen[Path("cat.jpg")]
-        with pytest.raises(TypeError, match="True does not select images"):
+        with pytest.raises(TypeError, match=r"True \(bool\) does not select images"):
             chosen[True]
 
 
@@ -83,11 +114,11 @@ def test_selecting_a_missing_image_is_an_error(path: Path) -> None:
     features = load_features(path)
     with pytest.raises(KeyError, match="'z' is not in"):
         features[["a", "z"]]
-    with pytest.raises(IndexError, match=r"image 3 of .*, which contains 3 images"):
+    with pytest.raises(IndexError, match=r"image 3 is not in .*, which contains 3 images"):
         features[[0, 3]]
     with pytest.raises(KeyError, match=r"'c' is not in a subset of .*features.safetensors"):
         features[:2]["c"]
-    with pytest.raises(IndexError, match=r"image 2 of a subset of .*which contains 2 images"):
+    with pytest.raises(IndexError, match=r"image 2 is not in a subset of .*which contains 2"):
         features[:2][2]
     with pytest.raises(IndexError, match=r": the mask has 2 values\. Expected 3, one"):
         features[np.array([True, False])]

@@ -67,6 +67,10 @@ def test_rows_are_one_array_image_after_image(stored: Features) -> None:
     assert np.array_equal(chosen, torch.cat([stored[i].embeds.float() for i in (3, 1)]).numpy())
     if stored[0].output == "mean":
         assert rows.shape == (len(stored), 6)
+    assert np.array_equal(np.asarray(stored), rows)  # NumPy would make an array of the images
+    assert np.asarray(stored[[3, 1]], np.float16).shape == chosen.shape
+    with pytest.raises(ValueError, match="omit copy=False"):
+        np.array(stored, copy=False)
 
 
 def check_table(rows: list[dict[str, Any]], stored: Features) -> None:
