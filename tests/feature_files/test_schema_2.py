@@ -205,7 +205,7 @@ REFUSED: dict[str, tuple[list[ImageFeatures], str]] = {
     "NaN": (broken(with_layers("a", "b", blocks=(3,)), 1, layers=NAN), "'b' .* contain NaN or inf"),
     "no tensor": (
         broken(with_layers("a", blocks=(3,)), 0, layers={3: [[1.0]]}),
-        r"'a: layer_3' are of the kind list\. Expected a dense torch tensor",
+        r"'a: layer_3' have the type list\. Expected a dense torch tensor",
     ),
     "mixed outputs": (
         [*features_of("a"), MEAN],
