@@ -2,10 +2,10 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from typing import Self
+from typing import Any, Self
 
 from qwen_vit.errors import ExportError, ImageError, display_name, plural
 from qwen_vit.export.folder import ExportFolder
@@ -18,7 +18,7 @@ from qwen_vit.inputs.read import read_item
 from qwen_vit.video.items import open_video_item
 from qwen_vit.video.options import VideoLimits
 
-__all__ = ["InputChanges", "failed_items", "open_if_whole"]
+__all__ = ["InputChanges", "failed_items", "open_if_whole", "warn_of_other_inputs"]
 
 logger = logging.getLogger("qwen_vit")
 
@@ -30,14 +30,14 @@ class InputChanges:
     Attributes:
         new: images that the export lacks, or whose earlier listing error is gone.
         moved: images whose source, place in the source or listing error changed, each with its old
-            source.
+            item.
         replaced: images in objects of a store whose version changed.
         is_reordered: whether the export has one listing, which does not begin with the ids of the
             new listing, in order. False if the export has several listings.
     """
 
     new: list[Item] = field(default_factory=list)
-    moved: list[tuple[Item, str]] = field(default_factory=list)
+    moved: list[tuple[Item, Item]] = field(default_factory=list)
     replaced: list[Item] = field(default_factory=list)
     gone: list[Item] = field(default_factory=list)
     same: list[tuple[Item, int]] = field(default_factory=list)  # each with its shard
@@ -59,7 +59,7 @@ class InputChanges:
             if old is None or (old.error is not None and item.error is None):
                 changes.new.append(item)
             elif _place(old) != _place(item):
-                changes.moved.append((item, old.source))
+                changes.moved.append((item, old))
             elif old.version != item.version:
                 changes.replaced.append(item)
             else:
@@ -81,14 +81,16 @@ class InputChanges:
             if items
         ]
         if self.moved:
-            words[-1] += f" (it was in {display_name(self.moved[0][1])})"
+            item, old = self.moved[0]
+            now = _place_text(item).removesuffix(f" of {display_name(old.source)}")
+            words[-1] += f" (it was {_place_text(old)}, and is {now} now)"
         return "; ".join(words) or "in another order" * self.is_reordered
 
     def log_growth(self, changed: Sequence[Item]) -> None:
         gone = [item for item in self.gone if item.error is None]
         for items, words in (
             (changed, "changed since the export, first %s: exported again"),
-            (gone, "missing, first %s: the export keeps its listed images"),
+            (gone, "not in these inputs, first %s: the export keeps its listed images"),
         ):
             if items:
                 count = plural(len(items), "image")
@@ -114,6 +116,17 @@ class InputChanges:
             for shard, items in newer.items()
             for item in _changed_of_shard(open_if_whole(folder, shard), items, limits)
         ]
+
+
+def warn_of_other_inputs(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
+    """Warn if an extension's inputs, which the export then records, omit recorded inputs."""
+    left = [] if before is None else [p for p in before["paths"] if p not in now["paths"]]
+    if left:
+        logger.warning(
+            "the export now records these inputs instead of its earlier ones, such as %s: a resume "
+            "that extends the export lists only these",
+            display_name(left[0]),
+        )
 
 
 def failed_items(folder: ExportFolder, listings: Listings) -> Iterator[Item]:
@@ -169,6 +182,15 @@ def _place(item: Item) -> Item:
     error = None if item.error is None else (item.error[0], "")
     is_object = item.version is not None and item.offset == 0
     return replace(item, error=error, version=None, size=None if is_object else item.size)
+
+
+def _place_text(item: Item) -> str:
+    source = display_name(item.source)
+    if item.error is not None:
+        return f"unreadable in {source}"
+    if item.row is not None:
+        return f"in row {item.row} of {source}"
+    return f"in {source}" if item.is_file else f"at byte {item.offset} of {source}"
 
 
 def _time_ns(path: str) -> int:

@@ -23,13 +23,9 @@ from qwen_vit.config import ImageConfig
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ImageError
 from qwen_vit.export.changes import open_if_whole
+from qwen_vit.export.header_size import IMAGE_HEAD_BYTES, TENSOR_HEAD_BYTES
 from qwen_vit.export.options import ExportOptions, RowFormat
-from qwen_vit.export.plan import (
-    IMAGE_HEAD_BYTES,
-    TENSOR_HEAD_BYTES,
-    ExportPlan,
-    plan_dry_run,
-)
+from qwen_vit.export.plan import ExportPlan, plan_dry_run
 from qwen_vit.export.store_folder import as_folder
 from qwen_vit.export.whole_shards import segments_to_keep
 from qwen_vit.feature_files.file import FeatureFile

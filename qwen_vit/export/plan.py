@@ -1,6 +1,5 @@
 """Plan an export: its listing, its settings and its folder."""
 
-import json
 import logging
 import os
 import re
@@ -16,12 +15,14 @@ from qwen_vit.common.safetensors_header import MAX_HEADER_BYTES
 from qwen_vit.common.storage import is_remote
 from qwen_vit.common.store_path import AnyPath, PathOrAddress
 from qwen_vit.errors import ArgumentError, ExportError, Wording, display_name, with_options
-from qwen_vit.export.changes import InputChanges
+from qwen_vit.export.changes import InputChanges, warn_of_other_inputs
 from qwen_vit.export.folder import ChangedError, ExportFolder, LocalFolder
+from qwen_vit.export.header_size import most_header_bytes, reserved_header_bytes
 from qwen_vit.export.list_inputs import list_inputs
 from qwen_vit.export.listings import Listings
 from qwen_vit.export.lock import short_lock
 from qwen_vit.export.options import ExportOptions
+from qwen_vit.export.places import errors_of_moved
 from qwen_vit.export.segments import find_segments, remove_segments
 from qwen_vit.export.settings import (
     SETTINGS,
@@ -40,27 +41,18 @@ from qwen_vit.feature_files.listed import is_made_by
 from qwen_vit.feature_files.schema import shard_name
 from qwen_vit.inputs.find import STDIN
 from qwen_vit.inputs.listing import Item, Listing
-from qwen_vit.video.sampling import MAX_FRAMES
 
 __all__ = [
-    "IMAGE_HEAD_BYTES",
-    "TENSOR_HEAD_BYTES",
     "ExportPlan",
     "check_folder",
     "check_is_export",
     "open_export",
     "plan_dry_run",
     "remove_leftovers",
-    "reserved_header_bytes",
 ]
 
 logger = logging.getLogger("qwen_vit")
 
-# Bytes in a shard's header, for each image: grid, offset, size, notes, hashes; and for each tensor:
-# a hash.
-IMAGE_HEAD_BYTES, TENSOR_HEAD_BYTES = 420, 100
-MOMENT_BYTES = 14  # for each frame of a video
-NAMES_BYTES = 5_000  # more than an id and a path take
 LEFTOVER = re.compile(
     r"\.+(?:shard-(\d{8})\.|listing-(\d+)-of-(\d+)\b|listing-\d+\.|export\.|manifest\.).*\.tmp"
 )
@@ -81,6 +73,7 @@ class ExportPlan:
     made_by: Mapping[str, Any] = field(default_factory=dict)  # this run's versions and GPU
     # other versions that the export accepted after its start
     accepted: Sequence[Mapping[str, Any]] = ()
+    moved: Mapping[str, ExportError] = field(default_factory=dict)  # by the tar or Parquet file
 
     @property
     def all_shards(self) -> range:
@@ -106,6 +99,14 @@ class ExportPlan:
         """Return the existing shards of every part."""
         found = self.folder.which_exist(map(shard_name, self.all_shards))
         return {shard for shard in self.all_shards if shard_name(shard) in found}
+
+    def items(self, shard: int) -> list[Item]:
+        """Return the images of a shard to write. Raise ExportError if one of them has moved."""
+        items = self.listing.shard(shard)
+        for item in items if self.moved else ():
+            if not item.is_file and item.source in self.moved:
+                raise self.moved[item.source]
+        return items
 
     def has_any(self) -> bool:
         found = self.folder.names()
@@ -155,6 +156,10 @@ def open_export(
         finally:  # removes it unless it was moved
             if found is not None:
                 found.path.unlink(missing_ok=True)
+        if paths is None and (found is None or not plan.listing.equals(found)):
+            id_column = read_description(folder).get("inputs", {}).get("id_column")
+            items = (item for shard in plan.shards for item in plan.listing.shard(shard))
+            plan = replace(plan, moved=errors_of_moved(items, id_column))
         folder.check_conditions(SETTINGS)
         remove_leftovers(plan)
         if not has_shards(folder):
@@ -253,7 +258,7 @@ def _begin_or_resume(
             stored.save()
     else:
         accepted, changes = stored.accepted, None
-        is_same = found is None or [found.sha256] == [each.sha256 for each in stored.listings.all]
+        is_same = found is None or stored.listings.equals(found)
         if found is not None and (options.extend or not is_same):
             changes = InputChanges.between(stored.listings, found)
         stored.check(settings, changes if paths is not None or options.extend else None, options)
@@ -261,10 +266,11 @@ def _begin_or_resume(
             growth = with_options("; to add the new images, pass {}", ("extend", True))
             logger.warning(
                 "the export's inputs changed: %s; the export continues with its own listing%s",
-                changes.describe(), growth if changes.new else "",
+                changes.describe(), growth if changes.new and not changes.moved else "",
             )  # fmt: skip
         is_restored = paths is not None and "inputs" not in stored.description
         if paths is not None and (options.extend or is_restored):
+            warn_of_other_inputs(stored.description.get("inputs"), inputs)
             stored.description["inputs"] = inputs
         if is_restored and scratch is None:
             logger.warning("%s: restored from the shards", folder / SETTINGS)
@@ -284,28 +290,12 @@ def _columns(options: ExportOptions) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def reserved_header_bytes(items: Sequence[Item], settings: Mapping[str, Any]) -> int:
-    """Return the bytes to reserve for a shard's header, which depend only on the plan."""
-    names = [name for item in items for name in (item.id, item.source)]
-    text = json.dumps({**settings, "ids": names})
-    of_videos = _video_head_bytes(settings) * sum(item.is_video for item in items)
-    per_image = IMAGE_HEAD_BYTES + TENSOR_HEAD_BYTES * (1 + len(settings.get("layers", ())))
-    return len(json.dumps(text)) + per_image * (len(items) + 1) + of_videos  # JSON within JSON
-
-
-def _video_head_bytes(settings: Mapping[str, Any]) -> int:
-    policy = settings.get("image_policy", {}).get("video") or {}
-    frames: int = policy.get("n_frames") or policy.get("max_frames") or MAX_FRAMES
-    return MOMENT_BYTES * frames
-
-
 def _check_heads(plan: ExportPlan) -> None:
     """Raise ExportError if a shard's header might exceed the limit of safetensors."""
     for shard in plan.shards:
         n_images = plan.listing.shard_length(shard)
         settings = plan.settings_of(shard)
-        per_item = IMAGE_HEAD_BYTES + NAMES_BYTES + _video_head_bytes(settings)
-        if n_images * per_item < MAX_HEADER_BYTES:
+        if n_images * most_header_bytes(settings) < MAX_HEADER_BYTES:
             continue
         room = reserved_header_bytes(plan.listing.shard(shard), settings)
         if room > MAX_HEADER_BYTES:

@@ -211,12 +211,15 @@ class StoredExport:
                 with_options("to continue with these versions, pass {}", ("accept_versions", True))
             )
         if changes is not None and changes.describe() and not changes.moved:
-            if "inputs" in self.description:  # otherwise export.json is missing or damaged
+            lost = [item for item in changes.gone if item.error is not None]
+            aim = "withdraw the inputs that failed" if lost else "keep the missing images"
+            aim = "add the new images" if changes.new else aim
+            if "inputs" in self.description:
                 resume = f", or only --resume {self.folder}"
                 ways[0] += Wording(", or inputs of None", shell=resume)
-            lost = [item for item in changes.gone if item.error is not None]
-            if (changes.new or lost) and is_same_start:
-                aim = "add the new images" if changes.new else "withdraw the inputs that failed"
+            else:
+                aim = f"restore {SETTINGS} and {aim}"
+            if is_same_start and (changes.new or lost or "inputs" not in self.description):
                 ways.append(with_options(f"to {aim}, pass {{}}", ("extend", True)))
         ways.append("to start a new export, " + OTHER_FOLDER)
         if not has_shards(self.folder):

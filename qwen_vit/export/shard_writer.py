@@ -12,8 +12,9 @@ from torch import Tensor
 from qwen_vit.errors import ExportError
 from qwen_vit.export.circuit_breaker import CircuitBreaker
 from qwen_vit.export.device_to_host import HostCopy
+from qwen_vit.export.header_size import reserved_header_bytes
 from qwen_vit.export.options import RowFormat
-from qwen_vit.export.plan import ExportPlan, reserved_header_bytes
+from qwen_vit.export.plan import ExportPlan
 from qwen_vit.export.records import ImageRecord, ShardStart
 from qwen_vit.export.segments import remove_segments
 from qwen_vit.feature_files.file import open_shard

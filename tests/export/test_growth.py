@@ -147,7 +147,10 @@ def test_changed_inputs_are_named(growing_dir: Path, caplog: pytest.LogCaptureFi
     encoder = FakeEncoder()
     done = export(EXTEND, encoder=encoder)
     assert "1 image changed since the export, first 0.png: exported again" in caplog.text
-    assert "1 image missing, first 2.png: the export keeps its listed images" in caplog.text
+    assert (
+        "1 image not in these inputs, first 2.png: the export keeps its listed images"
+        in caplog.text
+    )
     assert encoder.encoded == 2
     assert (done.images, done.exported) == (11, 9)
 

@@ -88,7 +88,7 @@ def test_different_images_are_refused_and_counted(export_dir: Path) -> None:
         Path(f"q/{name}.png").unlink()
     with pytest.raises(ExportError, match=r"its images: 11 in another place, first 0.png") as error:
         export("q")
-    assert f"(it was in {export_dir / 'p/0.png'})" in str(error.value)
+    assert f"(it was in {export_dir / 'p/0.png'}, and is in " in str(error.value)
     assert "as input, pass" not in str(error.value)  # the paths of the listing no longer exist
     names = sorted(os.listdir("q"), reverse=True)
     Path("l.jsonl").write_text("\n".join(json.dumps({"id": n, "path": f"p/{n}"}) for n in names))

@@ -27,6 +27,7 @@ from qwen_vit.export.run import export_features
 from tests.support import ROOT, cluster_stress
 from tests.support.export_stress import digests, tiny_png
 from tests.support.fake_encoder import FakeEncoder
+from tests.support.inputs import write_tar
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 
@@ -128,6 +129,19 @@ def test_a_workers_error_reaches_the_caller_and_releases_the_folder(
     with pytest.raises(ImageError) as alone:
         export_features(encoder, [str(images)], tmp_path / "alone", options)
     assert fields(caught.value) == fields(alone.value)
+
+
+@pytest.mark.slow
+def test_a_reordered_tar_is_an_error(cluster: str, tmp_path: Path) -> None:
+    tar, out = str(tmp_path / "a.tar"), tmp_path / "out"
+    members = {f"{number}.png": tiny_png(number) for number in range(4)}
+    write_tar(tar, members)
+    export_on_ray("tiny", [tar], out, SMALL)
+    (out / "shard-00000001.safetensors").unlink()
+    write_tar(tar, dict(reversed(members.items())))
+    with pytest.raises(ExportError, match="4 images moved"):
+        export_on_ray("tiny", None, out, SMALL)
+    assert not (out / "shard-00000001.safetensors").exists()
 
 
 def fields(error: ImageError) -> tuple[str, ...]:

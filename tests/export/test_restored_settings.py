@@ -99,6 +99,20 @@ def test_files_of_others_with_a_shards_name_are_kept(growing_dir: Path) -> None:
     assert files() == before
 
 
+def test_settings_are_restored_although_images_are_missing(growing_dir: Path) -> None:
+    export()
+    before = content()
+    SETTINGS.unlink()
+    Path("p/0.png").unlink()
+    with pytest.raises(
+        ExportError, match=r"to restore export\.json and keep the missing images, pass e"
+    ):
+        export()
+    done = export(EXTEND)
+    assert (done.exported, content()) == (8, before)
+    assert export(inputs=None).exported == 8
+
+
 # Later listings
 
 
@@ -146,7 +160,7 @@ def test_a_listing_that_only_withdraws_an_image_is_restored(growing_dir: Path) -
     assert settings["more_listings"][1]["n_images"] == 0
     SETTINGS.unlink()
     with pytest.raises(
-        ExportError, match=r"1 missing, first bad\.tar.*to withdraw.* pass extend=Tr"
+        ExportError, match=r"1 missing, first bad\.tar.*to restore.* and withdraw.* pass extend=Tr"
     ):
         export()
     export(EXTEND, encoder=NeverAsked())
@@ -272,7 +286,8 @@ def test_resuming_without_shards_keeps_the_listing(
     done = export(replace(OPTIONS, extend=extend), inputs=None)
     assert (done.images, done.failed["missing"]) == (10, 1)
     assert {name for name, each in content().items() if before[name] != each} == {"0.png"}
-    assert "1 missing, first 0.png" in caplog.text or "1 image missing, first 0.png" in caplog.text
+    words = "1 image not in these inputs, first 0.png" if extend else "1 missing, first 0.png"
+    assert words in caplog.text
 
 
 def test_a_new_export_in_place_of_lost_shards_names_the_missing_images(
