@@ -21,11 +21,13 @@ from qwen_vit.cli.console import (
     flags_in_logs,
     flush_logs,
     open_missing_streams,
+    print_data,
     print_error,
     print_log,
     set_verbosity,
 )
 from qwen_vit.cli.exit_codes import EXIT_ERROR, EXIT_INTERRUPTED
+from qwen_vit.cli.sections import PrintedHelp
 from qwen_vit.errors import ExportError, QwenVitError
 
 __all__ = ["cli", "main"]
@@ -37,7 +39,7 @@ OUT = re.compile(r"--out(?:put)?[-_]?(?:dir|directory|folder|file|path)")  # of 
 MORE_MEMORY = "free some memory, or raise the memory limit, and run the same command again"
 
 
-class _LazyGroup(click.Group):
+class _LazyGroup(PrintedHelp, click.Group):
     """Import a command's module, which is named after the command, only on request."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -47,12 +49,21 @@ class _LazyGroup(click.Group):
         return command
 
 
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        print_data(f"qwen-vit, version {__version__}")
+        ctx.exit()
+
+
 @click.group(
     cls=_LazyGroup,
     commands=[click.Command(name) for name in COMMANDS],  # only names, for help and suggestions
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.version_option(__version__, prog_name="qwen-vit")
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version,
+    help="Show the version and exit.",
+)  # fmt: skip
 def cli() -> None:
     """Turn images into the embeddings that Qwen2.5-VL's language model reads.
 

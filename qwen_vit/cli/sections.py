@@ -5,9 +5,10 @@ from typing import Any
 
 import click
 
+from qwen_vit.cli.console import print_data
 from qwen_vit.errors import ArgumentError
 
-__all__ = ["SECTIONS", "SECTION_OF", "SectionedCommand"]
+__all__ = ["SECTIONS", "SECTION_OF", "PrintedHelp", "SectionedCommand"]
 
 SECTIONS = {
     "Input options": "--column --id-column --formats --pages --allow-urls --exif --as-video",
@@ -24,7 +25,24 @@ SECTIONS = {
 SECTION_OF = {option: name for name, options in SECTIONS.items() for option in options.split()}
 
 
-class SectionedCommand(click.Command):
+def _print_help(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        print_data(ctx.get_help())
+        ctx.exit()
+
+
+class PrintedHelp(click.Command):
+    """Print the help like a command's results, for which a full disk is an error and a closed pipe
+    is not."""
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.callback = _print_help
+        return option
+
+
+class SectionedCommand(PrintedHelp):
     """Print options that several commands share in sections, after the command's own options. Do
     not run in a deleted folder, where torch may end the process."""
 

@@ -99,9 +99,12 @@ def in_a_terminal(command: str, folder: Path) -> str:
     return sent.decode()
 
 
-def test_a_reader_that_closes_the_pipe_does_not_change_the_exit_code(folder: Path) -> None:
+@pytest.mark.parametrize("arguments", ["info tiny", "--help", "encode -h", "--version"])
+def test_a_reader_that_closes_the_pipe_does_not_change_the_exit_code(
+    folder: Path, arguments: str
+) -> None:
     """`| head -0` once ended with exit code 1, which means skipped images."""
-    done = piped("qwen-vit info tiny | exec 0<&-; echo ${PIPESTATUS[0]}", folder)
+    done = piped(f"qwen-vit {arguments} | exec 0<&-; echo ${{PIPESTATUS[0]}}", folder)
     assert (done.stdout, done.stderr) == (b"0\n", b"")
 
 
@@ -109,12 +112,13 @@ def test_a_reader_that_closes_the_pipe_does_not_change_the_exit_code(folder: Pat
 def test_unwritable_output_is_an_error_and_unwritable_logs_are_not(
     folder: Path,
 ) -> None:
-    done = piped("qwen-vit info tiny >/dev/full", folder)
-    assert done.returncode == 2
-    assert done.stderr == (
-        b"error: standard output could not be written (No space left on device). Check its "
-        b"target.\n"
-    )
+    for arguments in ("info tiny", "--help", "encode -h", "--version", ""):
+        done = piped(f"qwen-vit {arguments} >/dev/full", folder)
+        assert done.returncode == 2
+        assert done.stderr == (
+            b"error: standard output could not be written (No space left on device). Check its "
+            b"target.\n"
+        )
     line = "qwen-vit encode a.png broken.png --model tiny --device cpu --out f.safetensors"
     done = piped(f"{line} 2>/dev/full", folder)
     assert (done.returncode, done.stdout.count(b"wrote f.safetensors")) == (1, 1)
