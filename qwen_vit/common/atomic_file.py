@@ -15,6 +15,7 @@ from qwen_vit.errors import ExportError, with_options
 __all__ = [
     "TEMPORARY_SUFFIX",
     "AtomicFile",
+    "WriteError",
     "atomic_file",
     "cannot_write",
     "check_parent",
@@ -28,6 +29,10 @@ TEMPORARY_SUFFIX = ".tmp"
 # the errors of os.link on file systems without hard links, such as FAT
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 NAME_CHARACTERS = 40  # of the file's own name: the hidden name must fit into 255 bytes
+
+
+class WriteError(ExportError):
+    """Report that the system could not write a file, for example on a full disk."""
 
 
 class AtomicFile:
@@ -165,8 +170,8 @@ def refuse_link(path: Path) -> None:
         )
 
 
-def cannot_write(path: Path, error: OSError) -> ExportError:
-    return ExportError(
+def cannot_write(path: Path, error: OSError) -> WriteError:
+    return WriteError(
         f"could not be written ({error.strerror or error})",
         name=str(path),
         remedy="check the folder, its permissions and the space on its disk",

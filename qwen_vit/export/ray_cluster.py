@@ -34,7 +34,7 @@ from qwen_vit.export.progress import Progress
 from qwen_vit.export.records import REST, STAGES, DoneShard
 from qwen_vit.export.result import ExportCounts, ExportReport
 from qwen_vit.export.retry import FailingRun, may_work_now
-from qwen_vit.export.run import load_encoder, make_manifest, warn_of_idle
+from qwen_vit.export.run import hint_resume, load_encoder, make_manifest, warn_of_idle
 from qwen_vit.export.shards import export_shards
 from qwen_vit.export.stop import SAVING
 from qwen_vit.export.versions import MADE_BY
@@ -92,7 +92,8 @@ def export_on_ray(
     with _cluster(address):
         workers = _Workers(load, device, decode_threads)
         encoder = workers.ask("describe", options)
-        with open_export(encoder, inputs, as_path(folder, "folder").absolute(), options) as plan:
+        path = as_path(folder, "folder").absolute()
+        with open_export(encoder, inputs, path, options) as plan, hint_resume():
             counts = ExportCounts(plan.listing.current)
             if confirm is not None and not plan.has_any():
                 confirm(workers.ask("estimate", plan))

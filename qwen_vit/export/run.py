@@ -10,10 +10,12 @@ write them, at any time, in any order.
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from qwen_vit.common.atomic_file import WriteError
 from qwen_vit.common.prefetch import thread_count
 from qwen_vit.common.store_path import AnyPath, PathOrAddress, as_path
 from qwen_vit.encoder import VisionEncoder
@@ -33,7 +35,7 @@ from qwen_vit.export.shards import export_shards
 from qwen_vit.export.stop import StopSignals
 from qwen_vit.export.whole_shards import whole_shard
 
-__all__ = ["export_features", "load_encoder", "make_manifest", "warn_of_idle"]
+__all__ = ["export_features", "hint_resume", "load_encoder", "make_manifest", "warn_of_idle"]
 
 logger = logging.getLogger("qwen_vit")
 
@@ -104,7 +106,7 @@ def export_features(
     RowFormat.of(encoder, options)
     load_arrow()
     clock = StageTimer(REST)
-    with open_export(encoder, inputs, as_path(folder, "folder"), options) as plan:
+    with open_export(encoder, inputs, as_path(folder, "folder"), options) as plan, hint_resume():
         counts = ExportCounts(plan.listing.current)
         warn_of_idle(len(plan.all_shards), options.part[1], "parts")
         cache = None if ec_cache is None else CacheWriter(plan, ec_cache)
@@ -126,6 +128,16 @@ def export_features(
                 counts.count(plan, done)
                 run.add(done)
         return counts.report(plan, make_manifest(plan), clock.seconds())
+
+
+@contextmanager
+def hint_resume() -> Iterator[None]:
+    """Add to the error of a failed write that the same command resumes the export."""
+    try:
+        yield
+    except WriteError as error:
+        error.remedy += " Then run the same command again, which keeps finished shards."
+        raise
 
 
 def load_encoder(
