@@ -114,6 +114,7 @@ def show(
         from qwen_vit.cli.show_input import encode_images, read_stored
         from qwen_vit.cli.show_output import check_target, older_pictures, write
         from qwen_vit.feature_files.describe import holds_features
+        from qwen_vit.inputs.find import check_inputs
         from qwen_vit.show.draw import check_packages
         from qwen_vit.show.views import view_features
     check_packages("qwen-vit show", "jinja2", "matplotlib")
@@ -124,6 +125,7 @@ def show(
         _check_stored(inputs, model)
         given = read_stored(inputs[0], ids, limit, pictures, output=required)
     else:
+        check_inputs(inputs)
         if model is None:
             raise ArgumentError(
                 "--model is missing",

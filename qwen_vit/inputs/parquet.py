@@ -29,6 +29,7 @@ from qwen_vit.inputs.remote import refuse
 __all__ = ["PARQUET_SUFFIX", "ParquetColumns", "needs_column", "parquet_items"]
 
 PARQUET_SUFFIX = ".parquet"
+OWN_COLUMNS = {"id_bytes", "grid_t"}  # of a table of features, and of an export's manifest
 MAX_ID_PAGE_BYTES = 2**26
 MANY_ID_BYTES = 2**28  # of all ids, which can share long beginnings; a larger file may have more
 MANY_ROWS = 100_000  # a file of fewer bytes may have them: rows of nulls, or of one image
@@ -126,12 +127,21 @@ def _check_rows(metadata: Any, n_bytes: int, name: str) -> None:
 
 def needs_column(path: str) -> ExportError:
     columns: list[str] = []
+    is_own = False
     try:
         with open_parquet_file(path, path) as file:
             schema = parquet_file(file).schema_arrow
+            is_own = OWN_COLUMNS.issubset(schema.names)
             columns = [field.name for field in schema if holds_images(field.type)]
     except Exception:  # noqa: BLE001 - a damaged file is reported once its column is named
         columns = []
+    if is_own:
+        return ExportError(
+            "a table of features, without images",
+            name=path,
+            expected="images, or a Parquet file with a column of images",
+            remedy="pass the images, or pass the feature file or the export to `qwen-vit show`",
+        )
     found = ", ".join(map(display_name, columns))
     return ExportError(
         "a Parquet file whose column of images is not named",

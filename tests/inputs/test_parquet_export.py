@@ -121,3 +121,13 @@ def test_commands_take_columns(data: Path, qwen_vit: Callable[..., Any]) -> None
     assert list(load_features("x.safetensors").ids) == ["k0", "k1"]
     done = qwen_vit("export", *arguments, "out", *columns, "--json", "--yes")
     assert (done.code, json.loads(done.out)["exported"]) == (0, 2), done.err
+
+
+@pytest.mark.parametrize("table", ["features.parquet", "out/manifest.parquet"])
+def test_a_table_of_features_is_not_a_table_of_images(data: Path, table: str) -> None:
+    """Its only column of bytes contains ids, and the error once proposed this column."""
+    export()
+    load_features("out").to_parquet("features.parquet")
+    with pytest.raises(ExportError, match="a table of features, without images") as caught:
+        export("other", ExportOptions(), table)
+    assert "id_bytes" not in str(caught.value)
