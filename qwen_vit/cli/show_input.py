@@ -17,8 +17,10 @@ from qwen_vit.feature_files.read import FeatureFolder, load_features
 from qwen_vit.feature_files.schema import RESUME
 from qwen_vit.features import FailedImage, ImageFeatures
 from qwen_vit.images.image import ImageLimits, ImageSource
+from qwen_vit.images.pages import split_page_id
 from qwen_vit.inputs.find import find_items
 from qwen_vit.inputs.listing import Item
+from qwen_vit.inputs.pages import as_page, page_items
 from qwen_vit.inputs.read import read_item
 from qwen_vit.show.views import WINDOW_PATCHES
 
@@ -146,7 +148,10 @@ def _find_pictures(ids: Sequence[str], images: Sequence[str]) -> dict[str, Image
     wanted = {name: _parts(name) for name in ids}
     found: dict[str, list[Item]] = {name: [] for name in ids}
     length = dict.fromkeys(ids, 1)  # length of the longest common ending so far, in parts of a path
-    for item in find_items(images):
+    listed = find_items(images)
+    if any(split_page_id(name)[1] is not None for name in ids):
+        listed = page_items(listed, ImageLimits())
+    for item in listed:
         ends = [_parts(item.id), *([_parts(item.source)] if item.offset is None else [])]
         alike = {
             name: max(_common_length(parts, end) for end in ends) for name, parts in wanted.items()
@@ -159,10 +164,12 @@ def _find_pictures(ids: Sequence[str], images: Sequence[str]) -> dict[str, Image
     for name, items in found.items():
         if len(exact := [item for item in items if item.id == name]) == 1:
             found[name] = exact
-    places = Counter(item.source for items in found.values() for item in items if not item.offset)
+    places = Counter(
+        (item.source, item.page) for items in found.values() for item in items if not item.offset
+    )
     good = {
         name: items[0] for name, items in found.items()
-        if len(items) == 1 and places[items[0].source] <= 1
+        if len(items) == 1 and places[items[0].source, items[0].page] <= 1
     }  # fmt: skip
     missing = [name for name in ids if name not in good]
     if missing:
@@ -197,7 +204,10 @@ def _pictures(items: Mapping[str, Item]) -> dict[str, ImageSource]:
         if item.is_video:
             continue
         try:
-            found[name] = item.source if item.offset is None else read_item(item, ImageLimits())
+            if item.offset is None and item.page is None:
+                found[name] = item.source
+            else:
+                found[name] = as_page(read_item(item, ImageLimits()), item)
         except ImageError as error:
             print_log(f"drew the features without their image: {error.text(in_shell=True)}")
     return found

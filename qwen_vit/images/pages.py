@@ -1,6 +1,7 @@
 """Split a TIFF into pages and an animation into frames, as separate images."""
 
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,11 +13,15 @@ from qwen_vit.errors import ImageError
 from qwen_vit.images.formats import decoder, identify
 from qwen_vit.images.image import ImageLimits, ImagePage, check_pixels
 
-__all__ = ["HEAD_BYTES", "MAX_PAGES", "Pages", "count_pages", "is_still", "page_id", "split_pages"]
+__all__ = [
+    "HEAD_BYTES", "MAX_PAGES", "Pages", "count_pages", "is_still", "page_id", "split_page_id",
+    "split_pages",
+]  # fmt: skip
 
 Pages = Literal["first", "all"]
 
 MAX_PAGES = 10_000  # pages of one file
+PAGE_ID = re.compile(r"(.+)#page=([1-9][0-9]{0,4})", re.DOTALL)
 HEAD_BYTES = 16  # first bytes of a file, enough to recognise a format without pages
 ONE_PAGE = ("JPEG", "BMP", "PPM", "ICO", "TGA", "JPEG2000")
 
@@ -28,6 +33,16 @@ def page_id(name: str, page: int) -> str:
     'scan.tif#page=2'
     """
     return f"{name}#page={page}"
+
+
+def split_page_id(name: str) -> tuple[str, int | None]:
+    """Return an image's name and its page, or None for an image without pages.
+
+    >>> split_page_id("scan.tif#page=2"), split_page_id("scan.tif")
+    (('scan.tif', 2), ('scan.tif', None))
+    """
+    found = PAGE_ID.fullmatch(name)
+    return (name, None) if found is None else (found[1], int(found[2]))
 
 
 def split_pages(source: Any, name: str, limits: ImageLimits) -> Iterator[tuple[Any, str]]:

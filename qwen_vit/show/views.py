@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qwen_vit.common.arguments import typed_repr
 from qwen_vit.errors import TO_ENCODE, ArgumentError, ImageError, QwenVitError, with_options
-from qwen_vit.images.image import ImageSource, RgbImage
-from qwen_vit.images.load import load_image
+from qwen_vit.images.image import ImageLimits, ImagePage, ImageSource, RgbImage
+from qwen_vit.images.load import load_image, read_image_file
+from qwen_vit.images.pages import split_page_id
 from qwen_vit.show.colours import PrincipalColours, similarity_map
 
 __all__ = ["WINDOW_PATCHES", "DenseFeatures", "FeatureView", "FeatureViews", "view_features"]
@@ -116,7 +117,7 @@ def view_features(
     """Fit components to all features together, and compute similarities to a cell, for drawing.
 
     `show_features` describes the arguments from `features` to `frame`. For an image that is not in
-    `pictures`, the function reads the file that the id names. If this file is missing, is
+    `pictures`, the function reads the file or page that the id names. If this file is missing, is
     unreadable or does not fit the features, the view has no picture. With on_error="skip", the view
     also has no picture if the image in `pictures` is unreadable or does not fit. The function then
     logs a warning. `window` is the side of an attention window, in patches.
@@ -205,10 +206,15 @@ def _picture_of(
                 raise
             logger.warning("drew the features without their image: %s", error)
             return None
-    if not os.path.isfile(features.id):
+    path, page = split_page_id(features.id)
+    if not os.path.isfile(path):
         return None
     try:
-        picture = load_image(features.id)
+        if page is None:
+            picture = load_image(path)
+        else:
+            data = read_image_file(path, features.id, ImageLimits())
+            picture = load_image(ImagePage(data, page))
     except ImageError:
         return None
     return picture if _fits(picture, features) else None

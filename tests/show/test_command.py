@@ -203,6 +203,26 @@ def test_an_image_with_the_same_id_precedes_others_of_its_name(
     assert [each["has_picture"] for each in json.loads(done.out)["images"]] == [True], done.err
 
 
+def test_a_page_is_drawn_with_its_picture(folder: Path, run: Any, qwen_vit: Any) -> None:
+    pages = [Image.new("RGB", (56 * n, 56), (80 * n, 0, 0)) for n in (1, 2, 3)]
+    Path("s").mkdir()
+    pages[0].save("s/scan.tif", save_all=True, append_images=pages[1:])
+    shutil.copy("p/a.png", "s/a.png")
+    done = qwen_vit("encode", "s", *TINY, "--out", "f.safetensors", "--pages", "all")
+    assert done.code == 0, done.err
+    shutil.copy("s/scan.tif", "scan.tif")
+    for options in (("--images", "s"), ("--images", "s/scan.tif"), ()):  # () reads ./scan.tif
+        done = run("f.safetensors", *options, "--json", "--overwrite")
+        drawn = {each["id"] for each in json.loads(done.out)["images"] if each["has_picture"]}
+        assert drawn - {"a.png"} == {f"scan.tif#page={n}" for n in (1, 2, 3)}, done.err
+
+
+def test_a_table_of_features_is_not_an_input(folder: Path, run: Any, qwen_vit: Any) -> None:
+    assert qwen_vit("encode", "p/a.png", *TINY, "--out", "f.safetensors").code == 0
+    load_features("f.safetensors").to_parquet("m.parquet")
+    assert "m.parquet: a table of features, without images. Expected" in run("m.parquet").err
+
+
 def test_some_of_the_images_are_chosen(folder: Path, run: Any) -> None:
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
     export_features(encoder, ["p"], "stored")
