@@ -8,8 +8,9 @@ from typing import get_args
 
 import torch
 
+from qwen_vit.common.arguments import check_choice, short_repr
 from qwen_vit.config import VisionConfig
-from qwen_vit.errors import ArgumentError, CheckpointError, check_choice, plural, with_options
+from qwen_vit.errors import ArgumentError, CheckpointError, plural, with_options
 from qwen_vit.kernels.attention import HEAD_DIMS
 from qwen_vit.weight_format import SCALE_COLUMNS, Quantization, pixel_weight_exponent
 
@@ -43,13 +44,15 @@ def choose_device(device: str | torch.device) -> torch.device:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
         raise ArgumentError(
-            f"device is {device!r}",
+            f"device is {short_repr(device)}",
             expected="'auto', 'cpu', 'cuda' or a GPU such as 'cuda:1'",
         ) from None
     if chosen.type == "cpu":
         return chosen
     if chosen.type != "cuda":
-        raise ArgumentError(f"device is {device!r}", expected="an NVIDIA GPU ('cuda') or 'cpu'")
+        raise ArgumentError(
+            f"device is {short_repr(device)}", expected="an NVIDIA GPU ('cuda') or 'cpu'"
+        )
     if not torch.cuda.is_available():
         raise ArgumentError(
             f"device is {device!r}, but torch {torch.__version__} finds no CUDA GPU",
@@ -93,7 +96,9 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     dtype = "float16" if dtype == "fp16" else dtype  # for the error below
     chosen = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if not isinstance(chosen, torch.dtype):
-        raise ArgumentError(f"dtype is {dtype!r}", expected="'auto', 'bfloat16' or 'float32'")
+        raise ArgumentError(
+            f"dtype is {short_repr(dtype)}", expected="'auto', 'bfloat16' or 'float32'"
+        )
     pixel_weight_exponent(chosen)  # rejects float16 and other types with the reason
     if device.type == "cpu" and chosen != torch.float32:
         raise ArgumentError(

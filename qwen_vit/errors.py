@@ -5,7 +5,7 @@ Only this module builds the message, and no code parses it.
 """
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "QwenVitError",
     "UnreadableError",
     "Wording",
-    "check_choice",
     "display_name",
     "one_line",
     "plural",
@@ -317,20 +316,6 @@ class UnreadableError(ExportError):
 
     For damaged features, qwen_vit raises ExportError instead.
     """
-
-
-def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Raise ArgumentError for a value outside the choices.
-
-    >>> check_choice("output", "tokens", ("merged", "patch"))
-    Traceback (most recent call last):
-    qwen_vit.errors.ArgumentError: output is 'tokens'. Expected 'merged' or 'patch'.
-    """
-    if not isinstance(value, Hashable) or value not in choices:  # NumPy compares an array's items
-        *most, last = map(repr, choices)
-        raise ArgumentError(
-            f"{name} is {value!r}", expected=f"{', '.join(most)} or {last}" if most else last
-        )
 
 
 def display_name(name: str) -> str:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from qwen_vit.common.arguments import typed_repr
+from qwen_vit.common.arguments import short_repr, typed_repr
 from qwen_vit.common.strict_json import is_integer
 from qwen_vit.errors import ArgumentError, ImageError, display_name, plural, with_options
 from qwen_vit.images.image import ImageSource
@@ -301,7 +301,8 @@ def check_features(
         is_grid = isinstance(grid, tuple | list) and len(grid) == 3 and all(map(is_integer, grid))
         if not isinstance(feature.id, str) or not is_grid:
             raise ArgumentError(
-                f"{name} contains an item with the id {feature.id!r} and the grid_thw {grid!r}",
+                f"{name} contains an item with the id {feature.id!r} and the grid_thw "
+                f"{short_repr(grid)}",
                 expected="text and three whole numbers, as `encode` returns them",
             )
     return features

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from qwen_vit.common.arguments import check_ordered
+from qwen_vit.common.arguments import check_choice, check_ordered, short_repr
 from qwen_vit.common.prefetch import Job
 from qwen_vit.config import ImageConfig, VisionConfig
-from qwen_vit.errors import ArgumentError, ImageError, check_choice
+from qwen_vit.errors import ArgumentError, ImageError
 from qwen_vit.features import UNKNOWN_SIZE, FeatureOutput
 from qwen_vit.images.frames import Decoded, Frames
 from qwen_vit.images.image import (
@@ -108,7 +108,7 @@ def as_images(images: Any) -> Iterator[Any]:
         return iter([images] if is_one_image(images) else images)
     except TypeError:
         expected = "an image, or an iterable of images"
-        raise ArgumentError(f"images is {images!r}", expected=expected) from None
+        raise ArgumentError(f"images is {short_repr(images)}", expected=expected) from None
 
 
 def as_videos(videos: Any, options: VideoOptions) -> Video | Iterable[Video]:
@@ -134,7 +134,9 @@ def as_videos(videos: Any, options: VideoOptions) -> Video | Iterable[Video]:
     if is_one:
         return Video.of(videos, options)
     if not isinstance(videos, Iterable):
-        raise ArgumentError(f"videos is {videos!r}", expected="a video, or an iterable of videos")
+        raise ArgumentError(
+            f"videos is {short_repr(videos)}", expected="a video, or an iterable of videos"
+        )
     return (each if isinstance(each, Video) else Video.of(each, options) for each in videos)
 
 
@@ -200,12 +202,10 @@ class ImageLoader:
         check_choice("layout", self.layout, get_args(ArrayLayout))
         check_choice("exif", self.exif, get_args(ExifPolicy))
         check_choice("frames", self.frames, get_args(Pages))
-        if not isinstance(self.limits, ImageLimits):
-            raise ArgumentError(f"limits is {self.limits!r}", expected="ImageLimits or None")
-        if not isinstance(self.video_limits, VideoLimits):
-            raise ArgumentError(
-                f"video_limits is {self.video_limits!r}", expected="VideoLimits or None"
-            )
+        for name, kind in (("limits", ImageLimits), ("video_limits", VideoLimits)):
+            if not isinstance(value := getattr(self, name), kind):
+                fact = f"{name} is {short_repr(value)}"
+                raise ArgumentError(fact, expected=f"{kind.__name__} or None")
 
     def jobs(self, images: Iterable[ImageInput], *, is_ahead: bool) -> Iterator[Job[LoadedImage]]:
         """Yield a job for each image or page. With `is_ahead`, a job may run after the iteration

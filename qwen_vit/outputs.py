@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 import torch
 from torch import Tensor
 
-from qwen_vit.errors import ArgumentError, check_choice, with_options
+from qwen_vit.common.arguments import check_choice, short_repr
+from qwen_vit.errors import ArgumentError, with_options
 from qwen_vit.features import FeatureOutput
 from qwen_vit.kernels.pooling import segment_means, unit_rows
 from qwen_vit.model import LayerTaps
@@ -83,7 +84,7 @@ class OutputOptions:
 
 def check_normalize(output: str, normalize: object) -> None:
     if not isinstance(normalize, bool):
-        raise ArgumentError(f"normalize is {normalize!r}", expected="True or False")
+        raise ArgumentError(f"normalize is {short_repr(normalize)}", expected="True or False")
     if normalize and output != "mean":
         raise ArgumentError(
             with_options("{} requires {}", "normalize", ("output", "mean")),
@@ -104,7 +105,7 @@ def check_layers(layers: Iterable[Any], depth: int | None = None) -> tuple[int, 
     blocks: list[int] = []
     if isinstance(layers, str | bytes) or not isinstance(layers, Iterable):
         raise ArgumentError(
-            with_options("{} is {layers!r}", "layers", layers=layers),
+            with_options("{} is {layers}", "layers", layers=short_repr(layers)),
             expected="a list of blocks such as [1]",
         )
     for each in layers:
@@ -114,7 +115,8 @@ def check_layers(layers: Iterable[Any], depth: int | None = None) -> tuple[int, 
             block = -1
         if block < 0 or (depth is not None and block >= depth):
             raise ArgumentError(
-                with_options("{} contains {each!r}", "layers", each=each), expected=expected
+                with_options("{} contains {each}", "layers", each=short_repr(each)),
+                expected=expected,
             )
         if block in blocks:
             raise ArgumentError(

@@ -29,7 +29,7 @@ from qwen_vit.checkpoint.weight_files import (
     choose_weights,
     read_index,
 )
-from qwen_vit.common.arguments import check_path, missing_remedy
+from qwen_vit.common.arguments import check_path, missing_remedy, short_repr
 from qwen_vit.common.strict_json import is_number, read_json
 from qwen_vit.config import VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError, HubError, QwenVitError, with_options
@@ -181,7 +181,7 @@ def _check_revision(revision: str | None, name: str, is_folder: bool) -> None:
     if revision is not None and (is_folder or name in PACKAGED):
         what = "a local folder" if is_folder else "a checkpoint of this package"
         raise ArgumentError(
-            f"revision is {revision!r}, but {name} is {what}, which has only one version",
+            f"revision is {short_repr(revision)}, but {name} is {what}, which has only one version",
             remedy=with_options(
                 "omit {}, or name a repository on the Hub (a local folder with this name hides "
                 "the repository)",
@@ -194,7 +194,7 @@ def _check_subfolder(subfolder: str, name: str) -> None:
     parts = subfolder.split("/") if isinstance(subfolder, str) else [""]
     if not all(parts) or {".", ".."} & set(parts) or not subfolder.isprintable():
         raise ArgumentError(
-            f"subfolder is {subfolder!r}",
+            f"subfolder is {short_repr(subfolder)}",
             expected="a folder below the checkpoint's folder, such as text_encoder",
         )
     if name in PACKAGED:

@@ -1,12 +1,13 @@
 """Check the types of arguments, and describe wrong values in errors."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 
 from qwen_vit.errors import ArgumentError
 
 __all__ = [
-    "check_ordered", "check_path", "check_paths", "missing_remedy", "short_repr", "typed_repr",
+    "check_choice", "check_ordered", "check_path", "check_paths", "missing_remedy", "short_repr",
+    "typed_repr",
 ]  # fmt: skip
 
 
@@ -49,6 +50,21 @@ def check_ordered(name: str, value: object) -> None:
         raise ArgumentError(f"{name} is a set, whose order is arbitrary", expected="a list")
     if type(value).__name__ == "DataFrame":
         raise ArgumentError(f"{name} is a DataFrame", expected="a list", remedy="pass one column")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise ArgumentError for a value outside the choices.
+
+    >>> check_choice("output", "tokens", ("merged", "patch"))
+    Traceback (most recent call last):
+    qwen_vit.errors.ArgumentError: output is 'tokens'. Expected 'merged' or 'patch'.
+    """
+    if not isinstance(value, Hashable) or value not in choices:  # NumPy compares an array's items
+        *most, last = map(repr, choices)
+        raise ArgumentError(
+            f"{name} is {short_repr(value)}",
+            expected=f"{', '.join(most)} or {last}" if most else last,
+        )
 
 
 def missing_remedy(path: str | os.PathLike[str], remedy: str = "check the path") -> str:

@@ -9,6 +9,7 @@ from functools import partial
 from threading import RLock, current_thread
 from typing import Generic, Protocol, TypeVar
 
+from qwen_vit.common.arguments import short_repr
 from qwen_vit.errors import ArgumentError, with_options
 
 __all__ = ["Job", "Prefetcher", "core_count", "thread_count", "work_ahead"]
@@ -50,7 +51,7 @@ def thread_count(wanted: int | None, cores: int | None = None) -> int:
         or not 1 <= wanted <= MAX_WANTED_THREADS
     ):
         raise ArgumentError(
-            with_options("{} is {wanted!r}", "decode_threads", wanted=wanted),
+            with_options("{} is {wanted}", "decode_threads", wanted=short_repr(wanted)),
             expected=f"a whole number from 1 to {MAX_WANTED_THREADS:,}",
         )
     return wanted

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qwen_vit.common.arguments import check_path, check_paths, typed_repr
+from qwen_vit.common.arguments import check_choice, check_path, check_paths, typed_repr
 from qwen_vit.common.atomic_file import refuse_existing
 from qwen_vit.compare.choices import ATTENTIONS, PROCESSORS, Attention, Processor
 from qwen_vit.compare.golden import Case, Golden, load_golden, write_golden
@@ -40,7 +40,6 @@ from qwen_vit.errors import (
     ComparisonError,
     ImageError,
     Wording,
-    check_choice,
     plural,
     with_options,
 )

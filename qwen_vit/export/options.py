@@ -5,9 +5,10 @@ from typing import Literal, Self, get_args
 
 import torch
 
+from qwen_vit.common.arguments import check_choice, short_repr
 from qwen_vit.common.strict_json import is_integer, is_number
 from qwen_vit.encoder import VisionEncoder
-from qwen_vit.errors import ArgumentError, check_choice
+from qwen_vit.errors import ArgumentError
 from qwen_vit.feature_files.schema import EMBEDS, layer_name
 from qwen_vit.feature_files.writer import RowTensor
 from qwen_vit.features import FeatureOutput
@@ -119,7 +120,9 @@ class ExportOptions:
             ),
         ):
             if not is_right:
-                raise ArgumentError(f"{name} is {getattr(self, name)!r}", expected=expected)
+                raise ArgumentError(
+                    f"{name} is {short_repr(getattr(self, name))}", expected=expected
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -319,9 +319,11 @@ def _paths(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
     for each in inputs:
         if not isinstance(each, str | os.PathLike) or isinstance(os.fspath(each), bytes):
             raise ArgumentError(
-                f"inputs contains {each!r}",
+                f"inputs contains {typed_repr(each)}",
                 expected="paths as str or Path",
-                remedy="decode bytes with os.fsdecode",
+                remedy="decode a path with os.fsdecode, or encode images in memory with encode_iter"
+                if isinstance(each, bytes)
+                else "write images to files or a Parquet table, or use encode_iter",
             )
         paths.append(os.fspath(each))
     if not paths:

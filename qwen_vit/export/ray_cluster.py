@@ -17,6 +17,7 @@ from functools import partial
 from threading import Condition, Lock, current_thread, main_thread
 from typing import Any
 
+from qwen_vit.common.arguments import short_repr
 from qwen_vit.common.installation import install_command
 from qwen_vit.common.prefetch import thread_count
 from qwen_vit.common.store_path import PathOrAddress, as_path
@@ -83,7 +84,9 @@ def export_on_ray(
         device: "auto", "cuda" or "cpu". "auto" selects the GPUs if the cluster has any.
     """
     if device not in ("auto", "cpu", "cuda"):
-        raise ArgumentError(f"device is {device!r}", expected="'auto', 'cuda' or 'cpu' with Ray")
+        raise ArgumentError(
+            f"device is {short_repr(device)}", expected="'auto', 'cuda' or 'cpu' with Ray"
+        )
     thread_count(decode_threads)  # raises before Ray starts a cluster
     options, waits = options or ExportOptions(), dict.fromkeys(STAGES, 0.0)
     model = os.path.abspath(model) if os.path.isdir(model) else model

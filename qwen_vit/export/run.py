@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from qwen_vit.common.arguments import short_repr
 from qwen_vit.common.atomic_file import WriteError
 from qwen_vit.common.prefetch import thread_count
 from qwen_vit.common.store_path import AnyPath, PathOrAddress, as_path
@@ -95,12 +96,12 @@ def export_features(
     """
     if not hasattr(encoder, "image_config"):
         raise ArgumentError(
-            f"encoder is {encoder!r}",
+            f"encoder is {short_repr(encoder)}",
             expected="a VisionEncoder",
             remedy="load an encoder with VisionEncoder.from_pretrained",
         )
     if not isinstance(options, ExportOptions | None):
-        raise ArgumentError(f"options is {options!r}", expected="ExportOptions or None")
+        raise ArgumentError(f"options is {short_repr(options)}", expected="ExportOptions or None")
     options = options or ExportOptions()
     thread_count(decode_threads)  # these two raise before a folder exists
     RowFormat.of(encoder, options)

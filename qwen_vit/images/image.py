@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from qwen_vit.errors import ArgumentError, ImageError, with_options
+from qwen_vit.common.arguments import short_repr
+from qwen_vit.errors import ArgumentError, ImageError, display_name, with_options
 
 if TYPE_CHECKING:
     import torch
@@ -113,10 +114,14 @@ class ImageLimits:
         for field in ("max_pixels", "max_file_bytes"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ArgumentError(f"{field} is {value!r}", expected="a whole number above 0")
+                raise ArgumentError(
+                    f"{field} is {short_repr(value)}", expected="a whole number above 0"
+                )
         seconds = self.max_seconds
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
-            raise ArgumentError(f"max_seconds is {seconds!r}", expected="a number above 0")
+            raise ArgumentError(
+                f"max_seconds is {short_repr(seconds)}", expected="a number above 0"
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,7 +162,7 @@ def check_hosts(hosts: object) -> tuple[str, ...]:
     for each in given:
         if not isinstance(each, str) or not HOST.fullmatch(each):
             raise ArgumentError(
-                with_options("{} contains {each!r}", "allow_urls", each=each),
+                with_options("{} contains {each}", "allow_urls", each=short_repr(each)),
                 expected='names of hosts, such as "images.example.org" or "*.example.org", without '
                 "https:// and paths",
                 remedy="download images of other hosts first, because qwen_vit reads only from "
@@ -192,11 +197,11 @@ def check_formats(formats: object) -> tuple[str, ...]:
     try:
         names = {str(name).upper() for name in given}  # type: ignore[attr-defined]
     except TypeError:
-        names = {repr(formats)}
+        names = {short_repr(formats)}
     unknown = sorted(names.difference(OPTIONAL_FORMATS))
     if unknown:
         raise ArgumentError(
-            with_options("{} has {names}", "formats", names=", ".join(unknown)),
+            with_options("{} has {names}", "formats", names=display_name(", ".join(unknown))),
             expected=f"some of {', '.join(OPTIONAL_FORMATS)}",
         )
     return tuple(sorted(names))

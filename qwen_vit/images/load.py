@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from qwen_vit.common.arguments import short_repr
-from qwen_vit.errors import ArgumentError, ImageError, check_choice
+from qwen_vit.common.arguments import check_choice, short_repr
+from qwen_vit.errors import ArgumentError, ImageError
 from qwen_vit.images.arrays import from_array, tensor_to_array
 from qwen_vit.images.decode import decode_bytes, decode_pil
 from qwen_vit.images.image import (
@@ -67,7 +67,7 @@ def load_image(
     """
     limits = ImageLimits() if limits is None else limits
     if layout not in ("auto", "HWC", "CHW"):
-        raise ArgumentError(f"layout is {layout!r}", expected='"auto", "HWC" or "CHW"')
+        raise ArgumentError(f"layout is {short_repr(layout)}", expected='"auto", "HWC" or "CHW"')
     check_choice("exif", exif, get_args(ExifPolicy))
     if isinstance(source, Mapping):
         source = unwrap(source, name or "image")

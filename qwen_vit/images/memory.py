@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from qwen_vit.common.arguments import short_repr
 from qwen_vit.errors import ArgumentError
 
 __all__ = ["DecodingMemory", "available_bytes", "decoding_memory", "set_decoding_memory"]
@@ -105,7 +106,9 @@ def set_decoding_memory(n_bytes: int | None) -> None:
     if n_bytes is not None and (
         isinstance(n_bytes, bool) or not isinstance(n_bytes, int) or n_bytes < 1
     ):
-        raise ArgumentError(f"n_bytes is {n_bytes!r}", expected="a whole number above 0, or None")
+        raise ArgumentError(
+            f"n_bytes is {short_repr(n_bytes)}", expected="a whole number above 0, or None"
+        )
     decoding_memory.set_total(n_bytes)
 
 

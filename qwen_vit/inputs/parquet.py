@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from qwen_vit.common.arguments import short_repr
 from qwen_vit.common.storage import is_remote
 from qwen_vit.errors import (
     TO_ENCODE,
@@ -54,7 +55,7 @@ column as well.
     def of(cls, image: str | None, id: str | None) -> "ParquetColumns | None":
         for name, value in (("column", image), ("id_column", id)):
             if value is not None and (not isinstance(value, str) or not value):
-                fact = with_options("{} is {value!r}", name, value=value)
+                fact = with_options("{} is {value}", name, value=short_repr(value))
                 raise ArgumentError(fact, expected="the name of a column")
         if image is None and id is not None:
             raise ArgumentError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qwen_vit.common.arguments import typed_repr
+from qwen_vit.common.arguments import short_repr, typed_repr
 from qwen_vit.common.transformers_version import require_transformers
 from qwen_vit.errors import ArgumentError, plural
 from qwen_vit.features import AnyFeatures
@@ -154,7 +154,8 @@ def expand_placeholders(
     for kind, pad, of_kind in (("image", IMAGE_PAD, grids), ("video", VIDEO_PAD, video_grids)):
         if not isinstance(of_kind, Iterable):
             raise ArgumentError(
-                f"{kind} grids are {of_kind!r}", expected="a list of grids such as [(1, 4, 4)]"
+                f"{kind} grids are {short_repr(of_kind)}",
+                expected="a list of grids such as [(1, 4, 4)]",
             )
         counts = [count_tokens(whole_numbers(grid), merge_size) for grid in of_kind]
         found = text.count(pad)
@@ -215,7 +216,7 @@ def as_hf_tower(encoder: "VisionEncoder") -> nn.Module:
     """
     if not callable(getattr(encoder, "encode_patches", None)):
         raise ArgumentError(
-            f"encoder is {encoder!r}",
+            f"encoder is {short_repr(encoder)}",
             expected="a VisionEncoder",
             remedy="load an encoder with VisionEncoder.from_pretrained",
         )

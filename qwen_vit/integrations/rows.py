@@ -13,6 +13,7 @@ from operator import index
 import torch
 from torch import Tensor
 
+from qwen_vit.common.arguments import short_repr
 from qwen_vit.common.strict_json import is_number
 from qwen_vit.common.tensors import all_finite
 from qwen_vit.errors import ArgumentError, ExportError, plural
@@ -111,7 +112,7 @@ def check_modalities(
     for value in seconds:
         if not is_number(value) or value <= 0:
             raise ArgumentError(
-                f"second_per_grid_ts contains {value!r}", expected="seconds above 0"
+                f"second_per_grid_ts contains {short_repr(value)}", expected="seconds above 0"
             )
     rows, grids = rows_and_grids([*pictures, *clips])
     if width is not None and rows[0].shape[1] != width:
@@ -174,7 +175,7 @@ def whole_numbers(grid: Iterable[int]) -> tuple[int, ...]:
         return tuple(map(index, grid))
     except TypeError:
         raise ArgumentError(
-            f"a grid is {grid!r}",
+            f"a grid is {short_repr(grid)}",
             expected="whole numbers: time steps, and height and width in patches",
             remedy=AS_FEATURES,
         ) from None

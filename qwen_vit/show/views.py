@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwen_vit.common.arguments import typed_repr
+from qwen_vit.common.arguments import short_repr, typed_repr
 from qwen_vit.errors import TO_ENCODE, ArgumentError, ImageError, QwenVitError, with_options
 from qwen_vit.images.image import ImageLimits, ImagePage, ImageSource, RgbImage
 from qwen_vit.images.load import load_image, read_image_file
@@ -190,7 +190,9 @@ def _map_of(features: DenseFeatures, layer: int | None, frame: int) -> Tensor:
         )
     if not (isinstance(frame, int | np.integer) and 0 <= frame < len(frames)):
         raise ArgumentError(
-            f"frame is {frame!r}", name=features.id, expected=f"from 0 to {len(frames) - 1}"
+            f"frame is {short_repr(frame)}",
+            name=features.id,
+            expected=f"from 0 to {len(frames) - 1}",
         )
     return frames[frame]
 

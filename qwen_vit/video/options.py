@@ -10,8 +10,9 @@ from typing import Any, Literal, Self, TypeAlias, TypedDict, get_args
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qwen_vit.common.arguments import check_choice, short_repr
 from qwen_vit.common.strict_json import is_integer, is_number
-from qwen_vit.errors import ArgumentError, Wording, check_choice, with_options
+from qwen_vit.errors import ArgumentError, Wording, with_options
 from qwen_vit.images.image import ImageSource
 
 __all__ = [
@@ -218,10 +219,12 @@ class VideoLimits:
             is_right = is_integer(value) or (may_be_fraction and is_number(value))
             if not is_right or value <= 0:
                 kind = "number" if may_be_fraction else "whole number"
-                raise ArgumentError(f"{each.name} is {value!r}", expected=f"a {kind} above 0")
+                raise ArgumentError(
+                    f"{each.name} is {short_repr(value)}", expected=f"a {kind} above 0"
+                )
 
 
 def _wrong(name: str, value: object, expected: str, flag: str = "") -> ArgumentError:
     flag = flag or f"--{name.replace('_', '-')}"
-    fact = Wording(f"{name} is {value!r}", shell=f"{flag} is {value!r}")
+    fact = Wording(f"{name} is {short_repr(value)}", shell=f"{flag} is {short_repr(value)}")
     return ArgumentError(fact, expected=expected)

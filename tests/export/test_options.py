@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qwen_vit.encoder import VisionEncoder
@@ -29,10 +30,15 @@ from tests.support.fake_encoder import FakeEncoder
         (Path("p"), r"inputs is PosixPath\(.*Path\)\. Expected a list"),
         (
             [b"p"],
-            r"inputs contains b'p'\. Expected paths as str or Path\. Decode bytes with os.fsd",
+            r"inputs contains b'p' \(bytes\)\. Expected paths as str or Path\. Decode a path ",
+        ),
+        ([bytes(10**6)], r"inputs contains b'\\x00.*\.\.\. \(bytes\)\. .* encode_iter\.$"),
+        (
+            [np.zeros((99, 99, 3))],
+            r"inputs contains array.*\.\.\. \(ndarray\)\. .*Write images to files",
         ),
         (7, r"inputs is 7 \(int\)\. Expected a list"),
-        ([7], r"inputs contains 7\. Expected paths"),
+        ([7], r"inputs contains 7 \(int\)\. Expected paths"),
         ([], r"inputs is empty\. Expected files, folders"),
     ],
 )

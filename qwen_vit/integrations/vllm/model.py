@@ -15,6 +15,7 @@ import vllm
 from torch import Tensor, nn
 from vllm.model_executor.models import qwen2_5_vl as theirs
 
+from qwen_vit.common.arguments import short_repr
 from qwen_vit.config import ImageConfig, VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError
 from qwen_vit.integrations.engine_tower import EngineTower
@@ -137,7 +138,7 @@ def _quantization(vllm_config: Any) -> Any:
     ours = given.get("qwen_vit", {}) if isinstance(given, Mapping) else {}
     if not isinstance(ours, Mapping) or ours.keys() - {"quantization"}:
         raise ArgumentError(
-            f"additional_config has {ours!r} for qwen_vit",
+            f"additional_config has {short_repr(ours)} for qwen_vit",
             expected='{"qwen_vit": {"quantization": "fp8"}}, or nothing for qwen_vit',
         )
     return ours.get("quantization")
