@@ -13,14 +13,20 @@ from qwen_vit.inputs.remote import open_input
 from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, count_left_out, suffix_of
 
 __all__ = [
-    "COMPRESSED_TARS", "IMAGE_SUFFIXES", "MEDIA_SUFFIXES", "TAR_SUFFIX", "tar_items",
+    "COMPRESSED_TARS", "DEFAULT_SUFFIXES", "IMAGE_SUFFIXES", "MEDIA_SUFFIXES", "TAR_SUFFIX",
+    "tar_items",
 ]  # fmt: skip
 
+# The suffixes of images that qwen_vit decodes without an option or another package.
+DEFAULT_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
+)
 # The suffixes of images in a folder or a tar. qwen_vit decodes the formats after AVIF only with an
-# option or another package, or not at all. It reports such images and does not skip them.
+# option, another package or a BMP header (.dib), or not at all. It reports such images and does not
+# skip them.
 IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
-    *(".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".ico", ".pbm", ".pgm"),
+    *DEFAULT_SUFFIXES,
+    *(".dib", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".ico", ".pbm", ".pgm"),
     *(".pnm", ".ppm", ".tga"),
 )
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)

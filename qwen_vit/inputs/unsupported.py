@@ -8,7 +8,7 @@ from qwen_vit.errors import TO_ENCODE, ExportError, display_name, with_options
 from qwen_vit.inputs.lists import JSON_SUFFIX, LIST_SUFFIXES
 from qwen_vit.inputs.parquet import PARQUET_SUFFIX
 from qwen_vit.inputs.suffixes import suffix_of
-from qwen_vit.inputs.tars import MEDIA_SUFFIXES, TAR_SUFFIX
+from qwen_vit.inputs.tars import DEFAULT_SUFFIXES, TAR_SUFFIX
 
 __all__ = ["NOT_IMAGES", "STDIN", "no_image_found", "not_images"]
 
@@ -42,7 +42,7 @@ def no_image_found(inputs: Sequence[str], left_out: Counter[str]) -> ExportError
         )
     return ExportError(
         f"no image found in {', '.join(map(display_name, inputs))}",
-        expected=f"a file with one of these extensions: {', '.join(MEDIA_SUFFIXES)}",
+        expected=f"a file with one of these extensions: {', '.join(DEFAULT_SUFFIXES)}",
         remedy=with_options("to read Parquet files, pass {}", "column") + TO_ENCODE
         if has_parquet
         else "unpack the tars that are inside a tar"

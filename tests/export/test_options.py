@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.errors import ArgumentError, ExportError
@@ -17,7 +18,9 @@ from qwen_vit.export import run as export_module
 from qwen_vit.export.estimate import estimate_export
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
+from qwen_vit.images.load import load_image
 from qwen_vit.inputs.find import check_inputs, find_items
+from qwen_vit.inputs.tars import DEFAULT_SUFFIXES
 from tests.support.exports import SMALL, NeverAsked, export
 from tests.support.fake_encoder import FakeEncoder
 
@@ -117,10 +120,16 @@ def test_a_header_over_the_limit_of_safetensors_is_refused_before_any_image(
     assert export(options=replace(SMALL, shard_size=1)).exported == 10
 
 
+@pytest.mark.parametrize("suffix", DEFAULT_SUFFIXES)
+def test_the_suffixes_that_errors_name_need_no_option(tmp_path: Path, suffix: str) -> None:
+    Image.new("RGB", (30, 20), "red").save(path := tmp_path / f"a{suffix}")
+    assert load_image(path).width == 30
+
+
 def test_nothing_to_export_is_an_error(export_dir: Path) -> None:
     Path("empty").mkdir()
     with pytest.raises(
-        ExportError, match=r"no image found in empty\. .* extensions: \.jpg, .*\.mp4"
+        ExportError, match=r"no image found in empty\. .* extensions: \.jpg, .*\.tiff, \.avif\. "
     ):
         export("empty")
     assert not Path("out").exists()
