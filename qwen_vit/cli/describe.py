@@ -20,8 +20,15 @@ UNVERIFIED = "unverified"  # in published.toml: the value was not found anywhere
 UNKNOWN_LICENCE = "unknown: see the model's own page"
 
 
-def describe(source: Source, image: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+def describe(
+    source: Source,
+    image: str | os.PathLike[str] | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> dict[str, Any]:
     """Return a checkpoint's name, licence, architecture, sizes and hashes, and an image's tokens.
+
+    `min_pixels` and `max_pixels` apply only to the image, as in `VisionEncoder.from_pretrained`.
 
     >>> from qwen_vit.checkpoint.hub import find_checkpoint
     >>> describe(find_checkpoint("tiny"))["tensors"]
@@ -51,8 +58,9 @@ def describe(source: Source, image: str | os.PathLike[str] | None = None) -> dic
                 name=os.fspath(image),
                 remedy="run `qwen-vit export --dry-run` for the tokens of a video",
             )
+        bounded = image_config.bounded(min_pixels, max_pixels)
         rgb = load_image(image)
-        [grid] = patchify(rgb.picture, image_config, name=rgb.name).grids
+        [grid] = patchify(rgb.picture, bounded, name=rgb.name).grids
         facts["image"] = {
             "id": rgb.name,
             "size_px": [rgb.height, rgb.width],

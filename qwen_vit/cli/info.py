@@ -15,6 +15,7 @@ from qwen_vit.cli.options import (
     SOURCE_NAMES,
     json_option,
     model_or_features_argument,
+    pixel_options,
     source_options,
     verbosity_options,
 )
@@ -23,20 +24,27 @@ from qwen_vit.errors import ArgumentError
 
 __all__ = ["info"]
 
+PIXEL_NAMES = ("min_pixels", "max_pixels")
+
 
 @click.command(cls=SectionedCommand)
 @model_or_features_argument
 @click.option("--image", type=NAME, help="Count this image's tokens.")
 @click.option("--verify", is_flag=True, help="Run the checks of `qwen-vit verify`.")
+@pixel_options
 @json_option
 @source_options
 @verbosity_options
-def info(model: str, image: str | None, verify: bool, as_json: bool, **finding: Any) -> None:
+def info(
+    *, model: str, image: str | None, verify: bool, min_pixels: int | None, max_pixels: int | None,
+    as_json: bool, **finding: Any,
+) -> None:  # fmt: skip
     """Describe a checkpoint, a feature file or an export folder.
 
     \b
     qwen-vit info tiny
     qwen-vit info Qwen/Qwen2.5-VL-7B-Instruct --image photo.jpg --json
+    qwen-vit info tiny --image photo.jpg --max-pixels 50176
     qwen-vit info features.safetensors
 
     For a checkpoint, the command prints the architecture, licence, parameter count and hashes. For
@@ -53,6 +61,8 @@ def info(model: str, image: str | None, verify: bool, as_json: bool, **finding: 
         check_model_or_features(model, finding["subfolder"])
     else:
         warn_of_ignored(SOURCE_NAMES, "features need no checkpoint")
+    if image is None:
+        warn_of_ignored(PIXEL_NAMES, "without --image, there is no image to resize")
     if is_stored and image is not None:
         raise ArgumentError(
             "--image works only for checkpoints", name=model, remedy="omit --image for features"
@@ -64,7 +74,11 @@ def info(model: str, image: str | None, verify: bool, as_json: bool, **finding: 
     facts: dict[str, Any] = {}
     lines = []
     if found is None or not found.is_damaged:  # a damaged file cannot be described
-        facts = describe_features(model) if source is None else describe(source, image)
+        facts = (
+            describe_features(model)
+            if source is None
+            else describe(source, image, min_pixels, max_pixels)
+        )
         lines.append(features_text(facts) if source is None else facts_text(facts))
     if found is not None:
         facts |= found.to_json()

@@ -294,6 +294,22 @@ def test_info_counts_the_tokens_that_encode_gives(folder: Path, run: Any) -> Non
     assert json.loads(encoded.out)["images"][0]["tokens"] == 176
 
 
+@pytest.mark.parametrize(
+    "options", [("--max-pixels", "50176"), ("--min-pixels", "500000", "--max-pixels", "600000")]
+)
+def test_info_counts_the_tokens_of_other_pixel_limits(
+    folder: Path, run: Any, options: tuple[str, ...]
+) -> None:
+    image = json.loads(run("info", "tiny", "--image", CHELSEA, *options, "--json").out)["image"]
+    encoded = run("encode", CHELSEA, *TO_FILE, *options, "--json")
+    assert image["tokens"] == json.loads(encoded.out)["images"][0]["tokens"] != 176
+    done = run("info", "tiny", *options)
+    assert "--max-pixels: without --image, there is no image" in done.err
+    done = run("info", "tiny", "--image", CHELSEA, "--max-pixels", "7")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == run("encode", CHELSEA, *TO_FILE, "--overwrite", "--max-pixels", "7").err
+
+
 def test_info_on_a_broken_image_or_checkpoint_ends_with_2(folder: Path, run: Any) -> None:
     done = run("info", "tiny", "--image", "broken.png")
     assert (done.code, done.out) == (2, "")
