@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import groupby
 from typing import TypeAlias
 
@@ -30,7 +31,9 @@ def errors_of_moved(items: Iterable[Item], id_column: str | None) -> dict[str, E
         inside = [each for each in group if not each.is_file and each.error is None]
         if not inside or is_remote(source):
             continue
-        moved = list(_moved(inside, id_column))
+        moved: list[tuple[Item, str]] = []
+        with suppress(ExportError):  # such as a lost column: a read reports it
+            moved = list(_moved(inside, id_column))
         if moved:
             item, now = moved[0]
             place = f"byte {item.offset}" if item.row is None else f"row {item.row}"

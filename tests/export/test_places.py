@@ -109,6 +109,19 @@ def test_a_missing_or_damaged_file_fails_its_images(started: tuple[str, ExportOp
     assert sum(resume(options).failed.values()) == 2
 
 
+def test_a_lost_column_fails_only_its_images(folder: Path) -> None:
+    write_source("a.parquet", [0, 1])
+    write_source("b.parquet", [2, 3])
+    rows = replace(ROWS, shard_size=2)
+    export(rows, inputs=["a.parquet", "b.parquet"])
+    for shard in Path("out").glob("shard-*"):
+        shard.unlink()
+    pa = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pa.table({"key": ["k0", "k1"]}), "a.parquet")
+    done = resume(rows)
+    assert (done.exported, done.failed) == (2, {"unreadable": 2})
+
+
 def test_a_shard_that_is_written_again_is_checked_as_well(folder: Path) -> None:
     """A shard is written again if its missing image exists now."""
     write_source("a.tar", [0, 1])
