@@ -29,7 +29,7 @@ from qwen_vit.checkpoint.weight_files import (
     choose_weights,
     read_index,
 )
-from qwen_vit.common.arguments import check_path, missing_remedy, short_repr
+from qwen_vit.common.arguments import check_local_path, check_path, missing_remedy, short_repr
 from qwen_vit.common.strict_json import is_number, read_json
 from qwen_vit.config import VisionConfig
 from qwen_vit.errors import ArgumentError, CheckpointError, HubError, QwenVitError, with_options
@@ -120,7 +120,7 @@ def download(
     """
     name = check_path("model", model, MODELS)
     if cache_dir is not None:
-        cache_dir = check_path("cache_dir", cache_dir, "a folder")
+        cache_dir = str(check_local_path("cache_dir", cache_dir, "a folder"))
     is_folder = _is_folder(name)
     _check_revision(revision, name, is_folder)
     if subfolder is not None:

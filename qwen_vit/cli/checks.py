@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_vit.common.atomic_file import cannot_write, check_parent, check_utf8, refuse_link
+from qwen_vit.common.atomic_file import cannot_write, check_parent, check_utf8, refuse_protected
 from qwen_vit.errors import ArgumentError, ExportError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def check_output(
         check_parent(out)
     except OSError as error:
         raise cannot_write(out, error) from None
-    refuse_link(out)
+    refuse_protected(out)
     if existing is not None and stat.S_ISDIR(existing.st_mode):
         raise ExportError("a folder", name=name, expected="a file to write", remedy=remedy)
     if not os.access(out.absolute().parent, os.W_OK):

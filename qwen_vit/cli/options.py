@@ -12,6 +12,7 @@ from click.shell_completion import CompletionItem
 
 from qwen_vit.checkpoint.published import PACKAGED, cached_repositories, published_checkpoints
 from qwen_vit.cli.console import set_verbosity
+from qwen_vit.common.arguments import is_address
 from qwen_vit.common.storage import is_remote
 from qwen_vit.common.store_path import as_path
 from qwen_vit.errors import FLOAT16_OVERFLOWS, ArgumentError
@@ -65,7 +66,7 @@ class NamedPath(click.Path):
 
 class LocalPath(NamedPath):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, str) and is_remote(value):
+        if isinstance(value, str) and is_address(value):
             self.fail(f"{value} is an address. Pass a path on this machine.", param, ctx)
         return super().convert(value, param, ctx)
 

@@ -1,14 +1,18 @@
 """Check the types of arguments, and describe wrong values in errors."""
 
 import os
+import re
 from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
 
 from qwen_vit.errors import ArgumentError
 
 __all__ = [
-    "check_choice", "check_ordered", "check_path", "check_paths", "missing_remedy", "short_repr",
-    "typed_repr",
+    "check_choice", "check_local_path", "check_ordered", "check_path", "check_paths",
+    "is_address", "missing_remedy", "short_repr", "typed_repr",
 ]  # fmt: skip
+
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 def check_path(name: str, value: str | os.PathLike[str], expected: str) -> str:
@@ -21,6 +25,31 @@ def check_path(name: str, value: str | os.PathLike[str], expected: str) -> str:
     if not isinstance(value, (str, os.PathLike)) or value == "":
         raise ArgumentError(f"{name} is {typed_repr(value)}", expected=expected)
     return os.fspath(value)
+
+
+def check_local_path(name: str, value: str | os.PathLike[str], expected: str) -> Path:
+    """Return a path on this machine. Raise ArgumentError for an address or any other value.
+
+    >>> check_local_path("path", "s3://bucket/table.parquet", "the file to write")
+    Traceback (most recent call last):
+    qwen_vit.errors.ArgumentError: s3://bucket/table.parquet: path is an address. Expected the \
+file to write, on this machine.
+    """
+    path = check_path(name, value, expected)
+    if is_address(path):
+        raise ArgumentError(
+            f"{name} is an address", name=path, expected=f"{expected}, on this machine"
+        )
+    return Path(path)
+
+
+def is_address(path: str) -> bool:
+    """Return whether a text begins with a scheme, such as "s3://" or "https://".
+
+    >>> is_address("s3://bucket/a.jpg"), is_address("folder/a.jpg")
+    (True, False)
+    """
+    return ADDRESS.match(path) is not None
 
 
 def check_paths(

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -9,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from qwen_vit.common.arguments import missing_remedy
-from qwen_vit.errors import ExportError, with_options
+from qwen_vit.common.arguments import check_local_path, missing_remedy
+from qwen_vit.errors import ArgumentError, ExportError, with_options
 
 __all__ = [
     "TEMPORARY_SUFFIX",
@@ -19,15 +20,20 @@ __all__ = [
     "atomic_file",
     "cannot_write",
     "check_parent",
+    "check_target",
     "check_utf8",
     "refuse_existing",
-    "refuse_link",
+    "refuse_protected",
     "sync_folder",
 ]
 
 TEMPORARY_SUFFIX = ".tmp"
 # the errors of os.link on file systems without hard links, such as FAT
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+# the names of an export's files
+OF_EXPORT = re.compile(
+    r"export\.json|listing(-\d+)?\.jsonl|manifest\.parquet|(shard|segment)-[\d-]+\.safetensors"
+)
 NAME_CHARACTERS = 40  # of the file's own name: the hidden name must fit into 255 bytes
 
 
@@ -162,11 +168,34 @@ def refuse_existing(path: Path) -> None:
         ) from None
 
 
-def refuse_link(path: Path) -> None:
-    """Raise ExportError for a symbolic link that a result would replace, such as /dev/stdout."""
+def check_target(name: str, value: str | os.PathLike[str]) -> Path:
+    """Return an argument that names a file to write, as a path.
+
+    Raises ArgumentError for an address, a folder's name and a value that is not a path, and
+    ExportError for a path that is not UTF-8 or that `refuse_protected` refuses.
+    """
+    path = check_local_path(name, value, "the file to write")
+    if os.fspath(value).endswith(os.sep):
+        raise ArgumentError(
+            f"{name} names a folder", name=os.fspath(value), expected="the file to write"
+        )
+    check_utf8(path)
+    refuse_protected(path)
+    return path
+
+
+def refuse_protected(path: Path) -> None:
+    """Raise ExportError for a file that a result must not replace: a symbolic link, such as
+    /dev/stdout, or a file of an export."""
     if os.path.islink(path):
         raise ExportError(
             "a symbolic link", name=str(path), expected="a file", remedy="pass the link's target"
+        )
+    if OF_EXPORT.fullmatch(path.name) and os.path.lexists(path.with_name("export.json")):
+        raise ExportError(
+            "the name of a file of the export in this folder",
+            name=str(path),
+            remedy="pass another path",
         )
 
 

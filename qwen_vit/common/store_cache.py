@@ -10,6 +10,7 @@ from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
+from qwen_vit.common.arguments import check_local_path
 from qwen_vit.common.atomic_file import atomic_file
 from qwen_vit.common.storage import read_range
 from qwen_vit.errors import ExportError
@@ -28,7 +29,7 @@ def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path | None:
     PosixPath('cache')
     """
     named = os.environ.get(CACHE_VARIABLE) if folder is None else folder
-    return Path(named) if named else None
+    return check_local_path("cache_dir", named, "a folder") if named else None
 
 
 def read_cached(

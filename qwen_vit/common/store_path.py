@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from qwen_vit.common.arguments import check_path
+from qwen_vit.common.arguments import check_path, is_address
 from qwen_vit.common.storage import (
     RemoteObject,
     find_object,
@@ -138,6 +138,13 @@ def as_path(
         return path
     path = check_path(name, path, expected)
     if not is_remote(path):
+        if is_address(path):
+            raise ArgumentError(
+                "not an address in object storage",
+                name=path,
+                expected=expected,
+                remedy="pass a path on this machine, or an address such as s3://BUCKET/NAME",
+            )
         return Path(path)
     if not has_bucket(path):  # for example "s3://$BUCKET" with an empty variable
         raise ArgumentError(

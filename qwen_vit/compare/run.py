@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qwen_vit.common.arguments import check_choice, check_path, check_paths, typed_repr
-from qwen_vit.common.atomic_file import refuse_existing
+from qwen_vit.common.arguments import check_choice, check_paths, typed_repr
+from qwen_vit.common.atomic_file import check_target, refuse_existing
 from qwen_vit.compare.choices import ATTENTIONS, PROCESSORS, Attention, Processor
 from qwen_vit.compare.golden import Case, Golden, load_golden, write_golden
 from qwen_vit.compare.huggingface import (
@@ -161,7 +161,7 @@ def compare(
         raise ArgumentError(f"video is {typed_repr(video)}", expected="VideoOptions")
     images = check_paths("images", images)
     if save_golden is not None:
-        save_golden = Path(check_path("save_golden", save_golden, "the file to write"))
+        save_golden = check_target("save_golden", save_golden)
         if not overwrite:
             refuse_existing(save_golden)
     check_transformers()

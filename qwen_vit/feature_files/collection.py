@@ -261,15 +261,17 @@ class Features(ABC):
         Args:
             path: the Parquet file.
             overwrite: whether to replace an existing file. The method never replaces a file that
-                contains these features.
+                contains these features, or a file of an export.
 
         Returns:
             The path of the file.
 
         Raises:
-            ArgumentError: pyarrow cannot be imported.
+            ArgumentError: pyarrow cannot be imported, or `path` is an address, a folder's name or
+                not a path.
             ExportError: There is no image, or `path` exists without `overwrite=True`, contains
-                these features, is a symbolic link, is not UTF-8 or cannot be written.
+                these features, is a symbolic link or a file of an export, is not UTF-8 or cannot be
+                written.
         """
         return tables.write_parquet(self, path, overwrite=overwrite)
 

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_vit.common.arguments import check_path
-from qwen_vit.common.atomic_file import atomic_file, check_utf8, refuse_link
+from qwen_vit.common.arguments import check_local_path
+from qwen_vit.common.atomic_file import atomic_file, check_target
 from qwen_vit.common.installation import install_command
 from qwen_vit.common.store_path import AnyPath
 from qwen_vit.errors import ArgumentError, ExportError
@@ -31,7 +31,6 @@ EMBEDS_COLUMN = "embeds"
 WHOLE_NUMBERS = ("grid_t", "grid_h", "grid_w", "height", "width")
 BATCH_BYTES, BATCH_IMAGES = 2**25, 4_096  # of float32 rows at a time; about three copies exist
 DENSE_IMAGES = 8  # at a time in datasets; for vectors, its default of 1,000
-SOURCE_SUFFIXES = (".safetensors", ".json", ".jsonl")  # of an export's files
 EMPTY = "choose at least one image that has features"
 
 
@@ -84,9 +83,7 @@ def write_parquet(
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
     except ImportError as error:
         raise _missing("pyarrow", "arrow", error) from None
-    path = Path(check_path("path", path, "the file to write"))
-    check_utf8(path)
-    refuse_link(path)
+    path = check_target("path", path)
     _refuse_source(path, features.path)
     images = iter(features)
     first = next(images, None)
@@ -110,10 +107,8 @@ def write_parquet(
 
 def _refuse_source(path: Path, source: AnyPath) -> None:
     """Raise ExportError if a table at `path` would replace the features that it is made of."""
-    if not (isinstance(source, Path) and os.path.exists(path) and os.path.exists(source)):
-        return
-    is_part = source.is_dir() and path.absolute().parent.samefile(source)
-    if path.samefile(source) or (is_part and path.suffix in SOURCE_SUFFIXES):
+    is_local = isinstance(source, Path) and os.path.exists(path) and os.path.exists(source)
+    if is_local and path.samefile(source):  # type: ignore[arg-type]
         raise ExportError(
             "to_parquet reads the features from this file",
             name=str(path),
@@ -134,7 +129,9 @@ def to_datasets(features: StoredImages, *, cache_dir: str | os.PathLike[str] | N
     return datasets.Dataset.from_generator(
         _dataset_rows,
         features=datasets.Features.from_arrow_schema(schema.remove_metadata()),
-        cache_dir=None if cache_dir is None else check_path("cache_dir", cache_dir, "a folder"),
+        cache_dir=None
+        if cache_dir is None
+        else str(check_local_path("cache_dir", cache_dir, "a folder")),
         # datasets names its cache by a hash of these values, because the path does not identify
         # content
         gen_kwargs={"features": features, "content": repr(features.content())},

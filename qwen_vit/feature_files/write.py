@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_vit.common.arguments import check_path, typed_repr
-from qwen_vit.common.atomic_file import atomic_file, check_utf8, refuse_link
+from qwen_vit.common.arguments import typed_repr
+from qwen_vit.common.atomic_file import atomic_file, check_target
 from qwen_vit.common.tensors import all_finite, odd_kind, resolved
 from qwen_vit.errors import ArgumentError, ExportError, Wording, plural
 from qwen_vit.feature_files.schema import EMBEDS, ItemFacts, rows_by_tensor
@@ -73,14 +73,12 @@ def write_features(
         The path of the file.
 
     Raises:
-        ExportError: `path` exists without `overwrite=True`, is a symbolic link, is not UTF-8 or
-            cannot be written. No image succeeded, a value of `features` or `metadata` is not as
-            described above, or the file's header exceeds 100 MB.
-        ArgumentError: `features` or `metadata` has the wrong type.
+        ExportError: `path` exists without `overwrite=True`, is a symbolic link or a file of an
+            export, is not UTF-8 or cannot be written. No image succeeded, a value of `features` or
+            `metadata` is not as described above, or the file's header exceeds 100 MB.
+        ArgumentError: `path` is an address or a folder's name, or an argument has the wrong type.
     """
-    path = Path(check_path("path", path, "the file to write"))
-    check_utf8(path)
-    refuse_link(path)
+    path = check_target("path", path)
     features = check_features(features)
     if not isinstance(metadata, Mapping):
         raise ArgumentError(

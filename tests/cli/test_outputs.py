@@ -66,6 +66,17 @@ def test_an_exports_report_names_its_rows(run: Any) -> None:
     assert (code, json.loads(out)["rows"]) == (0, 2)
 
 
+def test_encode_replaces_no_shard_of_an_export(run: Any) -> None:
+    run("export", "a.png", *COMMON)
+    arguments = ("encode", "a.png", "--overwrite", "--model", "tiny", "--device", "cpu")
+    code, _, err = run(*arguments, "--out", "out/shard-00000000.safetensors")
+    assert code == 2
+    assert "shard-00000000.safetensors: the name of a file of the export in this folder" in err
+    code, _, err = run(*arguments, "--out", "https://host/f.safetensors")
+    assert code == 2
+    assert "https://host/f.safetensors is an address. Pass a path on this machine" in err
+
+
 @pytest.mark.parametrize("command", ["encode", "export"])
 @pytest.mark.parametrize(
     ("options", "words"),

@@ -22,7 +22,7 @@ from qwen_vit.compare import huggingface as reference
 from qwen_vit.compare.golden import METADATA_KEY, Golden, load_golden
 from qwen_vit.compare.run import compare, compare_with_golden
 from qwen_vit.compare.text import as_text
-from qwen_vit.errors import ComparisonError, ExportError
+from qwen_vit.errors import ArgumentError, ComparisonError, ExportError
 from tests.support import IMAGES
 from tests.support.comparisons import CHELSEA, SMALL, STAGES, encoder, version_of
 from tests.support.goldens import TINY_FOLDER
@@ -82,6 +82,8 @@ def test_the_same_comparison_writes_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with pytest.raises(ExportError, match=r"a: already exists\. .*overwrite=True"):
         compare(encoder(), [CHELSEA], save_golden=tmp_path / "a")
+    with pytest.raises(ArgumentError, match="s3://b/g: save_golden is an address"):
+        compare(encoder(), [CHELSEA], save_golden="s3://b/g")
     compare(encoder(), [CHELSEA], save_golden=tmp_path / "a", overwrite=True)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 

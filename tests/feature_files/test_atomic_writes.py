@@ -12,14 +12,17 @@ import pytest
 import torch
 
 from qwen_vit.common.atomic_file import AtomicFile
-from qwen_vit.errors import ExportError
+from qwen_vit.encoder import VisionEncoder
+from qwen_vit.errors import ArgumentError, ExportError
 from qwen_vit.feature_files import write as write_module
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.feature_files.schema import ItemFacts
 from qwen_vit.feature_files.write import write_features
 from qwen_vit.feature_files.writer import FeatureWriter, RowTensor
 from qwen_vit.features import ImageFeatures
+from qwen_vit.integrations.vllm.ec_cache import read_ec_cache, write_ec_cache
 from tests.support.features import METADATA, features_of
+from tests.support.reading_stress import Folder
 
 
 class FaultError(Exception):
@@ -187,3 +190,51 @@ def test_a_symbolic_link_is_refused(tmp_path: Path) -> None:
         write_features(link, [ImageFeatures("a", torch.ones(1, 4), (1, 2, 2))], METADATA)
     assert link.is_symlink()
     assert not (tmp_path / "target").exists()
+
+
+def test_a_result_replaces_no_file_of_an_export(folder: Folder) -> None:
+    """A table once replaced the manifest, and a feature file export.json."""
+    stored = load_features(folder.path)
+    (folder.path / "manifest.parquet").write_bytes(b"manifest")
+    names = sorted(os.listdir(folder.path))
+    assert {"export.json", "listing.jsonl", "shard-00000000.safetensors"} < set(names)
+    before = [(folder.path / name).read_bytes() for name in names]
+    for name in [*names, "listing-0001.jsonl", "segment-00000003-00000001.safetensors"]:
+        path = folder.path / name
+        with pytest.raises(ExportError, match=f"{name}: the name of a file of the export in this"):
+            stored.to_parquet(path, overwrite=True)
+        with pytest.raises(ExportError, match=f"{name}: the name of a file of the export in this"):
+            write_features(path, stored[0], METADATA, overwrite=True)
+    assert sorted(os.listdir(folder.path)) == names
+    assert [(folder.path / name).read_bytes() for name in names] == before
+    stored.to_parquet(folder.path / "table.parquet")
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/f", "gs://bucket/f", "https://host/f"])
+def test_an_address_is_not_a_file_to_write(folder: Folder, address: str) -> None:
+    stored = load_features(folder.path)
+    words = rf"{address}: path is an address\. Expected the file to write, on this machine\."
+    with pytest.raises(ArgumentError, match=words):
+        stored.to_parquet(address)
+    with pytest.raises(ArgumentError, match=words):
+        write_features(address, stored[0], METADATA)
+    for call in (
+        lambda: load_features("s3://bucket/f", cache_dir=address),
+        lambda: stored.to_datasets(cache_dir=address),
+        lambda: VisionEncoder.from_pretrained("tiny", cache_dir=address),
+        lambda: write_ec_cache([stored[0]], address, METADATA),
+        lambda: read_ec_cache(address),
+    ):
+        with pytest.raises(ArgumentError, match=rf"{address}: \w+ is an address"):
+            call()
+
+
+def test_a_path_that_ends_in_a_slash_is_not_a_file_to_write(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"new/: path names a folder\. Expected the file"):
+        write_features(f"{tmp_path}/new/", features_of("a"), METADATA)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_address_of_the_web_is_not_a_file_to_read() -> None:
+    with pytest.raises(ArgumentError, match="https://host/f: not an address in object storage"):
+        load_features("https://host/f")

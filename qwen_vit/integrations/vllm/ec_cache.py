@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_vit.common.arguments import check_path, short_repr, typed_repr
+from qwen_vit.common.arguments import check_local_path, short_repr, typed_repr
 from qwen_vit.common.atomic_file import (
     TEMPORARY_SUFFIX,
     atomic_file,
@@ -99,7 +99,7 @@ def write_ec_cache(
         ArgumentError: `metadata` lacks a digest, or `to_vllm` raises ArgumentError for the same
             features.
     """
-    folder = Path(check_path("folder", folder, "the folder of the cache"))
+    folder = check_local_path("folder", folder, "the folder of the cache")
     check_utf8(folder)
     pictures, clips, seconds = split_videos(features, videos, second_per_grid_ts)
     found = check_modalities(pictures, clips, seconds)
@@ -206,7 +206,7 @@ def read_ec_cache(
         ExportError: The folder has no `qwen_vit.json`, its settings or its index are damaged or
             unreadable, or its digests differ from those in `metadata`.
     """
-    folder = Path(check_path("folder", folder, "the folder of the cache"))
+    folder = check_local_path("folder", folder, "the folder of the cache")
     settings = _read_settings(folder)
     if metadata is not None:
         if not isinstance(metadata, Mapping):
@@ -227,7 +227,7 @@ def check_ec_folder(
 
     >>> check_ec_folder("cache", encoder.metadata(), "bfloat16")  # doctest: +SKIP
     """
-    folder = Path(check_path("folder", folder, "the folder of the cache"))
+    folder = check_local_path("folder", folder, "the folder of the cache")
     check_utf8(folder)
     settings = _settings(metadata, dtype)
     if SETTINGS in _names(folder):
