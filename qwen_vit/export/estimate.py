@@ -26,6 +26,7 @@ from qwen_vit.export.changes import open_if_whole
 from qwen_vit.export.header_size import IMAGE_HEAD_BYTES, TENSOR_HEAD_BYTES
 from qwen_vit.export.options import ExportOptions, RowFormat
 from qwen_vit.export.plan import ExportPlan, plan_dry_run
+from qwen_vit.export.resume import options_or_recorded
 from qwen_vit.export.store_folder import as_folder
 from qwen_vit.export.whole_shards import segments_to_keep
 from qwen_vit.feature_files.file import FeatureFile
@@ -100,7 +101,7 @@ def estimate_export(
     >>> estimate_export(encoder, ["tests/photographs/rocket.jpg"]).rows
     345
     """
-    options = options or ExportOptions()
+    options = options_or_recorded(options, inputs, folder)
     where = None if folder is None else as_folder(folder)
     with plan_dry_run(encoder, inputs, where, options) as plan:
         counts = _Counts(encoder, options)

@@ -24,7 +24,7 @@ def list_inputs(inputs: Sequence[str], folder: Path, options: ExportOptions) -> 
         columns=options.columns, limits=options.limits, video=options.video.changed,
         as_video=options.as_video, pages=options.pages, exif=options.exif,
     )  # fmt: skip
-    items = unused.watch(find_items(inputs, left_out, columns=options.columns))
+    items = unused.watch(find_items(inputs, left_out, columns=options.columns, out=folder))
     if options.pages == "all":
         items = page_items(items, options.limits)
     listing = Listing.save(path, items, options.shard_size)

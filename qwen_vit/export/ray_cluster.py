@@ -34,6 +34,7 @@ from qwen_vit.export.plan import ExportPlan, open_export, remove_leftovers
 from qwen_vit.export.progress import Progress
 from qwen_vit.export.records import REST, STAGES, DoneShard
 from qwen_vit.export.result import ExportCounts, ExportReport
+from qwen_vit.export.resume import options_or_recorded
 from qwen_vit.export.retry import FailingRun, may_work_now
 from qwen_vit.export.run import hint_resume, load_encoder, make_manifest, warn_of_idle
 from qwen_vit.export.shards import export_shards
@@ -88,7 +89,7 @@ def export_on_ray(
             f"device is {short_repr(device)}", expected="'auto', 'cuda' or 'cpu' with Ray"
         )
     thread_count(decode_threads)  # raises before Ray starts a cluster
-    options, waits = options or ExportOptions(), dict.fromkeys(STAGES, 0.0)
+    options, waits = options_or_recorded(options, inputs, folder), dict.fromkeys(STAGES, 0.0)
     model = os.path.abspath(model) if os.path.isdir(model) else model
     load = partial(load_encoder, model, options, device=device, **loading)
     load_arrow()

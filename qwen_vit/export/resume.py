@@ -2,10 +2,11 @@
 them."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from qwen_vit.common.store_path import AnyPath
+from qwen_vit.common.store_path import AnyPath, PathOrAddress, as_path
 from qwen_vit.errors import ArgumentError, ExportError
 from qwen_vit.export.folder import OTHER_FOLDER
 from qwen_vit.export.options import ExportOptions
@@ -16,7 +17,7 @@ from qwen_vit.export.versions import video_policy_of
 from qwen_vit.images.image import EXIF_IGNORED, ImageLimits
 from qwen_vit.video.options import VideoLimits, VideoOptions
 
-__all__ = ["StartOptions", "read_start_options"]
+__all__ = ["StartOptions", "options_or_recorded", "read_start_options"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,18 @@ class StartOptions:
     model: str
     loading: dict[str, Any]
     options: ExportOptions
+
+
+def options_or_recorded(
+    options: ExportOptions | None,
+    inputs: Sequence[str | os.PathLike[str]] | None,
+    folder: PathOrAddress | None,
+) -> ExportOptions:
+    """Return `options`. Without them and without inputs, return the options of the export to
+    resume. Without options, but with inputs, return `ExportOptions()`."""
+    if options is None and inputs is None and folder is not None:
+        return read_start_options(as_path(folder, "folder")).options
+    return options or ExportOptions()
 
 
 def read_start_options(folder: AnyPath) -> StartOptions:

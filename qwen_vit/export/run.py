@@ -31,6 +31,7 @@ from qwen_vit.export.plan import ExportPlan, open_export
 from qwen_vit.export.progress import Progress
 from qwen_vit.export.records import REST
 from qwen_vit.export.result import ExportCounts, ExportReport
+from qwen_vit.export.resume import options_or_recorded
 from qwen_vit.export.retry import FailingRun
 from qwen_vit.export.shards import export_shards
 from qwen_vit.export.stop import StopSignals
@@ -68,7 +69,8 @@ def export_features(
             resumes with the images in the export's listing.
         folder: a new or empty folder, or an export to resume. The folder may be an address such as
             "s3://bucket/features".
-        options: how to encode and store the images. None selects `ExportOptions()`.
+        options: how to encode and store the images. None selects `ExportOptions()`, or
+            the recorded options if `inputs` is None.
         confirm: a function that receives an estimate before the first shard, and may raise an
             error. The export does not call the function if a shard of the part exists.
         show_progress: show a progress bar on a terminal, or a line per minute in a log.
@@ -102,7 +104,7 @@ def export_features(
         )
     if not isinstance(options, ExportOptions | None):
         raise ArgumentError(f"options is {short_repr(options)}", expected="ExportOptions or None")
-    options = options or ExportOptions()
+    options = options_or_recorded(options, inputs, folder)
     thread_count(decode_threads)  # these two raise before a folder exists
     RowFormat.of(encoder, options)
     load_arrow()

@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 from qwen_vit.common.arguments import missing_remedy
 from qwen_vit.common.storage import RemoteObject, is_remote
-from qwen_vit.errors import TO_ENCODE, ExportError, ImageError, display_name, with_options
+from qwen_vit.errors import TO_ENCODE, ExportError, ImageError, Wording, display_name, with_options
 from qwen_vit.images.image import ADDRESS
 from qwen_vit.images.refusals import address_remedy
 from qwen_vit.inputs.listing import Item
@@ -51,6 +52,8 @@ MAX_SUFFIXES_LOGGED = 5
 # a search of a folder may return files with these suffixes
 TAKEN_SUFFIXES = (*MEDIA_SUFFIXES, TAR_SUFFIX, *COMPRESSED_TARS, PARQUET_SUFFIX)
 DEEP = re.compile(r"(?:^|(?<=/))\*\*(?:/+|$)")  # in a pattern: any number of folders
+Identity: TypeAlias = tuple[int, int] | None  # of a folder
+NOWHERE = (-1, -1)  # the identity of no folder
 ALL_BELOW = re.compile(r"(?:^|/)\*\*(?:/+\*{1,2})*/*$")  # each match is an item
 
 
@@ -60,6 +63,7 @@ def find_items(
     *,
     must_exist: bool = True,
     columns: ParquetColumns | None = None,
+    out: Path | None = None,
 ) -> Iterator[Item]:
     """Yield the images of files, folders, patterns, lists, tars and Parquet files, in input order.
 
@@ -77,7 +81,8 @@ def find_items(
 
     The function searches folders to every depth, through links, in byte order of the names. In
     folders and tars, it skips files of other kinds, and counts them by extension in `left_out`.
-    Neither a folder's search nor `**` in a pattern follows a link to a parent folder.
+    Neither a folder's search nor `**` in a pattern follows a link to a parent folder. A folder's
+    search skips `out`, the folder of the results.
 
     With `must_exist=False`, a missing path or a web address becomes an item, and the function does
     not open it. With `must_exist=False`, an input folder that cannot be listed becomes an item with
@@ -88,7 +93,7 @@ def find_items(
     """
     left_out = Counter() if left_out is None else left_out
     _check_alone(inputs, columns)
-    overlap = Overlap(inputs)
+    overlap, skip = Overlap(inputs), NOWHERE if out is None else _identity(str(out)) or NOWHERE
     reported: set[str] = set()  # unreadable folders; several patterns may reach one
     for given in inputs:
         if not must_exist and is_missing(given):
@@ -97,7 +102,7 @@ def find_items(
         if not must_exist and os.path.isdir(given) and (refused := _listing_error(given, given)):
             yield Item.failed(given, given, refused)
             continue
-        for item in overlap.checked(given, _input_items(given, left_out, columns)):
+        for item in overlap.checked(given, _input_items(given, left_out, columns, skip)):
             if item.error is not None and item.error[0] == "unreadable":
                 if item.source in reported:
                     continue
@@ -148,7 +153,7 @@ def _check_alone(inputs: Sequence[str], columns: ParquetColumns | None) -> None:
 
 
 def _input_items(
-    given: str, left_out: Counter[str], columns: ParquetColumns | None
+    given: str, left_out: Counter[str], columns: ParquetColumns | None, skip: Identity = NOWHERE
 ) -> Iterator[Item]:
     if given == STDIN:
         yield from stdin_items()
@@ -163,7 +168,7 @@ def _input_items(
             remedy += TO_ENCODE
         raise ExportError("an address, not a file", name=given[:80], remedy=remedy)
     if os.path.lexists(given) or not glob.has_magic(given):
-        yield from _path_items(given, left_out, columns, may_be_list=True)
+        yield from _path_items(given, left_out, columns, skip, may_be_list=True)
         return
     unreadable: dict[str, Item] = {}
     matches = sorted(set(_matches(given, unreadable)), key=os.fsencode)
@@ -179,7 +184,7 @@ def _input_items(
             if ALL_BELOW.search(given):
                 continue
             folders.add(Path(match))
-        yield from _path_items(match, left_out, columns, may_be_list=False)
+        yield from _path_items(match, left_out, columns, skip, may_be_list=False)
     yield from unreadable.values()
 
 
@@ -212,7 +217,12 @@ def _versioned(items: Iterator[Item], found: RemoteObject) -> Iterator[Item]:
 
 
 def _path_items(
-    path: str, left_out: Counter[str], columns: ParquetColumns | None, *, may_be_list: bool
+    path: str,
+    left_out: Counter[str],
+    columns: ParquetColumns | None,
+    skip: Identity,
+    *,
+    may_be_list: bool,
 ) -> Iterator[Item]:
     try:
         mode = os.stat(path).st_mode
@@ -231,7 +241,7 @@ def _path_items(
     if stat.S_ISDIR(mode):
         refused = _listing_error(path, name)
         if refused is None:
-            yield from _folder_items(source, left_out, columns)
+            yield from _folder_items(source, left_out, columns, skip)
         elif may_be_list:  # the folder was named: an export must not begin without it
             raise ExportError.of(refused)
         else:
@@ -242,7 +252,9 @@ def _path_items(
         yield from tar_items(source, os.path.basename(source), left_out)
     elif lower.endswith(PARQUET_SUFFIX):
         if columns is None:  # one of several inputs, as from a shell's `*`
-            refusal = ImageError.of(needs_column(source), name=name, code="format")
+            unnamed = needs_column(source)  # without options, because the listing stores its text
+            remedy = "name that column" if isinstance(unnamed.remedy, Wording) else unnamed.remedy
+            refusal = ImageError.of(unnamed, name=name, remedy=remedy, code="format")
             yield Item.failed(name, source, refusal)
             return
         yield from parquet_items(source, os.path.basename(source), columns)
@@ -300,10 +312,13 @@ def _plain_matches(pattern: str, unreadable: dict[str, Item]) -> Iterator[str]:
 
 
 def _folder_items(
-    folder: str, left_out: Counter[str], columns: ParquetColumns | None
+    folder: str, left_out: Counter[str], columns: ParquetColumns | None, skip: Identity
 ) -> Iterator[Item]:
-    """Yield items depth first, without recursion. The search follows no link to a parent folder."""
-    above = [_identity(folder)]
+    """Yield items depth first, without recursion. The search follows no link to a parent folder,
+    and skips the folder `skip`."""
+    above = [skip, _identity(folder)]
+    if above[0] == above[1]:
+        return
     stack = [_entries(folder, "")]
     while stack:
         item, is_folder = next(stack[-1], (None, False))
@@ -363,7 +378,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _identity(folder: str) -> tuple[int, int] | None:
+def _identity(folder: str) -> Identity:
     """Return a value that a folder and every link to it share, or None if `stat` fails."""
     try:
         status = os.stat(folder)

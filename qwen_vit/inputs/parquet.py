@@ -176,7 +176,7 @@ def _items_with_ids(
             missing = ImageError(
                 f"its id in column {id_column} is {'null' if value is None else 'empty'}",
                 name=f"{name}:{row}",
-                remedy=with_options("fill that column, or omit {}", "id_column"),
+                remedy="fill that column, or use another column as the ids",
                 code="null",
             )
             yield Item.failed(f"{name}:{row}", path, missing)
@@ -185,7 +185,7 @@ def _items_with_ids(
                 f"its id in column {id_column} has {n_bytes:,} bytes",
                 name=f"{name}:{row}",
                 expected=f"at most {MAX_NAME_BYTES:,}",
-                remedy=with_options("shorten it, or omit {}", "id_column"),
+                remedy="shorten it, or use another column as the ids",
                 code="damaged",
             )
             yield Item.failed(f"{name}:{row}", path, too_long)
@@ -193,7 +193,7 @@ def _items_with_ids(
             raise ImageError(
                 f"its first {row + 1:,} ids in column {id_column} have {most - left:,} bytes",
                 expected=f"at most {most:,}",
-                remedy=with_options("shorten them, or omit {}", "id_column"),
+                remedy="shorten them, or use another column as the ids",
                 code="slow",
             )
         else:

@@ -1,10 +1,12 @@
 """Build the errors for inputs that contain no image."""
 
+import os
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 
 from qwen_vit.common.storage import is_remote
-from qwen_vit.errors import TO_ENCODE, ExportError, display_name, with_options
+from qwen_vit.errors import TO_ENCODE, ExportError, Wording, display_name, with_options
 from qwen_vit.inputs.lists import JSON_SUFFIX, LIST_SUFFIXES
 from qwen_vit.inputs.parquet import PARQUET_SUFFIX
 from qwen_vit.inputs.suffixes import suffix_of
@@ -21,27 +23,40 @@ NOT_IMAGES = {
 
 
 def no_image_found(inputs: Sequence[str], left_out: Counter[str]) -> ExportError:
+    named = ", ".join("standard input" if each == STDIN else display_name(each) for each in inputs)
     has_parquet = left_out[PARQUET_SUFFIX] > 0
     lists = (*LIST_SUFFIXES, JSON_SUFFIX)
     if all(given == STDIN or given.lower().endswith(lists) for given in inputs):
         return ExportError(
-            f"no image found in {', '.join(map(display_name, inputs))}",
+            f"no image found in {named}",
             expected="a path or a JSON object in each line",
             remedy="check that the list is not empty",
         )
     if all(given.lower().endswith(PARQUET_SUFFIX) for given in inputs) and not left_out:
         return ExportError(
-            f"no image found in {', '.join(map(display_name, inputs))}",
+            f"no image found in {named}",
             expected="a table with rows",
             remedy="check that the table is not empty",
         )
+    exports = [each for each in inputs if os.path.isfile(os.path.join(each, "export.json"))]
+    if exports:
+        return ExportError(
+            "an export, without images",
+            name=exports[0],
+            expected="images",
+            remedy=Wording(
+                "to resume the export, call export_features with inputs=None and this folder",
+                shell=f"to resume the export, run `qwen-vit export --resume "
+                f"{shlex.quote(exports[0])}`",
+            ),
+        )
     if all(map(is_remote, inputs)) and not left_out:
         return ExportError(
-            f"no object found below {', '.join(map(display_name, inputs))}",
+            f"no object found below {named}",
             remedy="check the address",
         )
     return ExportError(
-        f"no image found in {', '.join(map(display_name, inputs))}",
+        f"no image found in {named}",
         expected=f"a file with one of these extensions: {', '.join(DEFAULT_SUFFIXES)}",
         remedy=with_options("to read Parquet files, pass {}", "column") + TO_ENCODE
         if has_parquet

@@ -68,7 +68,7 @@ def test_nothing_on_standard_input_is_no_image(
     stdin(monkeypatch, b"\n")
     done = run("encode", "-", *AGAIN)
     assert (done.code, done.out) == (2, "")
-    assert "error: no image found in -." in done.err
+    assert "error: no image found in standard input." in done.err
 
 
 def test_a_column_has_the_notes_of_each_image(folder: Path, run: Any) -> None:

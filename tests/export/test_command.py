@@ -23,7 +23,7 @@ from qwen_vit.export import progress as progress_module
 from qwen_vit.export import run as export_module
 from qwen_vit.export.estimate import Estimate
 from qwen_vit.export.progress import Progress
-from qwen_vit.feature_files.read import load_features
+from qwen_vit.feature_files.read import FeatureFolder, load_features
 from qwen_vit.features import FailedImage, ImageFeatures
 from qwen_vit.images.image import ImageLimits
 from qwen_vit.inputs.find import find_items
@@ -328,6 +328,15 @@ def test_files_without_an_image_suffix_are_counted(export_dir: Path, run: Any) -
         "skipped files without an image or video extension: 2 .txt, 1 without any, "
         "1 .0, 1 .1, 1 .2, ..."
     )
+
+
+def test_an_export_below_its_inputs_is_not_an_input(export_dir: Path, run: Any) -> None:
+    for _ in range(2):
+        _, _, err = run("p", "--out", "p/out")
+        assert "skipped files without" not in err
+    _, _, err = run("p/*", "--out", "p/out")
+    assert "skipped files without" not in err
+    assert FeatureFolder(Path("p/out")).listing == sorted(set(os.listdir("p")) - {"out"})
 
 
 def test_twenty_failures_are_printed_and_the_others_counted(export_dir: Path, run: Any) -> None:

@@ -10,6 +10,8 @@ import torch
 
 from qwen_vit.device import choose_quantization
 from qwen_vit.errors import ExportError
+from qwen_vit.export.estimate import estimate_export
+from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.describe import describe_features
 from qwen_vit.feature_files.read import load_features
 from qwen_vit.feature_files.verify import verify_features
@@ -52,6 +54,24 @@ def test_resume_needs_no_options(run: Any) -> None:
     assert json.loads(out)["resumed"] == 6
     assert run.loaded[-1]["model"] == "stand-in"
     assert run.loaded[-1]["max_pixels"] == 10_000
+
+
+def test_python_resumes_with_the_recorded_options(run: Any) -> None:
+    run(*START)
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    Path("out/shard-00000001.safetensors").unlink()
+    encoder: Any = FakeEncoder(max_pixels=10_000)
+    estimate_export(encoder, None, folder="out")
+    assert export_features(encoder, None, "out").resumed == 6
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+def test_an_export_is_not_an_input(run: Any) -> None:
+    run(*START)
+    code, _, err = run("out", "--model", "stand-in", "--out", "other")
+    assert code == 2
+    assert "out: an export, without images. Expected images. To resume the export, run" in err
+    assert "`qwen-vit export --resume out`" in err
 
 
 def test_resume_names_changed_inputs_and_extends_with_its_own(

@@ -123,6 +123,20 @@ def test_commands_take_columns(data: Path, qwen_vit: Callable[..., Any]) -> None
     assert (done.code, json.loads(done.out)["exported"]) == (0, 2), done.err
 
 
+def test_the_error_of_a_listing_has_no_option_of_python(
+    data: Path, qwen_vit: Callable[..., Any]
+) -> None:
+    """The listing stores the text, which both interfaces show."""
+    write_rows("data/c.parquet", structs(range(3)), key=["k0", None, "k" * 10_000])
+    Path("a.png").write_bytes(tiny_png(0))
+    common = ("--model", "tiny", "--device", "cpu", "--out")
+    columns = ("--column", "image", "--id-column", "key")
+    done = qwen_vit("export", "data/c.parquet", *common, "out", *columns)
+    assert "c.parquet:1: its id in column key is null. Fill that column, or use" in done.err
+    done = qwen_vit("export", "data/c.parquet", "a.png", *common, "other")
+    assert "one of its columns of images: image. Name that column." in done.err
+
+
 @pytest.mark.parametrize("table", ["features.parquet", "out/manifest.parquet"])
 def test_a_table_of_features_is_not_a_table_of_images(data: Path, table: str) -> None:
     """Its only column of bytes contains ids, and the error once proposed this column."""
