@@ -27,8 +27,10 @@ from tests.support.fake_encoder import WIDTH, FakeEncoder
 def test_a_shard_of_another_export_is_not_overwritten(export_dir: Path) -> None:
     export()
     path = Path("out/shard-00000001.safetensors")
-    write_features(path, [ImageFeatures("a", torch.ones(1, WIDTH), (1, 2, 2))], {}, overwrite=True)
-    foreign = path.read_bytes()
+    foreign = write_features(
+        "f", [ImageFeatures("a", torch.ones(1, WIDTH), (1, 2, 2))], {}
+    ).read_bytes()
+    path.write_bytes(foreign)
     with pytest.raises(
         ExportError, match=r"shard-00000001.*: it belongs to a different export.*Move the file away"
     ):
