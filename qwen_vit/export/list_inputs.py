@@ -15,16 +15,17 @@ from qwen_vit.inputs.unused import UnusedOptions
 __all__ = ["list_inputs"]
 
 
-def list_inputs(inputs: Sequence[str], folder: Path, options: ExportOptions) -> Listing:
-    """List the inputs, and write the listing to a temporary file of this part."""
+def list_inputs(inputs: Sequence[str], scratch: Path, options: ExportOptions, out: Path) -> Listing:
+    """List the inputs without the export's folder `out`, and write the listing to a temporary file
+    of this part."""
     number, count = options.part
     left_out: Counter[str] = Counter()
-    path = folder / f".listing-{number}-of-{count}{TEMPORARY_SUFFIX}"
+    path = scratch / f".listing-{number}-of-{count}{TEMPORARY_SUFFIX}"
     unused = UnusedOptions(
         columns=options.columns, limits=options.limits, video=options.video.changed,
         as_video=options.as_video, pages=options.pages, exif=options.exif,
     )  # fmt: skip
-    items = unused.watch(find_items(inputs, left_out, columns=options.columns, out=folder))
+    items = unused.watch(find_items(inputs, left_out, columns=options.columns, out=out))
     if options.pages == "all":
         items = page_items(items, options.limits)
     listing = Listing.save(path, items, options.shard_size)

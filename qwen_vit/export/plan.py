@@ -192,7 +192,7 @@ def _find(
     them, the function returns None. With `options.extend`, it raises ExportError instead.
     """
     if paths is not None:
-        return list_inputs(paths, scratch, options)
+        return list_inputs(paths, scratch, options, folder.scratch)
     inputs = read_description(folder).get("inputs", {})
     recorded, started_in = inputs.get("paths", []), inputs.get("folder")
     is_here = started_in == os.getcwd() or all(map(_is_absolute, recorded))
@@ -203,7 +203,7 @@ def _find(
         reason = f"its inputs are relative to {display_name(str(started_in))}"
     else:
         try:
-            return list_inputs(recorded, scratch, options)
+            return list_inputs(recorded, scratch, options, folder.scratch)
         except ExportError as error:
             if options.extend:
                 raise

@@ -334,6 +334,8 @@ def test_an_export_below_its_inputs_is_not_an_input(export_dir: Path, run: Any) 
     for _ in range(2):
         _, _, err = run("p", "--out", "p/out")
         assert "skipped files without" not in err
+    _, _, err = run("p", "--out", "p/out", "--dry-run")
+    assert "skipped files without" not in err
     _, _, err = run("p/*", "--out", "p/out")
     assert "skipped files without" not in err
     assert FeatureFolder(Path("p/out")).listing == sorted(set(os.listdir("p")) - {"out"})
