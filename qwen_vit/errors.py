@@ -44,7 +44,7 @@ IMAGE_CODES = {
     "format": "the format is unsupported or not enabled, or its decoder is not installed",
     "grid": "no image can have this grid of patches, or grid_thw has a wrong type or shape",
     "memory": "the host has too little memory to load the image, or a decoder crashed",
-    "missing": "the file, object, row or address does not exist",
+    "missing": "the file, object, row or address does not exist, or a tar or table has changed",
     "mode": "the pixel type has no known white level, or Pillow cannot read it correctly",
     "no-decoder": "PyAV's FFmpeg cannot decode the codec of the video",
     "no-pyav": "the file is a video, and PyAV (the extra `video`) is not installed",

@@ -91,6 +91,11 @@ class Folder(LocalFolder):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, str) and is_remote(value):
             return as_path(value)
+        if isinstance(value, str) and is_address(value):
+            self.fail(
+                f"{value} is an address of another kind. Pass a path on this machine, or an "
+                "address such as s3://BUCKET/NAME.", param, ctx,
+            )  # fmt: skip
         return super().convert(value, param, ctx)
 
 

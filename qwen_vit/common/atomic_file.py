@@ -32,7 +32,7 @@ TEMPORARY_SUFFIX = ".tmp"
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 # the names of an export's files
 OF_EXPORT = re.compile(
-    r"export\.json|listing(-\d+)?\.jsonl|manifest\.parquet|(shard|segment)-[\d-]+\.safetensors"
+    r"export\.json|listing(-\d+)?\.jsonl|manifest\.(parquet|jsonl)|(shard|segment)-[\d-]+\.safetensors"
 )
 NAME_CHARACTERS = 40  # of the file's own name: the hidden name must fit into 255 bytes
 
@@ -191,7 +191,9 @@ def refuse_protected(path: Path) -> None:
         raise ExportError(
             "a symbolic link", name=str(path), expected="a file", remedy="pass the link's target"
         )
-    if OF_EXPORT.fullmatch(path.name) and os.path.lexists(path.with_name("export.json")):
+    # an export can restore a lost export.json from its other files
+    is_export = any(os.path.lexists(path.with_name(n)) for n in ("export.json", "listing.jsonl"))
+    if is_export and OF_EXPORT.fullmatch(path.name):
         raise ExportError(
             "the name of a file of the export in this folder",
             name=str(path),

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Self
 
+from qwen_vit.common.storage import is_remote
 from qwen_vit.errors import ExportError, ImageError, display_name, plural
 from qwen_vit.export.folder import ExportFolder
 from qwen_vit.export.listings import Listings
 from qwen_vit.feature_files.file import FeatureFile, open_shard
 from qwen_vit.feature_files.schema import shard_name
 from qwen_vit.images.image import ImageLimits
+from qwen_vit.inputs.find import STDIN
 from qwen_vit.inputs.listing import Item, Listing, read_listing
 from qwen_vit.inputs.read import read_item
 from qwen_vit.video.items import open_video_item
@@ -86,6 +88,13 @@ class InputChanges:
             words[-1] += f" (it was {_place_text(old)}, and is {now} now)"
         return "; ".join(words) or "in another order" * self.is_reordered
 
+    def aim_of_extend(self) -> str:
+        """Return what an extension would do, for an error's remedy."""
+        if self.new:
+            return "add the new images"
+        is_lost = any(item.error is not None for item in self.gone)
+        return "withdraw the inputs that failed" if is_lost else ""
+
     def log_growth(self, changed: Sequence[Item]) -> None:
         gone = [item for item in self.gone if item.error is None]
         for items, words in (
@@ -120,13 +129,21 @@ class InputChanges:
 
 def warn_of_other_inputs(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
     """Warn if an extension's inputs, which the export then records, omit recorded inputs."""
-    left = [] if before is None else [p for p in before["paths"] if p not in now["paths"]]
+    places = {_input_place(path, now) for path in now["paths"]}
+    paths = [] if before is None else before["paths"]
+    left = [path for path in paths if _input_place(path, before or {}) not in places]
     if left:
         logger.warning(
-            "the export now records these inputs instead of its earlier ones, such as %s: a resume "
-            "that extends the export lists only these",
+            "the export records only these inputs now, and no longer %s; to extend it with the "
+            "earlier inputs as well, pass all inputs",
             display_name(left[0]),
         )
+
+
+def _input_place(path: str, inputs: Mapping[str, Any]) -> str:
+    if path == STDIN or is_remote(path):
+        return path
+    return os.path.normpath(os.path.join(str(inputs.get("folder", "")), path))
 
 
 def failed_items(folder: ExportFolder, listings: Listings) -> Iterator[Item]:
@@ -174,14 +191,15 @@ def open_if_whole(folder: ExportFolder, shard: int) -> FeatureFile | None:
 
 
 def _place(item: Item) -> Item:
-    """Return the item without an error's message, and without an object's version and size.
+    """Return the item without what identifies its content, and without an error's message.
 
     Other versions of qwen_vit may word an error differently. Only a whole object has offset 0,
     because a tar begins with a header.
     """
     error = None if item.error is None else (item.error[0], "")
     is_object = item.version is not None and item.offset == 0
-    return replace(item, error=error, version=None, size=None if is_object else item.size)
+    size = None if is_object else item.size
+    return replace(item, error=error, version=None, size=size, header=None, id_column=None)
 
 
 def _place_text(item: Item) -> str:

@@ -45,9 +45,6 @@ class Listings:
         """Return the number of lines. A replaced image has several lines."""
         return sum(listing.n_images for listing in self.all)
 
-    def equals(self, listing: Listing) -> bool:
-        return [each.sha256 for each in self.all] == [listing.sha256]
-
     def number_of(self, shard: int) -> int:
         return next(number for number, end in enumerate(self._ends) if shard < end)
 

@@ -22,7 +22,6 @@ from qwen_vit.export.list_inputs import list_inputs
 from qwen_vit.export.listings import Listings
 from qwen_vit.export.lock import short_lock
 from qwen_vit.export.options import ExportOptions
-from qwen_vit.export.places import errors_of_moved
 from qwen_vit.export.segments import find_segments, remove_segments
 from qwen_vit.export.settings import (
     SETTINGS,
@@ -40,7 +39,7 @@ from qwen_vit.export.versions import made_by_of, video_policy_of
 from qwen_vit.feature_files.listed import is_made_by
 from qwen_vit.feature_files.schema import shard_name
 from qwen_vit.inputs.find import STDIN
-from qwen_vit.inputs.listing import Item, Listing
+from qwen_vit.inputs.listing import Listing
 
 __all__ = [
     "ExportPlan",
@@ -73,7 +72,6 @@ class ExportPlan:
     made_by: Mapping[str, Any] = field(default_factory=dict)  # this run's versions and GPU
     # other versions that the export accepted after its start
     accepted: Sequence[Mapping[str, Any]] = ()
-    moved: Mapping[str, ExportError] = field(default_factory=dict)  # by the tar or Parquet file
 
     @property
     def all_shards(self) -> range:
@@ -99,14 +97,6 @@ class ExportPlan:
         """Return the existing shards of every part."""
         found = self.folder.which_exist(map(shard_name, self.all_shards))
         return {shard for shard in self.all_shards if shard_name(shard) in found}
-
-    def items(self, shard: int) -> list[Item]:
-        """Return the images of a shard to write. Raise ExportError if one of them has moved."""
-        items = self.listing.shard(shard)
-        for item in items if self.moved else ():
-            if not item.is_file and item.source in self.moved:
-                raise self.moved[item.source]
-        return items
 
     def has_any(self) -> bool:
         found = self.folder.names()
@@ -156,10 +146,6 @@ def open_export(
         finally:  # removes it unless it was moved
             if found is not None:
                 found.path.unlink(missing_ok=True)
-        if paths is None and (found is None or not plan.listing.equals(found)):
-            id_column = read_description(folder).get("inputs", {}).get("id_column")
-            items = (item for shard in plan.shards for item in plan.listing.shard(shard))
-            plan = replace(plan, moved=errors_of_moved(items, id_column))
         folder.check_conditions(SETTINGS)
         remove_leftovers(plan)
         if not has_shards(folder):
@@ -258,7 +244,7 @@ def _begin_or_resume(
             stored.save()
     else:
         accepted, changes = stored.accepted, None
-        is_same = found is None or stored.listings.equals(found)
+        is_same = found is None or [found.sha256] == [each.sha256 for each in stored.listings.all]
         if found is not None and (options.extend or not is_same):
             changes = InputChanges.between(stored.listings, found)
         stored.check(settings, changes if paths is not None or options.extend else None, options)
@@ -270,7 +256,8 @@ def _begin_or_resume(
             )  # fmt: skip
         is_restored = paths is not None and "inputs" not in stored.description
         if paths is not None and (options.extend or is_restored):
-            warn_of_other_inputs(stored.description.get("inputs"), inputs)
+            if scratch is None:
+                warn_of_other_inputs(stored.description.get("inputs"), inputs)
             stored.description["inputs"] = inputs
         if is_restored and scratch is None:
             logger.warning("%s: restored from the shards", folder / SETTINGS)

@@ -132,7 +132,6 @@ def _shards(workers: "_Workers", plan: ExportPlan, waits: dict[str, float]) -> I
     for shard in plan.shards:
         rows = whole_shard(plan, shard)
         if rows is None or may_work_now(plan, shard, rows):
-            plan.items(shard)  # raises for an image that has moved
             missing.append(shard)
         else:
             yield DoneShard(shard, rows, len(rows))

@@ -211,15 +211,13 @@ class StoredExport:
                 with_options("to continue with these versions, pass {}", ("accept_versions", True))
             )
         if changes is not None and changes.describe() and not changes.moved:
-            lost = [item for item in changes.gone if item.error is not None]
-            aim = "withdraw the inputs that failed" if lost else "keep the missing images"
-            aim = "add the new images" if changes.new else aim
+            aim = changes.aim_of_extend()
             if "inputs" in self.description:
                 resume = f", or only --resume {self.folder}"
                 ways[0] += Wording(", or inputs of None", shell=resume)
             else:
-                aim = f"restore {SETTINGS} and {aim}"
-            if is_same_start and (changes.new or lost or "inputs" not in self.description):
+                aim = f"restore {SETTINGS} and {aim or 'keep the features of the missing images'}"
+            if is_same_start and aim:
                 ways.append(with_options(f"to {aim}, pass {{}}", ("extend", True)))
         ways.append("to start a new export, " + OTHER_FOLDER)
         if not has_shards(self.folder):

@@ -232,7 +232,7 @@ def _jobs(
         rows = whole_shard(plan, shard)
         if rows is not None and may_work_now(plan, shard, rows):
             rows = None
-        items = plan.items(shard) if rows is None else []
+        items = plan.listing.shard(shard) if rows is None else []
         names = [item.id for item in items]
         firsts = kept.get(shard, ()) if rows is None else ()
         segments = segments_to_keep(plan, shard, firsts, names, plan.folder.fetch)

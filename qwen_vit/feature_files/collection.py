@@ -53,10 +53,11 @@ def as_id(key: Any) -> Any:
 class Features(ABC):
     """Access the features of images in order, and read rows on demand.
 
-    An index is a position or an id, which may also be a `Path`. A slice selects a subset. So does
-    a list, tuple, range, array, tensor, or pandas Index or Series of positions or ids, or a mask
-    with one truth value per image. A subset also reads rows on demand. The rows may be views of the
-    mapped file, so clone them before you write to them.
+    An index is a position or an id, which may also be a `Path`. A slice selects a subset, and so
+    does a list of positions or ids. A mask with one truth value per image selects a subset as well.
+    Instead of a list, you can pass a tuple, range, array, tensor, or a pandas Index or Series. A
+    subset also reads rows on demand. The rows may be views of the mapped file, so clone them before
+    you write to them.
     """
 
     metadata: dict[str, Any]

@@ -2,7 +2,9 @@
 
 A listing has one JSON object per line: `{"id": ..., "source": ...}`. An export stores its listing
 in its folder, and does not change it afterwards. An image inside a tar also has `offset` and `size`
-in bytes, so rereading it needs no search. An image in a Parquet file has `row` and `column`.
+in bytes, so rereading it needs no search. An image in a Parquet file has `row` and `column`. If
+another program writes the tar or the Parquet file again, `header` and `id_column` show whether the
+place still has the listed image.
 """
 
 import hashlib
@@ -39,7 +41,9 @@ class Item:
     `source` is an absolute path, or an address. In a tar, the image is the `size` bytes at
     `offset`. In a Parquet file, the image is in `row`, counted from 0, of `column`. `page`, counted
     from 1, selects one of several pages of an image. `version` identifies the listed content of an
-    object in object storage. `error` is the (code, message) of an ImageError during listing.
+    object in object storage. `header` identifies the tar member that was listed at `offset`, and
+    `id_column` is the column that had the id in `row`. `error` is the (code, message) of an
+    ImageError during listing.
 
     >>> gone = ImageError("does not exist", name="a.tar", code="missing")
     >>> item = Item.failed("a.tar", "/data/a.tar", gone)
@@ -58,6 +62,8 @@ class Item:
     column: str | None = None
     page: int | None = None
     version: str | None = None
+    header: str | None = None
+    id_column: str | None = None
     listed_at: str = field(default="", compare=False)  # the list and its line, for an error
 
     @property
@@ -89,8 +95,12 @@ class Item:
         facts: dict[str, Any] = {"id": self.id, "source": self.source}
         if self.offset is not None:
             facts |= {"offset": self.offset, "size": self.size}
+        if self.header is not None:
+            facts["header"] = self.header
         if self.row is not None:
             facts |= {"row": self.row, "column": self.column}
+        if self.id_column is not None:
+            facts["id_column"] = self.id_column
         if self.page is not None:
             facts["page"] = self.page
         if self.version is not None:
@@ -112,6 +122,8 @@ class Item:
             facts.get("column"),
             facts.get("page"),
             facts.get("version"),
+            facts.get("header"),
+            facts.get("id_column"),
         )
 
 

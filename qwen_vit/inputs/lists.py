@@ -79,13 +79,14 @@ def json_list_items(path: str) -> Iterator[Item]:
                 remedy=CORRECT,
             )
         item = _listed(path, name, source, offset, size, _failure(facts.get("error")))
-        version = facts.get("version")
+        version, header = facts.get("version"), facts.get("header")
         yield replace(
             item,
             row=row,
             column=None if row is None else column,
             page=page,
             version=version if isinstance(version, str) else None,
+            header=header if isinstance(header, str) and offset is not None else None,
             listed_at=where,
         )
 

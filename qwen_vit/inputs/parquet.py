@@ -1,7 +1,7 @@
 """List the images of a Parquet file, one per row, with ids from a column or from row numbers."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -27,7 +27,10 @@ from qwen_vit.inputs.parquet_file import (
 from qwen_vit.inputs.parquet_pages import CheckedPages
 from qwen_vit.inputs.remote import refuse
 
-__all__ = ["PARQUET_SUFFIX", "ParquetColumns", "needs_column", "parquet_items"]
+__all__ = [
+    "PARQUET_SUFFIX", "ParquetColumns", "check_ids", "ids_of_groups", "needs_column",
+    "parquet_items",
+]  # fmt: skip
 
 PARQUET_SUFFIX = ".parquet"
 OWN_COLUMNS = {"id_bytes", "grid_t"}  # of a table of features, and of an export's manifest
@@ -80,8 +83,9 @@ def parquet_items(path: str, name: str, columns: ParquetColumns) -> Iterator[Ite
             n_bytes = _size(file)
             _check_rows(parquet.metadata, n_bytes, name)
             if columns.id is not None:
-                _check_ids(schema, columns.id, name)
-                ids = _ids(parquet, pages, columns.id)
+                check_ids(schema, columns.id, name)
+                groups = range(parquet.metadata.num_row_groups)
+                ids = ids_of_groups(parquet, pages, columns.id, groups)
                 most = max(MANY_ID_BYTES, n_bytes)
                 yield from _items_with_ids(ids, path, name, columns.image, columns.id, most)
                 return
@@ -154,12 +158,14 @@ def needs_column(path: str) -> ExportError:
     )  # fmt: skip
 
 
-def _ids(parquet: Any, pages: CheckedPages, column: str) -> Iterator[Any]:
-    """Yield the values of the id column, row by row.
+def ids_of_groups(
+    parquet: Any, pages: CheckedPages, column: str, groups: Iterable[int]
+) -> Iterator[Any]:
+    """Yield the values of the id column in these row groups, row by row.
 
     A batch has one row, because rows can repeat one long id, and pyarrow copies it for each row.
     """
-    for group in range(parquet.metadata.num_row_groups):
+    for group in groups:
         pages.expect(parquet, group, column, MAX_ID_PAGE_BYTES)
         for batch in parquet.iter_batches(
             1, row_groups=[group], columns=[column], use_threads=False
@@ -197,10 +203,11 @@ def _items_with_ids(
                 code="slow",
             )
         else:
-            yield Item(str(value), path, row=row, column=column)
+            recorded = None if is_remote(path) else id_column  # a store has versions
+            yield Item(str(value), path, row=row, column=column, id_column=recorded)
 
 
-def _check_ids(schema: Any, column: str, name: str) -> None:
+def check_ids(schema: Any, column: str, name: str) -> None:
     """Raise ExportError unless exactly one column has this name and contains text or whole
     numbers."""
     import pyarrow as pa  # type: ignore[import-untyped]

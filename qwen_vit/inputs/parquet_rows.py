@@ -21,6 +21,7 @@ from qwen_vit.inputs.parquet_file import (
     open_parquet_file,
     parquet_file,
 )
+from qwen_vit.inputs.parquet_ids import check_id
 from qwen_vit.inputs.parquet_pages import CheckedPages
 
 __all__ = ["read_row"]
@@ -35,6 +36,7 @@ def read_row(item: Item) -> bytes:
     if item.row is None or item.column is None:
         raise TypeError(f"{item} is not a Parquet row")
     try:
+        check_id(item)
         value = _READERS.value((item.source, item.column, item.version), item.row)
     except ImageError as error:
         raise ImageError.of(error, name=item.id, code=error.code) from error.__context__

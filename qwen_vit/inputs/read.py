@@ -12,6 +12,7 @@ from qwen_vit.images.load import read_image_file
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.parquet_rows import read_row
 from qwen_vit.inputs.remote import read_object
+from qwen_vit.inputs.tars import check_member
 from qwen_vit.inputs.urls import is_https, read_url
 
 __all__ = ["read_item"]
@@ -73,6 +74,7 @@ def _read_member(item: Item, offset: int, size: int, limits: ImageLimits) -> byt
                 code="not-a-file",
             )
         with open(item.source, "rb") as file:
+            check_member(file, item)
             file.seek(offset)
             data = file.read(size)
     except ImageError:

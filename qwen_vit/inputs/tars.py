@@ -4,17 +4,18 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from hashlib import blake2b
 from typing import BinaryIO
 
 from qwen_vit.common.storage import is_remote, storage_errors
-from qwen_vit.errors import ImageError
+from qwen_vit.errors import ImageError, display_name
 from qwen_vit.inputs.listing import MAX_NAME_BYTES, Item
 from qwen_vit.inputs.remote import open_input
 from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, count_left_out, suffix_of
 
 __all__ = [
     "COMPRESSED_TARS", "DEFAULT_SUFFIXES", "IMAGE_SUFFIXES", "MEDIA_SUFFIXES", "TAR_SUFFIX",
-    "tar_items",
+    "check_member", "tar_items",
 ]  # fmt: skip
 
 # The suffixes of images that qwen_vit decodes without an option or another package.
@@ -101,7 +102,8 @@ def _members(file: BinaryIO, path: str, name: str, left_out: Counter[str]) -> It
                 continue
             inside = f"{name}/{member.name}"
             if member.isreg() and not member.issparse():
-                yield Item(inside, path, member.offset_data, member.size)
+                header = None if is_remote(path) else _header_hash(headers.last)
+                yield Item(inside, path, member.offset_data, member.size, header=header)
             else:
                 special = ImageError(
                     "not a plain file in its tar, for example a link",
@@ -131,6 +133,7 @@ class _Headers:
 
     def __init__(self, file: BinaryIO) -> None:
         self.n_bytes = 0  # of the next member
+        self.last = b""  # the block before a member's data, after its long name and pax records
         self.seek, self.tell = file.seek, file.tell
         self._read = file.read
 
@@ -138,7 +141,32 @@ class _Headers:
         self.n_bytes += size
         if self.n_bytes > MAX_NAME_BYTES:
             raise tarfile.ReadError(f"a header of more than {MAX_NAME_BYTES} bytes")
-        return self._read(size)
+        self.last = self._read(size)
+        return self.last
+
+
+def check_member(file: BinaryIO, item: Item) -> None:
+    """Raise ImageError if an open tar has another member than the listed one at an item's offset.
+
+    The block before a member's data has its name and size. The check leaves the file at the data.
+    """
+    if item.header is None or item.offset is None:  # a list gives an offset alone
+        return
+    file.seek(item.offset - TAR_BLOCK)
+    if _header_hash(file.read(TAR_BLOCK)) != item.header:
+        raise ImageError(
+            f"its tar {display_name(item.source)} has changed: byte {item.offset} does not begin "
+            "the listed member",
+            name=item.id,
+            remedy="restore the tar that was listed",
+            code="missing",
+        )
+
+
+def _header_hash(block: bytes) -> str:
+    """Return a hash of the name and the size in a tar's header, without times and owners."""
+    name = block[:100] + (block[345:500] if block[257:263] == b"ustar\0" else b"")
+    return blake2b(name + block[124:136], digest_size=8).hexdigest()
 
 
 def _begins_with(path: str, starts: tuple[bytes, ...]) -> bool:

@@ -12,6 +12,7 @@ from qwen_vit.config import ImageConfig
 from qwen_vit.errors import ImageError
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.remote import copy_object
+from qwen_vit.inputs.tars import check_member
 from qwen_vit.video.options import Video, VideoLimits, VideoOptions
 from qwen_vit.video.reader import read_header
 from qwen_vit.video.sampling import FRAMES_IN_A_STEP, frame_size, sample_frames
@@ -47,6 +48,7 @@ def _opened(item: Item, limits: VideoLimits) -> Iterator[tuple[BinaryIO, bool]]:
         if item.offset is None or item.size is None:
             yield file, True
         else:
+            check_member(file, item)
             yield cast(BinaryIO, Window(file, item.offset, item.size)), False
 
 

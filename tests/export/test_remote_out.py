@@ -170,3 +170,6 @@ def test_other_commands_refuse_an_address(server: S3Server, qwen_vit: Callable[.
     done = qwen_vit("encode", "p/1.png", "--model", "tiny", "--out", f"{OUT}.safetensors")
     assert done.code == 2
     assert "is an address. Pass a path on this machine" in done.err
+    done = qwen_vit("export", "p/1.png", "--model", "tiny", "--out", "https://host/out")
+    assert done.code == 2
+    assert "or an address such as s3://BUCKET/NAME" in done.err

@@ -105,7 +105,7 @@ def test_settings_are_restored_although_images_are_missing(growing_dir: Path) ->
     SETTINGS.unlink()
     Path("p/0.png").unlink()
     with pytest.raises(
-        ExportError, match=r"to restore export\.json and keep the missing images, pass e"
+        ExportError, match=r"to restore export\.json and keep the features of the mis"
     ):
         export()
     done = export(EXTEND)

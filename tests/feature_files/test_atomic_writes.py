@@ -196,6 +196,7 @@ def test_a_result_replaces_no_file_of_an_export(folder: Folder) -> None:
     """A table once replaced the manifest, and a feature file export.json."""
     stored = load_features(folder.path)
     (folder.path / "manifest.parquet").write_bytes(b"manifest")
+    (folder.path / "manifest.jsonl").write_bytes(b"manifest")
     names = sorted(os.listdir(folder.path))
     assert {"export.json", "listing.jsonl", "shard-00000000.safetensors"} < set(names)
     before = [(folder.path / name).read_bytes() for name in names]
@@ -208,6 +209,9 @@ def test_a_result_replaces_no_file_of_an_export(folder: Folder) -> None:
     assert sorted(os.listdir(folder.path)) == names
     assert [(folder.path / name).read_bytes() for name in names] == before
     stored.to_parquet(folder.path / "table.parquet")
+    (folder.path / "export.json").unlink()  # the shards can restore it
+    with pytest.raises(ExportError, match=r"shard-\d+\.safetensors: the name of a file"):
+        write_features(folder.path / names[-1], stored[0], METADATA, overwrite=True)
 
 
 @pytest.mark.parametrize("address", ["s3://bucket/f", "gs://bucket/f", "https://host/f"])
