@@ -12,6 +12,7 @@ import click
 from qwen_vit.cli.checks import check_distinct, check_output, check_paths
 from qwen_vit.cli.console import is_verbose, print_data, print_log
 from qwen_vit.cli.exit_codes import EXIT_ERROR, EXIT_SKIPPED
+from qwen_vit.cli.images import warn_of_pixels
 from qwen_vit.cli.imports import slow_imports
 from qwen_vit.cli.options import (
     FILE,
@@ -107,8 +108,9 @@ def compare(
         read_image_file(images[0], images[0], ImageLimits())  # raises the error
     if images or options["golden"] is not None:  # the stored pixels of videos need no sampling
         unused = UnusedOptions(video=video.changed)
-        list(unused.watch(Item(path, path) for path in images))
+        items = list(unused.watch(Item(path, path) for path in images))
         unused.warn()
+        warn_of_pixels(items)
     comparison = compare_checkpoint(
         images, save_golden=save_golden, overwrite=overwrite, keep_maps=report is not None,
         video=video, show_progress=shows_progress(), **options,

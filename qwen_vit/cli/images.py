@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_vit.cli.checks import check_distinct, check_paths
-from qwen_vit.cli.console import print_skipped
+from qwen_vit.cli.console import print_skipped, warn_of_ignored
 from qwen_vit.common.progress import shows_progress
 from qwen_vit.errors import ExportError
 
@@ -23,10 +23,16 @@ if TYPE_CHECKING:
     from qwen_vit.loading import ImageLoader, LoadedImage, OnError
     from qwen_vit.video.options import VideoOptions
 
-__all__ = ["encode_one_by_one", "list_images", "load_encoder"]
+__all__ = ["encode_one_by_one", "list_images", "load_encoder", "warn_of_pixels"]
 
 
 logger = logging.getLogger("qwen_vit")
+
+
+def warn_of_pixels(items: "Sequence[Item]") -> None:
+    """Warn of pixel limits if they apply to no input, because every input is a video."""
+    if items and all(item.is_video for item in items):
+        warn_of_ignored(("min_pixels", "max_pixels"), "every input has the extension of a video")
 
 
 def list_images(
@@ -63,6 +69,7 @@ def list_images(
     if not items:
         raise no_image_found(inputs, left_out)
     unused.warn()
+    warn_of_pixels(items)
     check_distinct([item.id for item in items], items)
     if out is not None and any(_is_same(item.source, out) for item in items):
         raise ExportError("one of the input images", name=str(out), remedy="pass another --out")

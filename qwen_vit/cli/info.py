@@ -1,6 +1,7 @@
 """Describe a checkpoint, a feature file or an export folder: `qwen-vit info`."""
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -56,6 +57,8 @@ def info(
         from qwen_vit.cli.text import facts_text, features_text
         from qwen_vit.cli.verification import verify_checkpoint, verify_stored
         from qwen_vit.feature_files.describe import describe_features, holds_features
+    if image is not None and os.path.isdir(image):
+        raise ArgumentError("--image names a folder", name=image, remedy="pass one of its files")
     is_stored = holds_features(model)
     if not is_stored:
         check_model_or_features(model, finding["subfolder"])

@@ -124,14 +124,15 @@ def complete_model(
 ) -> list[CompletionItem]:
     names = dict.fromkeys([*PACKAGED, *published_checkpoints(), *cached_repositories()])
     found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
-    return [*found, CompletionItem(incomplete, type="dir")]
+    # first, because bash drops the items before it
+    return [CompletionItem(incomplete, type="dir"), *found]
 
 
 def _complete_model_or_file(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    *names, _ = complete_model(ctx, param, incomplete)
-    return [*names, CompletionItem(incomplete, type="file")]
+    _, *names = complete_model(ctx, param, incomplete)
+    return [CompletionItem(incomplete, type="file"), *names]
 
 
 model_or_features_argument = click.argument(
@@ -263,7 +264,7 @@ def _formats(text: str) -> tuple[str, ...]:
 def pixel_options(command: Command) -> Command:
     # help lists the option first that is added last
     for side, word in (("max", "largest"), ("min", "smallest")):
-        help = f"Set the {word} height x width after resizing."
+        help = f"Set the {word} height x width of an image after resizing."
         command = click.option(f"--{side}-pixels", type=int, help=help)(command)
     return command
 

@@ -191,14 +191,17 @@ def refuse_protected(path: Path) -> None:
         raise ExportError(
             "a symbolic link", name=str(path), expected="a file", remedy="pass the link's target"
         )
-    # an export can restore a lost export.json from its other files
-    is_export = any(os.path.lexists(path.with_name(n)) for n in ("export.json", "listing.jsonl"))
-    if is_export and OF_EXPORT.fullmatch(path.name):
+    if OF_EXPORT.fullmatch(path.name) and _is_in_export(path):
         raise ExportError(
             "the name of a file of the export in this folder",
             name=str(path),
             remedy="pass another path",
         )
+
+
+def _is_in_export(path: Path) -> bool:
+    # an export can restore a lost export.json from its other files
+    return any(os.path.lexists(path.with_name(name)) for name in ("export.json", "listing.jsonl"))
 
 
 def cannot_write(path: Path, error: OSError) -> WriteError:

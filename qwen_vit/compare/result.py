@@ -175,9 +175,14 @@ class Comparison:
         return f"Comparison({n_images}, {len(self.skipped)} skipped, passed={self.passed})"
 
     @property
+    def agrees(self) -> bool:
+        """Return whether every compared image agrees, and at least one image was compared."""
+        return bool(self.images) and not any(image.problems for image in self.images)
+
+    @property
     def passed(self) -> bool:
-        """Return the comparison's verdict, which determines the exit code."""
-        return not self.skipped and not any(image.problems for image in self.images)
+        """Return whether every image was compared and agrees, which determines the exit code."""
+        return not self.skipped and self.agrees
 
     @property
     def has_same_weights(self) -> bool:
@@ -190,7 +195,7 @@ class Comparison:
         null."""
         document = {
             **self.facts,
-            "agrees": self.passed,
+            "agrees": self.agrees,
             "images": [
                 {
                     "id": image.id,

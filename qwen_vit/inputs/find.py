@@ -37,6 +37,7 @@ from qwen_vit.inputs.tars import (
     COMPRESSED_TARS,
     MEDIA_SUFFIXES,
     TAR_SUFFIX,
+    compressed_tar,
     tar_items,
 )
 from qwen_vit.inputs.unsupported import NOT_IMAGES, STDIN, not_images
@@ -148,8 +149,11 @@ def _check_alone(inputs: Sequence[str], columns: ParquetColumns | None) -> None:
         for path in (path for given in inputs for path in [given, *glob.iglob(given)]):
             if os.path.isfile(path):
                 raise needs_column(path)
-    if len(inputs) == 1 and suffix_of(inputs[0]) in NOT_IMAGES and os.path.isfile(inputs[0]):
-        raise not_images(inputs[0])
+    if len(inputs) == 1 and os.path.isfile(inputs[0]):
+        if suffix_of(inputs[0]) in NOT_IMAGES:
+            raise not_images(inputs[0])
+        if inputs[0].lower().endswith(COMPRESSED_TARS):
+            raise ExportError.of(compressed_tar(inputs[0]))
 
 
 def _input_items(

@@ -25,18 +25,30 @@ CORRECT = "correct that line"
 
 
 def text_list_items(path: str) -> Iterator[Item]:
-    for _, line in _lines(path):
-        yield _listed(path, os.fsdecode(line), os.fsdecode(line))
+    for number, line in _lines(path):
+        name = _path_in(line, path, number)
+        yield _listed(path, name, name)
 
 
 def stdin_items() -> Iterator[Item]:
     """Yield the images of a list on standard input. Paths are relative to the current folder."""
     if sys.stdin is None:  # the caller started this process without one
         raise ExportError("closed", name="standard input", remedy="pipe a list of paths into it")
-    for _, line in _bounded_lines(sys.stdin.buffer, "standard input"):
+    for number, line in _bounded_lines(sys.stdin.buffer, "standard input"):
         if line.strip():
-            path = os.fsdecode(line.rstrip(b"\r\n"))
+            path = _path_in(line.rstrip(b"\r\n"), "standard input", number)
             yield Item(path, path if ADDRESS.match(path) else str(Path(path).absolute()))
+
+
+def _path_in(line: bytes, name: str, number: int) -> str:
+    if b"\0" in line:
+        raise ExportError(
+            f"line {number} contains a NUL byte",
+            name=name,
+            expected="one path in each line",
+            remedy="write the list without NUL bytes, for example with find -print",
+        )
+    return os.fsdecode(line)
 
 
 def json_list_items(path: str) -> Iterator[Item]:

@@ -15,7 +15,7 @@ from qwen_vit.inputs.suffixes import VIDEO_SUFFIXES, count_left_out, suffix_of
 
 __all__ = [
     "COMPRESSED_TARS", "DEFAULT_SUFFIXES", "IMAGE_SUFFIXES", "MEDIA_SUFFIXES", "TAR_SUFFIX",
-    "check_member", "tar_items",
+    "check_member", "compressed_tar", "tar_items",
 ]  # fmt: skip
 
 # The suffixes of images that qwen_vit decodes without an option or another package.
@@ -53,7 +53,7 @@ def tar_items(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
     """
     try:
         if name.lower().endswith(COMPRESSED_TARS):
-            raise _compressed(name)
+            raise compressed_tar(name)
         with open_input(path, name, "a tar", block_bytes=TAR_READ_AHEAD) as file:
             yield from _members(file, path, name, left_out)
     except ImageError as error:
@@ -75,10 +75,10 @@ def tar_items(path: str, name: str, left_out: Counter[str]) -> Iterator[Item]:
             f"a damaged tar ({error})", name=name, remedy="download the tar again", code="truncated"
         )
         is_compressed = _begins_with(path, COMPRESSED)
-        yield Item.failed(name, path, _compressed(name) if is_compressed else damaged)
+        yield Item.failed(name, path, compressed_tar(name) if is_compressed else damaged)
 
 
-def _compressed(name: str) -> ImageError:
+def compressed_tar(name: str) -> ImageError:
     return ImageError(
         "a compressed tar; members cannot be read by offset",
         name=name,

@@ -134,7 +134,9 @@ def view_features(
         raise ArgumentError("features is empty", remedy="pass at least one image's features")
     if pictures is not None and not isinstance(pictures, Mapping):
         raise ArgumentError(
-            f"pictures is {typed_repr(pictures)}", expected="a mapping from ids to images"
+            f"pictures is {typed_repr(pictures)}",
+            expected="a mapping from ids to images",
+            remedy="to show one image's features, call their show(), such as features[0].show()",
         )
     maps = [_map_of(each, layer, frame) for each in features]
     widths = sorted({each.shape[-1] for each in maps})

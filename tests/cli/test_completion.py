@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,8 +50,33 @@ def test_cached_checkpoints_are_completed(tmp_path: Path) -> None:
     for name in ("models--me--my-tower", "models--other--x", "datasets--me--d", "models--odd"):
         (tmp_path / name).mkdir()
     found, _, _ = completed("qwen-vit info me/", HF_HUB_CACHE=str(tmp_path))
-    assert found == ["plain,me/my-tower", "dir,me/", "file,me/"] or found[0] == "plain,me/my-tower"
+    assert found == ["file,me/", "plain,me/my-tower"]
     assert not any("other" in line or "odd" in line for line in found)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_bash_shows_the_names_of_models(tmp_path: Path) -> None:
+    """bash's function drops the items before an item of the type `dir` or `file`."""
+    command = tmp_path / "qwen-vit"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{RUN}" "$@"\n')
+    command.chmod(0o755)
+    script = """
+        eval "$(_QWEN_VIT_COMPLETE=bash_source qwen-vit)"
+        compopt() { :; }
+        for words in "qwen-vit info ti" "qwen-vit encode --model Qwen/Qwen2.5-VL-7" "qwen-vit ver"
+        do
+            COMP_WORDS=($words); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMPREPLY=()
+            _qwen_vit_completion qwen-vit
+            echo "${COMPREPLY[@]}"
+        done
+    """
+    done = subprocess.run(
+        ["bash", "--norc", "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    tiny, models, verify = done.stdout.splitlines()
+    assert (tiny, verify) == ("tiny", "verify")
+    assert "Qwen/Qwen2.5-VL-7B-Instruct" in models.split()
 
 
 def test_commands_and_options_are_completed() -> None:

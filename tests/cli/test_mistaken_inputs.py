@@ -1,6 +1,9 @@
 """Test that the error for an input of another kind names this kind."""
 
+import io
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,3 +89,43 @@ def test_a_path_with_a_tilde_is_written_without_it(
     done = run(*words)
     assert done.code == 2
     assert "Write the path without ~: /home/of-test/gone" in done.err
+
+
+def test_a_compressed_tar_starts_no_export(folder: Path, run: Any) -> None:
+    write_tar("a.tar.gz", {"a.png": b""})
+    done = run("export", "a.tar.gz", "--model", "tiny", "--out", "new")
+    assert done.code == 2
+    assert (
+        "a.tar.gz: a compressed tar; members cannot be read by offset. Unpack the tar" in done.err
+    )
+    assert not Path("new").exists()
+
+
+def test_a_folder_as_the_image_of_info_is_an_error(folder: Path, run: Any) -> None:
+    done = run("info", "tiny", "--image", ".")
+    assert done.code == 2
+    assert ".: --image names a folder. Pass one of its files." in done.err
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_a_nul_byte_in_a_list_is_an_error(
+    folder: Path, run: Any, is_file: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = b"a.png\0b.png\0"
+    Path("list.txt").write_bytes(data)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+    done = run(*ENCODE, "list.txt" if is_file else "-")
+    assert done.code == 2
+    assert f"{'list.txt' if is_file else 'standard input'}: line 1 contains a NUL byte" in done.err
+    assert "find -print" in done.err
+
+
+@pytest.mark.parametrize("command", ["encode", "show", "compare"])
+def test_pixel_limits_without_an_image_give_a_warning(folder: Path, run: Any, command: str) -> None:
+    Path("a.mp4").write_bytes(b"no video")
+    Image.new("RGB", (56, 56)).save("a.png")
+    words = (command, "--model", "tiny", *(("--out", "o.safetensors") * (command == "encode")))
+    done = run(*words, "a.mp4", "--max-pixels", "9000")
+    assert "ignored --max-pixels: every input has the extension of a video" in done.err
+    if command == "encode":
+        assert "ignored" not in run(*words, "a.mp4", "a.png", "--max-pixels", "9000").err

@@ -229,6 +229,17 @@ def test_the_page_states_its_date_version_and_command(page: Path) -> None:
         assert word in text[text.index("What the stages and columns mean") :]
 
 
+def test_the_headline_counts_skipped_images(undrawn: None, tmp_path: Path) -> None:
+    """A skipped image once made the page say that the model differs."""
+    error = ImageError("a truncated PNG", name="torn.png", code="truncated")
+    torn = replace(comparison(), skipped=(("torn.png", error),))
+    page = report.write_report(tmp_path / "page", torn).read_text("utf-8")
+    title = re.search(r"<h1>(.*?)</h1>", page, re.DOTALL)
+    assert title is not None
+    assert " ".join(title[1].split()) == "tiny agrees with Hugging Face; 1 skipped"
+    assert (torn.agrees, torn.passed) == (True, False)
+
+
 def test_other_weights_than_the_goldens_have_no_ratio(undrawn: None, tmp_path: Path) -> None:
     """Our error against float64 and the golden file's error belong to two models."""
     golden = {"path": "g", "weights_sha256": "0" * 64, "changed_weights": ("merger.ln_q.weight",)}
