@@ -132,16 +132,15 @@ def test_a_workers_error_reaches_the_caller_and_releases_the_folder(
 
 
 @pytest.mark.slow
-def test_a_reordered_tar_is_an_error(cluster: str, tmp_path: Path) -> None:
+def test_the_images_of_a_reordered_tar_fail(cluster: str, tmp_path: Path) -> None:
     tar, out = str(tmp_path / "a.tar"), tmp_path / "out"
     members = {f"{number}.png": tiny_png(number) for number in range(4)}
     write_tar(tar, members)
     export_on_ray("tiny", [tar], out, SMALL)
     (out / "shard-00000001.safetensors").unlink()
     write_tar(tar, dict(reversed(members.items())))
-    with pytest.raises(ExportError, match="4 images moved"):
-        export_on_ray("tiny", None, out, SMALL)
-    assert not (out / "shard-00000001.safetensors").exists()
+    done = export_on_ray("tiny", None, out, SMALL)
+    assert (done.exported, done.failed) == (2, {"missing": 2})
 
 
 def fields(error: ImageError) -> tuple[str, ...]:
