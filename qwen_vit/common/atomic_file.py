@@ -28,6 +28,11 @@ __all__ = [
 ]
 
 TEMPORARY_SUFFIX = ".tmp"
+# other suffixes are valid: "run-0.5" has the suffix .5
+FORMATS = frozenset(
+    (".arrow", ".csv", ".h5", ".html", ".json", ".jsonl", ".npy", ".npz", ".parquet", ".pickle",
+     ".pkl", ".png", ".pt", ".pth", ".safetensors", ".tsv")
+)  # fmt: skip
 # the errors of os.link on file systems without hard links, such as FAT
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 # the names of an export's files
@@ -168,11 +173,12 @@ def refuse_existing(path: Path) -> None:
         ) from None
 
 
-def check_target(name: str, value: str | os.PathLike[str]) -> Path:
+def check_target(name: str, value: str | os.PathLike[str], suffix: str = ".safetensors") -> Path:
     """Return an argument that names a file to write, as a path.
 
-    Raises ArgumentError for an address, a folder's name and a value that is not a path, and
-    ExportError for a path that is not UTF-8 or that `refuse_protected` refuses.
+    Raises ArgumentError for an address, a folder's name and a value that is not a path. Raises
+    ExportError for the suffix of another format, for a path that is not UTF-8, and for a file that
+    `refuse_protected` refuses.
     """
     path = check_local_path(name, value, "the file to write")
     if os.fspath(value).endswith(os.sep):
@@ -181,6 +187,13 @@ def check_target(name: str, value: str | os.PathLike[str]) -> Path:
         )
     check_utf8(path)
     refuse_protected(path)
+    if path.suffix.lower() in FORMATS - {suffix}:
+        raise ExportError(
+            f"its suffix is {path.suffix}",
+            name=str(path),
+            expected=suffix,
+            remedy=f"pass {path.with_suffix(suffix)}",
+        )
     return path
 
 

@@ -95,22 +95,25 @@ class InputChanges:
         is_lost = any(item.error is not None for item in self.gone)
         return "withdraw the inputs that failed" if is_lost else ""
 
-    def log_growth(self, changed: Sequence[Item]) -> None:
+    def log_growth(self, changed: Sequence[Item], failed: Sequence[Item]) -> None:
         gone = [item for item in self.gone if item.error is None]
         for items, words in (
             (changed, "changed since the export, first %s: exported again"),
+            (failed, "failed earlier, in files that are newer now, first %s: exported again"),
             (gone, "not in these inputs, first %s: the export keeps its listed images"),
         ):
             if items:
                 count = plural(len(items), "image")
                 logger.warning(f"%s {words}", count, display_name(items[0].id))
 
-    def changed(self, folder: ExportFolder, listings: Listings, limits: ImageLimits) -> list[Item]:
-        """Return the images whose content changed after they were exported.
+    def changed(
+        self, folder: ExportFolder, listings: Listings, limits: ImageLimits
+    ) -> tuple[list[Item], list[Item]]:
+        """Return the images whose content changed after they were exported, and failed images in
+        newer files.
 
         The method reads an image only if its file is not older than the listing and its shard is
-        intact. It also returns a failed image that is readable now, because a shard has no digest
-        of a failed image.
+        intact. A shard has no digest of a failed image, so its content may be the same.
         """
         listed_ns = [os.stat(listing.path).st_mtime_ns for listing in listings.all]
         times: dict[str, int] = {}
@@ -120,11 +123,12 @@ class InputChanges:
                 times[item.source] = _time_ns(item.source)
             if times[item.source] >= listed_ns[listings.number_of(shard)] and item.error is None:
                 newer.setdefault(shard, []).append(item)
-        return [
-            item
+        found = [
+            (item, digest)
             for shard, items in newer.items()
-            for item in _changed_of_shard(open_if_whole(folder, shard), items, limits)
+            for item, digest in _changed_of_shard(open_if_whole(folder, shard), items, limits)
         ]
+        return [item for item, digest in found if digest], [i for i, digest in found if not digest]
 
 
 def warn_of_other_inputs(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
@@ -159,7 +163,8 @@ def failed_items(folder: ExportFolder, listings: Listings) -> Iterator[Item]:
 
 def _changed_of_shard(
     file: FeatureFile | None, items: Sequence[Item], limits: ImageLimits
-) -> Iterator[Item]:
+) -> Iterator[tuple[Item, str]]:
+    """Yield each image with other content, and the digest in the shard, or "" if it failed."""
     if file is None:  # the export reads the shard's images again
         return
     digests = {
@@ -170,8 +175,8 @@ def _changed_of_shard(
             digest = _digest(item, limits)
         except ImageError:  # keep the last good features
             continue
-        if digests.get(item.id) != digest:
-            yield item
+        if (before := digests.get(item.id, "")) != digest:
+            yield item, before
 
 
 def _digest(item: Item, limits: ImageLimits) -> str:

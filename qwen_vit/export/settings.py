@@ -205,6 +205,8 @@ class StoredExport:
         self, differences: Sequence[str], names: set[str], changes: InputChanges | None
     ) -> ExportError:
         ways = ["to continue this export, pass its original inputs and settings"]
+        if changes is not None and changes.moved:
+            ways = ["to continue this export, move the images back, and pass its settings"]
         is_same_start = all(name.partition(".")[0] in MADE_BY for name in names)
         if names and is_same_start:
             ways.append(
@@ -237,11 +239,11 @@ class StoredExport:
         description.
         """
         if options.extend and changes is not None:
-            changed = changes.changed(self.folder, self.listings, options.limits)
+            changed, failed = changes.changed(self.folder, self.listings, options.limits)
             changed += changes.replaced
             withdrawn = [item.id for item in changes.gone if item.error is not None]
-            changes.log_growth(changed)
-            self._append("extend", [*changes.new, *changed], withdrawn, scratch)
+            changes.log_growth(changed, failed)
+            self._append("extend", [*changes.new, *changed, *failed], withdrawn, scratch)
         if options.retry_failed and self._has_open_retry():
             logger.warning(
                 "an earlier run with %s is unfinished: this run finishes its retries, and starts "

@@ -83,7 +83,7 @@ def write_parquet(
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
     except ImportError as error:
         raise _missing("pyarrow", "arrow", error) from None
-    path = check_target("path", path)
+    path = check_target("path", path, ".parquet")
     _refuse_source(path, features.path)
     images = iter(features)
     first = next(images, None)

@@ -62,7 +62,7 @@ def write_features(
     The bytes depend only on the arguments.
 
     Args:
-        path: the file. Its format is safetensors, whatever its suffix is.
+        path: the file. Its format is safetensors, and its suffix may not name another format.
         features: the features of one image, or of several images with different ids. Their rows
             are finite floating-point tensors (n, width) that fit their grids. All images have the
             same widths, the same layers and the same kind of rows.

@@ -155,10 +155,21 @@ def test_changed_inputs_are_named(growing_dir: Path, caplog: pytest.LogCaptureFi
     assert (done.images, done.exported) == (11, 9)
 
 
+def test_failed_images_in_newer_files_are_not_called_changed(
+    growing_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    export()
+    for number in (1, 3, 7):
+        os.utime(f"p/{number}.png")
+    export(EXTEND)
+    assert "2 images failed earlier, in files that are newer now, first 3.png: exp" in caplog.text
+    assert "changed since the export" not in caplog.text
+
+
 def test_moved_images_are_an_error(growing_dir: Path) -> None:
     export()
     os.rename("p", "q")
-    with pytest.raises(ExportError, match=r"10 in another place, first 0\.png"):
+    with pytest.raises(ExportError, match=r"10 in another place, first 0\.png.*move the images b"):
         export(EXTEND, inputs=["q"])
 
 

@@ -242,3 +242,16 @@ def test_a_path_that_ends_in_a_slash_is_not_a_file_to_write(tmp_path: Path) -> N
 def test_an_address_of_the_web_is_not_a_file_to_read() -> None:
     with pytest.raises(ArgumentError, match="https://host/f: not an address in object storage"):
         load_features("https://host/f")
+
+
+def test_the_suffix_of_another_format_is_refused(folder: Folder, tmp_path: Path) -> None:
+    stored = load_features(folder.path)
+    for name in ("a.npy", "a.PT", "a.parquet", "a.csv"):
+        with pytest.raises(ExportError, match=rf"its suffix is .*Pass {tmp_path}/a\.safetensors"):
+            write_features(tmp_path / name, stored[0], METADATA)
+    for name in ("t.csv", "t.safetensors"):
+        with pytest.raises(ExportError, match=rf"its suffix is .*Pass {tmp_path}/t\.parquet"):
+            stored.to_parquet(tmp_path / name)
+    assert not list(tmp_path.glob("[at].*"))
+    for name in ("run-0.5", "plain", "a.safetensors"):
+        assert write_features(tmp_path / name, stored[0], METADATA).exists()
