@@ -151,7 +151,8 @@ def compare(
     Raises:
         ArgumentError: An argument has the wrong type or value. transformers is not installed, is
             too old, or rejects `attention`.
-        ExportError: `save_golden` exists and `overwrite` is False, or the file cannot be written.
+        ExportError: `save_golden` exists and `overwrite` is False, is a symbolic link or a file of
+            an export, has the suffix of another format, is not UTF-8 or cannot be written.
     """
     if not isinstance(encoder, VisionEncoder):
         raise ArgumentError(f"encoder is {typed_repr(encoder)}", expected="a VisionEncoder")

@@ -99,7 +99,10 @@ class InputChanges:
         gone = [item for item in self.gone if item.error is None]
         for items, words in (
             (changed, "changed since the export, first %s: exported again"),
-            (failed, "failed earlier, in files that are newer now, first %s: exported again"),
+            (
+                failed,
+                "failed earlier, in files that are newer now, first %s: the export tries again",
+            ),
             (gone, "not in these inputs, first %s: the export keeps its listed images"),
         ):
             if items:

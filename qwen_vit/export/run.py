@@ -69,8 +69,8 @@ def export_features(
             resumes with the images in the export's listing.
         folder: a new or empty folder, or an export to resume. The folder may be an address such as
             "s3://bucket/features".
-        options: how to encode and store the images. None selects `ExportOptions()`, or
-            the recorded options if `inputs` is None.
+        options: how to encode and store the images. None selects `ExportOptions()`, or the recorded
+            options if `inputs` is None.
         confirm: a function that receives an estimate before the first shard, and may raise an
             error. The export does not call the function if a shard of the part exists.
         show_progress: show a progress bar on a terminal, or a line per minute in a log.

@@ -37,7 +37,7 @@ class ListLike(Protocol):
 ImageKeys: TypeAlias = (
     slice | range | list[int] | list[str] | list[Path] | tuple[int, ...] | ListLike
 )
-# the methods that return an array's items as a list, in NumPy, torch and pandas, Polars, and Arrow
+# these methods return items as a list: of NumPy, torch and pandas; of Polars; of Arrow
 LIST_METHODS = ("tolist", "to_list", "to_pylist")
 
 
@@ -129,7 +129,7 @@ class Features(ABC):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
-            raise ValueError("float32 on the host needs a copy: omit copy=False")  # NumPy's own
+            raise ValueError("float32 on the host needs a copy: omit copy=False")  # as NumPy does
         return self.to_numpy().astype(dtype or np.float32, copy=False)
 
     def __contains__(self, name: object) -> bool:
@@ -270,9 +270,9 @@ class Features(ABC):
         Raises:
             ArgumentError: pyarrow cannot be imported, or `path` is an address, a folder's name or
                 not a path.
-            ExportError: There is no image, or `path` exists without `overwrite=True`, contains
-                these features, is a symbolic link or a file of an export, is not UTF-8 or cannot be
-                written.
+            ExportError: There is no image, or `path` exists without `overwrite=True`, has the
+                suffix of another format, is not UTF-8 or cannot be written. `path` is a symbolic
+                link, a file of an export, or contains these features.
         """
         return tables.write_parquet(self, path, overwrite=overwrite)
 

@@ -62,7 +62,7 @@ def write_features(
     The bytes depend only on the arguments.
 
     Args:
-        path: the file. Its format is safetensors, and its suffix may not name another format.
+        path: the file. Its format is safetensors, and its suffix must not name another format.
         features: the features of one image, or of several images with different ids. Their rows
             are finite floating-point tensors (n, width) that fit their grids. All images have the
             same widths, the same layers and the same kind of rows.
@@ -74,8 +74,9 @@ def write_features(
 
     Raises:
         ExportError: `path` exists without `overwrite=True`, is a symbolic link or a file of an
-            export, is not UTF-8 or cannot be written. No image succeeded, a value of `features` or
-            `metadata` is not as described above, or the file's header exceeds 100 MB.
+            export, has the suffix of another format, is not UTF-8 or cannot be written. No image
+            succeeded, a value of `features` or `metadata` is not as described above, or the file's
+            header exceeds 100 MB.
         ArgumentError: `path` is an address or a folder's name, or an argument has the wrong type.
     """
     path = check_target("path", path)

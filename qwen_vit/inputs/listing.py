@@ -4,7 +4,7 @@ A listing has one JSON object per line: `{"id": ..., "source": ...}`. An export 
 in its folder, and does not change it afterwards. An image inside a tar also has `offset` and `size`
 in bytes, so rereading it needs no search. An image in a Parquet file has `row` and `column`. If
 another program writes the tar or the Parquet file again, `header` and `id_column` show whether the
-place still has the listed image.
+place still has the listed member or id.
 """
 
 import hashlib

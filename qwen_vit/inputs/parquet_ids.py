@@ -16,7 +16,7 @@ from qwen_vit.inputs.parquet_pages import CheckedPages
 
 __all__ = ["check_id"]
 
-_File: TypeAlias = tuple[str, int, int, int]  # the path, and what a new content changes
+_File: TypeAlias = tuple[str, int, int, int]  # the path, and values that change with the content
 _LOCK = Lock()  # loader threads need one row group at about the same time
 
 
@@ -24,7 +24,7 @@ def check_id(item: Item) -> None:
     """Raise ImageError if an item's row has another id now.
 
     The function reads the id column once per row group. It does nothing without `item.id_column`,
-    because the number of a row is then its id, or a list gives the id.
+    because the id then contains the row's number, or a list gives the id.
     """
     if item.id_column is None or item.row is None:
         return
@@ -46,13 +46,13 @@ def check_id(item: Item) -> None:
         raise ImageError(
             f"its file {display_name(item.source)} has changed: row {item.row} has another id now",
             name=item.id,
-            remedy="restore the file that was listed",
+            remedy="restore the listed file",
             code="missing",
         )
 
 
 def _make_lock() -> None:
-    """Make another lock after a fork, because another thread may have held the lock."""
+    """Replace the lock after a fork, because another thread may have held it."""
     global _LOCK
     _LOCK = Lock()
 

@@ -155,10 +155,10 @@ def check_member(file: BinaryIO, item: Item) -> None:
     file.seek(item.offset - TAR_BLOCK)
     if _header_hash(file.read(TAR_BLOCK)) != item.header:
         raise ImageError(
-            f"its tar {display_name(item.source)} has changed: byte {item.offset} does not begin "
-            "the listed member",
+            f"its tar {display_name(item.source)} has changed: the listed member is not at byte "
+            f"{item.offset}",
             name=item.id,
-            remedy="restore the tar that was listed",
+            remedy="restore the listed tar",
             code="missing",
         )
 

@@ -82,7 +82,7 @@ def test_an_existing_folder_may_have_a_suffix(folder: Path, run: Any) -> None:
         ("encode", "a.png", "--model", "tiny", "--out", "~/gone"),
     ],
 )
-def test_a_path_with_a_tilde_is_written_without_it(
+def test_the_error_for_a_path_with_a_tilde_gives_the_full_path(
     folder: Path, run: Any, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/of-test")
