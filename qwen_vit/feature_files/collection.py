@@ -272,7 +272,7 @@ class Features(ABC):
                 not a path.
             ExportError: There is no image, or `path` exists without `overwrite=True`, has the
                 suffix of another format, is not UTF-8 or cannot be written. `path` is a symbolic
-                link, a file of an export, or contains these features.
+                link or a file of an export, or contains these features.
         """
         return tables.write_parquet(self, path, overwrite=overwrite)
 
