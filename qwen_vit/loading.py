@@ -174,11 +174,10 @@ class ImageLoader:
 
     With `on_gpu`, the loader returns decoded pixels, which the GPU resizes and cuts. With
     `is_lent`, the caller does not change its PIL images before their features arrive. `video`
-    contains the options for videos without their own. With `as_video`, the bytes of an
-    animation are a video.
-    `video_threads` is the number of threads that decode one video. The loader cuts a video file of
-    more than `piece_patches` patches into pieces, and returns the video after it has decoded the
-    first piece. If `piece_patches` is None, the loader cuts no video.
+    contains the options for videos without their own. With `as_video`, the loader treats the bytes
+    of an animation as a video. `video_threads` is the number of threads that decode one video. The
+    loader cuts a video file of more than `piece_patches` patches into pieces, and returns the video
+    after it has decoded the first piece. If `piece_patches` is None, the loader cuts no video.
     """
 
     config: VisionConfig

@@ -2,8 +2,8 @@
 
 For every image, this module compares the processors' pixels, then the towers stage by stage: our
 stages with Hugging Face's, and both with a float64 oracle. Hugging Face's results come from a run
-on this machine or from a golden file. Memory holds the stages of one image at a time, unless they
-go into a golden file or a report.
+on this machine or from a golden file. After an image, memory keeps only its results, unless its
+stages go into a golden file or a report.
 """
 
 import os

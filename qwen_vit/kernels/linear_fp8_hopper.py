@@ -89,7 +89,8 @@ def _accumulate(
 
 @gluon.jit
 def _gated(acc):
-    """Return silu(gate) * up of 64 columns each, in the order of `weight_format.interleave_fp8`."""
+    """Return silu(gate) * up (ROWS, 64). `weight_format.interleave_fp8` interleaved the 64 gate
+    columns and the 64 up columns of `acc`."""
     ROWS: gl.constexpr = acc.shape[0]
     b_pairs = acc.reshape((ROWS, 8, 2, 4, 2)).permute((0, 3, 1, 4, 2))
     b_gate, b_up = b_pairs.split()  # [ROWS, 4, 8, 2]: a thread holds 16 adjacent columns
