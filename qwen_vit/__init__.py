@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qwen_vit.errors import HubError as HubError
     from qwen_vit.errors import ImageError as ImageError
     from qwen_vit.errors import QwenVitError as QwenVitError
+    from qwen_vit.errors import UnreadableError as UnreadableError
     from qwen_vit.export.options import ExportOptions as ExportOptions
     from qwen_vit.export.run import export_features as export_features
     from qwen_vit.feature_files.file import FeatureFile as FeatureFile
@@ -54,6 +55,7 @@ else:
             "HubError",
             "ImageError",
             "QwenVitError",
+            "UnreadableError",
         ],
         "export.options": ["ExportOptions"],
         "export.run": ["export_features"],

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import click
 
 from qwen_vit.cli.checks import check_distinct, check_output, check_paths
-from qwen_vit.cli.console import is_verbose, print_data, print_log
+from qwen_vit.cli.console import command_again, is_verbose, print_data, print_log
 from qwen_vit.cli.exit_codes import EXIT_ERROR, EXIT_SKIPPED
 from qwen_vit.cli.images import warn_of_pixels
 from qwen_vit.cli.imports import slow_imports
@@ -126,7 +125,7 @@ def compare(
     if save_golden is not None:
         print_written(f"wrote {display_name(str(save_golden))}")
     if report is not None and comparison.images:
-        page = write_report(report, comparison, command=shlex.join(["qwen-vit", *sys.argv[1:]]))
+        page = write_report(report, comparison, command=command_again())
         print_written(f"wrote {display_name(str(page))}")
     elif report is not None:
         print_log(f"wrote nothing to {display_name(str(report))}: no image was compared")

@@ -6,6 +6,7 @@ The level of the package's logger sets the amount of output to stderr. The optio
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -17,6 +18,7 @@ from click.core import ParameterSource
 from qwen_vit.errors import ExportError, QwenVitError, Wording, one_line
 
 __all__ = [
+    "command_again",
     "flags_in_logs",
     "flush_logs",
     "is_quiet",
@@ -126,6 +128,12 @@ def warn_of_ignored(names: Sequence[str], reason: str) -> None:
     ]
     if given:
         logger.warning("ignored %s: %s", " and ".join(given), reason)
+
+
+def command_again() -> str:
+    """Return this command for a page that it wrote, so that readers can replace the page."""
+    words = ["qwen-vit", *sys.argv[1:]]
+    return shlex.join(words if "--overwrite" in words else [*words, "--overwrite"])
 
 
 def flush_logs() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from qwen_vit.cli.checks import check_paths
-from qwen_vit.cli.console import print_data, print_log, warn_of_ignored
+from qwen_vit.cli.console import command_again, print_data, print_log, warn_of_ignored
 from qwen_vit.cli.exit_codes import EXIT_SKIPPED
 from qwen_vit.cli.imports import slow_imports
 from qwen_vit.cli.options import (
@@ -152,7 +151,7 @@ def show(
         given.features, given.pictures, point=point, layer=layer, window=given.window,
         on_error="skip",
     )  # fmt: skip
-    command = shlex.join(["qwen-vit", *sys.argv[1:]])
+    command = command_again()
     files, report = write(out, views, given, command, layer)
     if as_json:
         print_data(json.dumps(report, indent=2))

@@ -177,8 +177,8 @@ def check_target(name: str, value: str | os.PathLike[str], suffix: str = ".safet
     """Return an argument that names a file to write, as a path.
 
     Raises ArgumentError for an address, a folder's name and a value that is not a path. Raises
-    ExportError for the suffix of another format, for a path that is not UTF-8, and for a file that
-    `refuse_protected` refuses.
+    ExportError for the suffix of another format, for a path that is not UTF-8 or not in an existing
+    folder, and for a file that `refuse_protected` refuses.
     """
     path = check_local_path(name, value, "the file to write")
     if os.fspath(value).endswith(os.sep):
@@ -194,6 +194,10 @@ def check_target(name: str, value: str | os.PathLike[str], suffix: str = ".safet
             expected=suffix,
             remedy=f"pass {path.with_suffix(suffix)}",
         )
+    try:
+        check_parent(path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
     return path
 
 

@@ -116,12 +116,19 @@ def test_a_disk_that_fills_up_at_the_header_is_named(
     assert list(path.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize("where", ["missing/f.safetensors", "file/f.safetensors", "n" * 256])
-def test_an_unwritable_path_is_named(tmp_path: Path, where: str) -> None:
+@pytest.mark.parametrize(
+    ("where", "named", "words"),
+    [
+        ("missing/f.safetensors", "missing", "does not exist. Create the folder first."),
+        ("file/f.safetensors", "file", "not a folder. Create the folder first."),
+        ("n" * 256, "n" * 256, "could not be written"),
+    ],
+)
+def test_an_unwritable_path_is_named(tmp_path: Path, where: str, named: str, words: str) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(ExportError, match="could not be written") as caught:
+    with pytest.raises(ExportError, match=words) as caught:
         write_features(tmp_path / where, features_of("a"), METADATA)
-    assert str(tmp_path / where) in str(caught.value)
+    assert str(tmp_path / named) in str(caught.value)
     assert ".tmp" not in str(caught.value)
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 

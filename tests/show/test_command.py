@@ -74,7 +74,7 @@ def test_images_become_one_page_that_loads_no_other_file(folder: Path, run: Any)
         "a.png", "84 x 56 pixels: 6 x 4 cells", "Similarity to the marked cell",
         "The weights of tiny are random", "Of 5 blocks, 2 attend to the whole image",
         "windows of 112 x 112 pixels", "of the variance", "patches, a cell of 14 x 14 pixels",
-        "qwen-vit show p --model tiny --device cpu --point 10,20", "Made by qwen_vit",
+        "qwen-vit show p --model tiny --device cpu --point 10,20 --overwrite", "Made by qwen_vit",
     ):  # fmt: skip
         assert words in page.text, words
     again = run("p", *TINY)
