@@ -4,7 +4,7 @@ import os
 import shlex
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
@@ -16,7 +16,10 @@ from qwen_vit.errors import ArgumentError, ExportError
 if TYPE_CHECKING:
     from qwen_vit.inputs.listing import Item
 
-__all__ = ["check_distinct", "check_model_or_features", "check_output", "check_paths"]
+__all__ = [
+    "check_distinct", "check_model_or_features", "check_not_input", "check_not_weights",
+    "check_output", "check_paths",
+]  # fmt: skip
 
 MAX_SPACES = 8  # in a path that the shell may have split
 MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -61,6 +64,27 @@ def check_output(
             name=name,
             remedy=f"pass --overwrite to replace it, or another {option}",
         )
+
+
+def check_not_input(out: Path, inputs: Iterable[str]) -> None:
+    """Raise ExportError if an output would replace one of the inputs."""
+    if any(_is_same(each, out) for each in inputs):
+        raise ExportError("one of the input images", name=str(out), remedy="pass another --out")
+
+
+def check_not_weights(out: Path, model: str | None, option: str = "--out") -> None:
+    """Raise ExportError if an output would replace a file in the folder of the model."""
+    if model is not None and out.exists() and _is_same(model, out.absolute().parent):
+        raise ExportError(
+            "a file in the folder of the model", name=str(out), remedy=f"pass another {option}"
+        )
+
+
+def _is_same(path: str, out: Path) -> bool:
+    try:
+        return os.path.samefile(path, out)
+    except (OSError, ValueError):  # one of them does not exist
+        return False
 
 
 def check_distinct(images: Sequence[str], items: "Sequence[Item]" = ()) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from qwen_vit.cli.checks import check_distinct, check_output, check_paths
+from qwen_vit.cli.checks import check_distinct, check_not_weights, check_output, check_paths
 from qwen_vit.cli.console import command_again, is_verbose, print_data, print_log
 from qwen_vit.cli.exit_codes import EXIT_ERROR, EXIT_SKIPPED
 from qwen_vit.cli.images import warn_of_pixels
@@ -91,6 +91,7 @@ def compare(
         print_log("--overwrite has no effect without --save-golden or --report")
     if save_golden is not None:
         check_output(save_golden, overwrite, "--save-golden")
+        check_not_weights(save_golden, options["model"], "--save-golden")
         check_distinct(images)
     with slow_imports():
         from qwen_vit.compare.report import check_report, write_report

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen_vit.cli.checks import check_output
+from qwen_vit.cli.checks import check_not_weights, check_output
 from qwen_vit.cli.console import print_data
 from qwen_vit.cli.exit_codes import EXIT_SKIPPED
 from qwen_vit.cli.images import encode_one_by_one, list_images, load_encoder
@@ -92,6 +92,7 @@ def encode(
     finished shards.
     """
     check_output(out, overwrite)
+    check_not_weights(out, model)
     with slow_imports():
         from qwen_vit import write_features
         from qwen_vit.cli.text import encoded_json, encoded_table

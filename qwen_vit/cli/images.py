@@ -1,7 +1,6 @@
 """Find the images that `encode` and `show` receive, and encode one image at a time."""
 
 import logging
-import os
 import sys
 import time
 from collections import Counter
@@ -10,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_vit.cli.checks import check_distinct, check_paths
+from qwen_vit.cli.checks import check_distinct, check_not_input, check_paths
 from qwen_vit.cli.console import print_skipped, warn_of_ignored
 from qwen_vit.common.progress import shows_progress
-from qwen_vit.errors import ExportError
 
 if TYPE_CHECKING:
     from qwen_vit.encoder import VisionEncoder
@@ -71,8 +69,8 @@ def list_images(
     unused.warn()
     warn_of_pixels(items)
     check_distinct([item.id for item in items], items)
-    if out is not None and any(_is_same(item.source, out) for item in items):
-        raise ExportError("one of the input images", name=str(out), remedy="pass another --out")
+    if out is not None:
+        check_not_input(out, (item.source for item in items))
     return items
 
 
@@ -164,10 +162,3 @@ def _load(item: "Item", loader: "ImageLoader") -> "LoadedImage":
         with open_video_item(item, loader.video_limits) as (file, _):
             return loader.load_video(video_of_item(item, loader.video), item.id, file)
     return loader.load(as_page(read_item(item, loader.limits), item), item.id)
-
-
-def _is_same(image: str, out: Path) -> bool:
-    try:
-        return os.path.samefile(image, out)
-    except (OSError, ValueError):  # reading the image reports the reason
-        return False

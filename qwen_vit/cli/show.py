@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from qwen_vit.cli.checks import check_paths
+from qwen_vit.cli.checks import check_not_input, check_paths
 from qwen_vit.cli.console import command_again, print_data, print_log, warn_of_ignored
 from qwen_vit.cli.exit_codes import EXIT_SKIPPED
 from qwen_vit.cli.imports import slow_imports
@@ -117,6 +117,7 @@ def show(
         from qwen_vit.show.draw import check_packages
         from qwen_vit.show.views import view_features
     check_packages("qwen-vit show", "jinja2", "matplotlib")
+    check_not_input(out, (*inputs, *pictures))
     check_target(out, overwrite)
     check_paths(inputs, must_exist=True)
     required = _required_output(output, layer)
@@ -136,7 +137,7 @@ def show(
                 "--images and --id work only for stored features",
                 remedy="omit both options for images",
             )
-        given = encode_images(inputs, model, output, layer, limit, **loading)
+        given = encode_images(inputs, model, output, layer, limit, out, **loading)
     shown = len(given.features) + len(given.failed)
     if shown < given.total:
         print_log(
@@ -151,8 +152,7 @@ def show(
         given.features, given.pictures, point=point, layer=layer, window=given.window,
         on_error="skip",
     )  # fmt: skip
-    command = command_again()
-    files, report = write(out, views, given, command, layer)
+    files, report = write(out, views, given, command_again(), layer)
     if as_json:
         print_data(json.dumps(report, indent=2))
     else:

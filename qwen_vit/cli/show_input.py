@@ -61,9 +61,10 @@ class ShowInput:
 
 
 def encode_images(
-    inputs: Sequence[str], model: str, output: str, layer: int | None, limit: int, **loading: Any
-) -> ShowInput:
-    items = list_images(inputs)
+    inputs: Sequence[str], model: str, output: str, layer: int | None, limit: int, out: Path,
+    **loading: Any,
+) -> ShowInput:  # fmt: skip
+    items = list_images(inputs, out)
     encoder = load_encoder(model, **loading)
     if layer is not None and layer >= encoder.config.depth:
         raise ArgumentError(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_vit.cli.checks import check_output
+from qwen_vit.cli.checks import check_not_input, check_output
 from qwen_vit.cli.show_input import ShowInput
 from qwen_vit.common.atomic_file import atomic_file, cannot_write
 from qwen_vit.errors import ArgumentError, ExportError, plural
@@ -74,6 +74,9 @@ def write(
         names = [_file_name(i, view.id) for i, view in enumerate(views.views, start=1)]
         files = [out / FOLDER_PAGE, *(out / name for name in names)]
         contents = [feature_page(views, _text(views, given, command, layer)), *_sheets(views)]
+    sources = [each for each in given.pictures.values() if isinstance(each, str)]
+    for path in files:
+        check_not_input(path, (*sources, *(view.id for view in views.views)))
     for path, content in zip(files, contents, strict=True):
         with atomic_file(path) as file:
             file.write(content)

@@ -1,6 +1,8 @@
 """Test that the error for an input of another kind names this kind."""
 
 import io
+import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from qwen_vit.checkpoint.published import packaged_weights
 from tests.support.inputs import write_tar
 
 ENCODE = ("encode", "--model", "tiny", "--out", "f.safetensors")
@@ -129,3 +132,36 @@ def test_pixel_limits_without_an_image_give_a_warning(folder: Path, run: Any, co
     assert "ignored --max-pixels: every input has the extension of a video" in done.err
     if command == "encode":
         assert "ignored" not in run(*words, "a.mp4", "a.png", "--max-pixels", "9000").err
+
+
+def test_show_replaces_no_input(folder: Path, run: Any) -> None:
+    Path("p").mkdir()
+    Image.new("RGB", (56, 56)).save("p/a.png")
+    before = Path("p/a.png").read_bytes()
+    words = ("--out", "p/a.png", "--overwrite")
+    assert run("encode", "p", "--model", "tiny", "--out", "f.safetensors").code == 0
+    for given in (
+        ("p/a.png", "--model", "tiny"), ("p", "--model", "tiny"),
+        ("f.safetensors", "--images", "p"), ("f.safetensors", "--images", "p/a.png"),
+    ):  # fmt: skip
+        done = run("show", *given, *words)
+        assert (done.code, Path("p/a.png").read_bytes()) == (2, before)
+        assert "p/a.png: one of the input images. Pass another --out." in done.err
+    # without --overwrite, the error once advised it
+    assert "one of the input" in run("show", "p/a.png", "--model", "tiny", "--out", "p/a.png").err
+    os.chdir("p")
+    done = run("encode", "a.png", "--model", "tiny", "--out", "g.safetensors")
+    assert done.code == 0
+    done = run("show", "g.safetensors", "--out", "a.png", "--overwrite")  # reads ./a.png
+    assert (done.code, Path("a.png").read_bytes()) == (2, before)
+
+
+def test_a_result_does_not_replace_the_weights(folder: Path, run: Any) -> None:
+    shutil.copytree(packaged_weights() / "tiny", "model")
+    Image.new("RGB", (56, 56)).save("a.png")
+    weights = Path("model/model.safetensors")
+    before = weights.read_bytes()
+    for words in (("encode", "a.png", "--out"), ("compare", "a.png", "--save-golden")):
+        done = run(*words, str(weights), "--model", "model", "--overwrite")
+        assert (done.code, weights.read_bytes()) == (2, before)
+        assert f"{weights}: a file in the folder of the model. Pass another {words[-1]}" in done.err

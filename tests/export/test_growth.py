@@ -172,7 +172,7 @@ def test_failed_images_in_newer_files_are_not_called_changed(
 def test_moved_images_are_an_error(growing_dir: Path) -> None:
     export()
     os.rename("p", "q")
-    with pytest.raises(ExportError, match=r"10 in another place, first 0\.png.*move the images b"):
+    with pytest.raises(ExportError, match=r"10 in another place, first 0\.png.*move them back"):
         export(EXTEND, inputs=["q"])
 
 
