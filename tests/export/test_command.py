@@ -229,7 +229,7 @@ def test_an_estimate_is_printed_in_suitable_units(
 ) -> None:
     text = estimate_text(Estimate(1, 0, 1, n_bytes, seconds), Path("no", "folder", "yet"))
     disk, time = (line.split("  ")[-1].strip() for line in text.splitlines()[2:])
-    assert re.fullmatch(rf"{words[0]}, where [\d,.]+ GB are free", disk)
+    assert re.fullmatch(rf"{words[0]}, where [\d,.]+ [MGT]B are free", disk)
     assert time == words[1]
 
 
