@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vit.cli.checks import check_not_input, check_output
+from qwen_vit.cli.console import print_log
 from qwen_vit.cli.show_input import ShowInput
 from qwen_vit.common.atomic_file import atomic_file, cannot_write
 from qwen_vit.errors import ArgumentError, ExportError, plural
@@ -74,6 +75,8 @@ def write(
         names = [_file_name(i, view.id) for i, view in enumerate(views.views, start=1)]
         files = [out / FOLDER_PAGE, *(out / name for name in names)]
         contents = [feature_page(views, _text(views, given, command, layer)), *_sheets(views)]
+    if missing := sum(view.picture is None and view.n_frames == 1 for view in views.views):
+        print_log(f"drew {plural(missing, 'image')} without the picture; --images finds it")
     sources = [each for each in given.pictures.values() if isinstance(each, str)]
     for path in files:
         check_not_input(path, (*sources, *(view.id for view in views.views)))

@@ -206,7 +206,7 @@ class StoredExport:
     ) -> ExportError:
         ways = ["to continue this export, pass its original inputs and settings"]
         if changes is not None and changes.moved:
-            ways = ["if the images moved, move them back; if they are others, start a new export"]
+            ways = ["if the images moved, move them back, and pass the export's settings"]
         is_same_start = all(name.partition(".")[0] in MADE_BY for name in names)
         if names and is_same_start:
             ways.append(

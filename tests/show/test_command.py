@@ -288,6 +288,8 @@ def test_an_option_without_effect_is_named(undrawn: None, folder: Path, run: Any
         assert (done.code, done.err.count("ignored ")) == (0, 1)
         assert f"ignored {words}" in done.err
     done = run("stored", "--output", "merged", "--overwrite")
+    assert (done.code, done.err) == (0, "drew 2 images without the picture; --images finds it\n")
+    done = run("stored", "--output", "merged", "--overwrite", "--images", "p")
     assert (done.code, done.err) == (0, "")
     done = run("stored", "--output", "patch", "--overwrite")
     assert (done.code, done.out) == (2, "")
