@@ -128,7 +128,7 @@ def test_the_lock_timeout_restarts_when_the_owner_changes(
         return f"part {min(next(polls) // 4, 15)}"  # a new owner every 4 polls, up to part 15
 
     with short_lock(tmp_path):
-        monkeypatch.setattr(lock_module, "SHORT_LOCK_TIMEOUT_S", 0.3)
+        monkeypatch.setattr(lock_module, "SHORT_LOCK_TIMEOUT_S", 1.5)
         monkeypatch.setattr(lock_module, "_owner", owner)
         with (
             pytest.raises(ExportError, match=r": part 15 is writing to it\. Wait for the other"),
