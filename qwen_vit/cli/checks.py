@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_vit.common.atomic_file import cannot_write, check_parent, check_utf8, refuse_protected
-from qwen_vit.errors import ArgumentError, ExportError
+from qwen_vit.errors import ArgumentError, ExportError, plural
 
 if TYPE_CHECKING:
     from qwen_vit.inputs.listing import Item
 
 __all__ = [
     "check_distinct", "check_model_or_features", "check_not_input", "check_not_weights",
-    "check_output", "check_paths",
+    "check_one_picture", "check_output", "check_paths",
 ]  # fmt: skip
 
 MAX_SPACES = 8  # in a path that the shell may have split
@@ -85,6 +85,22 @@ def _is_same(path: str, out: Path) -> bool:
         return os.path.samefile(path, out)
     except (OSError, ValueError):  # one of them does not exist
         return False
+
+
+def check_one_picture(out: Path, n_images: int) -> None:
+    """Raise ArgumentError if an output is one picture, and there are several images.
+
+    >>> check_one_picture(Path("cats.png"), 2)
+    Traceback (most recent call last):
+    qwen_vit.errors.ArgumentError: --out cats.png names one picture, but there are 2 images. \
+Expected a page (.html) or a folder. Pass --out cats.html.
+    """
+    if n_images > 1 and out.suffix.lower() == ".png" and not out.is_dir():
+        raise ArgumentError(
+            f"--out {out} names one picture, but there are {plural(n_images, 'image')}",
+            expected="a page (.html) or a folder",
+            remedy=f"pass --out {out.with_suffix('.html')}",
+        )
 
 
 def check_distinct(images: Sequence[str], items: "Sequence[Item]" = ()) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vit.checkpoint.published import PACKAGED
+from qwen_vit.cli.checks import check_one_picture
 from qwen_vit.cli.console import print_log
 from qwen_vit.cli.images import encode_one_by_one, list_images, load_encoder
 from qwen_vit.config import VisionConfig
@@ -41,6 +42,7 @@ class ShowInput:
         window: the side of an attention window, in patches.
         full_attention: the blocks with full attention, or None if they are unknown.
         total: the number of images without `limit`.
+        has_images: whether `read_stored` searched for the images.
     """
 
     features: list[ImageFeatures]
@@ -53,6 +55,7 @@ class ShowInput:
     depth: int | None = None
     failed: list[FailedImage] = field(default_factory=list)
     total: int = 0
+    has_images: bool = False
 
     @property
     def is_random(self) -> bool:
@@ -65,6 +68,8 @@ def encode_images(
     **loading: Any,
 ) -> ShowInput:  # fmt: skip
     items = list_images(inputs, out)
+    chosen = items[:limit]
+    check_one_picture(out, len(chosen))
     encoder = load_encoder(model, **loading)
     if layer is not None and layer >= encoder.config.depth:
         raise ArgumentError(
@@ -72,7 +77,6 @@ def encode_images(
             expected=f"a block from 0 to {encoder.config.depth - 1}",
             remedy="pass another --layer",
         )
-    chosen = items[:limit]
     layers = () if layer is None else (layer,)
     encoded = encode_one_by_one(encoder, chosen, "skip", output=output, layers=layers)
     results = [each for each, _ in encoded]
@@ -126,7 +130,7 @@ def read_stored(
     return ShowInput(
         features, pictures, str(metadata.get("model")),
         f"{metadata.get('model')}, {metadata.get('dtype')}, from {display_name(path)}",
-        total=len(ids) or len(stored),
+        total=len(ids) or len(stored), has_images=bool(images),
     )  # fmt: skip
 
 

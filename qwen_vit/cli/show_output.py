@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_vit.cli.checks import check_not_input, check_output
+from qwen_vit.cli.checks import check_not_input, check_one_picture, check_output
 from qwen_vit.cli.console import print_log
 from qwen_vit.cli.show_input import ShowInput
 from qwen_vit.common.atomic_file import atomic_file, cannot_write
-from qwen_vit.errors import ArgumentError, ExportError, plural
+from qwen_vit.errors import ExportError, plural
 from qwen_vit.features import UNKNOWN_SIZE
 from qwen_vit.show.draw import sheet_png
 from qwen_vit.show.page import PageText, feature_page
@@ -60,12 +60,7 @@ def write(
     if suffix == PAGE and not out.is_dir():
         files, contents = [out], [feature_page(views, _text(views, given, command, layer))]
     elif suffix == PICTURE and not out.is_dir():
-        if len(views.views) > 1:
-            raise ArgumentError(
-                f"--out {out} names one picture, but there are {plural(len(views.views), 'image')}",
-                expected="a page (.html) or a folder",
-                remedy=f"pass --out {out.with_suffix(PAGE)}",
-            )
+        check_one_picture(out, len(views.views))
         files, contents = [out], _sheets(views)
     else:
         try:
@@ -75,7 +70,8 @@ def write(
         names = [_file_name(i, view.id) for i, view in enumerate(views.views, start=1)]
         files = [out / FOLDER_PAGE, *(out / name for name in names)]
         contents = [feature_page(views, _text(views, given, command, layer)), *_sheets(views)]
-    if missing := sum(view.picture is None and view.n_frames == 1 for view in views.views):
+    missing = sum(view.picture is None and view.n_frames == 1 for view in views.views)
+    if missing and not given.has_images:
         print_log(f"drew {plural(missing, 'image')} without the picture; --images finds it")
     sources = [each for each in given.pictures.values() if isinstance(each, str)]
     for path in files:

@@ -18,7 +18,7 @@ from qwen_vit.feature_files.schema import (
 __all__ = ["WRITE_AGAIN", "cannot_read", "open_tensors"]
 
 WRITE_AGAIN = "write it again with `qwen-vit encode`"
-WRITE_OR_PASS = "write it again with `qwen-vit encode`, or pass another file"
+PASS_OR_WRITE = "pass another file, or, if it is truncated, write it again with `qwen-vit encode`"
 OTHER_FILE = (
     "pass a file of `qwen-vit encode`. For a checkpoint, pass its folder as the model. For a "
     "golden file, use `qwen-vit compare --golden`"
@@ -49,7 +49,7 @@ def open_tensors(path: AnyPath, remedy: str) -> tuple[dict[str, Any], Any]:
             f"truncated, or not a safetensors file ({path.stat().st_size} bytes)",
             name=str(path),
             expected="a feature file",
-            remedy=WRITE_OR_PASS if remedy == WRITE_AGAIN else remedy,
+            remedy=PASS_OR_WRITE if remedy == WRITE_AGAIN else remedy,
         ) from None
     missing = {EMBEDS, *INTEGERS} - set(tensors)
     file = safe_open(path, framework="pt", device="cpu") if remote is None else remote

@@ -140,6 +140,15 @@ def unwrap(source: Mapping[str, Any], name: str) -> ImageSource:
             remedy='pass row["image"] if it is a path, or cast the column to datasets.Image()',
             code="source-type",
         )
+    lists = [key for key, value in source.items() if _is_image_list(value)]
+    if not keys and len(lists) == 1:
+        raise ImageError(
+            f"a dict whose {lists[0]!r} is a list of images",
+            name=name,
+            expected="{bytes, path}, or a row with one image",
+            remedy=f"pass the list alone, such as rows[{lists[0]!r}]",
+            code="source-type",
+        )
     raise ImageError(
         f"a dict with {len(keys)} images; its keys are {', '.join(map(repr, source)) or 'none'}"[
             :300
@@ -149,6 +158,11 @@ def unwrap(source: Mapping[str, Any], name: str) -> ImageSource:
         remedy='pass the image alone, such as row["image"] or row["bytes"]',
         code="source-type",
     )
+
+
+def _is_image_list(value: object) -> bool:
+    first = value[0] if isinstance(value, list | tuple) and value else None
+    return isinstance(first, Image.Image) or (isinstance(first, Mapping) and _is_struct(first))
 
 
 def _is_struct(value: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from qwen_vit import ExportOptions, ImageError, export_features
 from qwen_vit.errors import ArgumentError
@@ -24,6 +25,13 @@ def test_a_row_whose_image_is_a_path_names_the_path() -> None:
     message = message_of({"image": "one.gif", "label": 3})
     assert "a dict whose 'image' is the text 'one.gif'." in message
     assert 'Pass row["image"] if it is a path, or cast the column to datasets.Image().' in message
+
+
+def test_a_slice_of_a_dataset_names_its_list_of_images() -> None:
+    rows = {"image": [Image.new("RGB", (28, 28))] * 2, "label": [3, 4]}
+    message = message_of(rows)
+    assert "a dict whose 'image' is a list of images" in message
+    assert message.endswith("Pass the list alone, such as rows['image'].")
 
 
 def test_an_address_a_tar_and_a_pattern_name_the_function_that_reads_them(tmp_path: Path) -> None:

@@ -138,9 +138,10 @@ def test_one_image_becomes_one_picture(folder: Path, run: Any) -> None:
     assert run("p/a.png", *TINY, "--out", "a.png").out == "wrote a.png\n"
     with Image.open("a.png") as picture:
         assert picture.format == "PNG"
-    done = run("p", *TINY, "--out", "both.png")
+    done = run("p", "--model", "no/such/folder", "--out", "both.png")  # checked before the model
     assert done.code == 2
     assert "--out both.png names one picture, but there are 2 images" in done.err
+    assert run("p", *TINY, "--limit", "1", "--out", "first.png").code == 0
     assert not Path("both.png").exists()
 
 
