@@ -155,6 +155,13 @@ def check_paths(inputs: Sequence[str], *, must_exist: bool = False) -> None:
                 name=path,
                 remedy=f"put the path in quotes: {shlex.quote(path)}",
             )
+    numbers = [inputs[index] for index in missing if inputs[index].isdecimal()]
+    if numbers:
+        raise ArgumentError(
+            "does not exist",
+            name=numbers[0],
+            remedy="check the path, or pass an option's numbers with commas, such as --layers 1,3",
+        )
     if must_exist and missing and len(missing) == len(inputs):
         check_inputs(inputs[:1])
 

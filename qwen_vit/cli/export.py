@@ -173,8 +173,8 @@ def export(
 
     Pass '-' to read a list from standard input. Paths in this list are relative to the current
     folder. Read the output folder with qwen_vit.load_features. The folder's manifest has a row for
-    each image. By default, the command skips and reports images that it cannot encode, and then
-    exits with 1. Ctrl-C saves the images encoded so far.
+    each image. By default, the command skips and reports images that it cannot encode. It exits
+    with 1 if images failed in this run. Ctrl-C saves the images encoded so far.
     """
     with slow_imports():
         from qwen_vit.export.options import ExportOptions

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from qwen_vit import VisionEncoder
 from qwen_vit.checkpoint.published import packaged_weights
 from tests.support.inputs import write_tar
 
@@ -38,6 +39,43 @@ def test_an_encoder_cache_is_named(folder: Path, run: Any, command: tuple[str, .
 def test_other_files_are_named(folder: Path, run: Any, name: str, words: str) -> None:
     write_tar(name, {"inner.tar": b"no image"})
     assert words in run(*ENCODE, name).err
+
+
+def test_a_path_that_the_shell_split_is_named_whole(
+    folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three errors once named three parts of the path."""
+    monkeypatch.setattr(VisionEncoder, "from_pretrained", None)  # loading would fail
+    Path("my photos").mkdir()
+    shutil.copy("b.jpg", "my photos/the cat.jpg")
+    split = ("my", "photos/the", "cat.jpg")
+    expected = (
+        "error: my photos/the cat.jpg: the shell split this path at its spaces. "
+        "Put the path in quotes: 'my photos/the cat.jpg'.\n"
+    )
+    for command in (
+        ("encode", *split, *ENCODE[1:]),
+        ("encode", "a.png", *split, *ENCODE[1:]),
+        ("export", *split, "a.png", "--model", "tiny", "--out", "e"),
+        ("show", *split, "--model", "tiny"),
+        ("compare", "b.jpg", *split, "--model", "tiny"),
+    ):
+        done = run(*command)
+        assert (done.code, done.out, done.err) == (2, "", expected), command
+    Path("photos 3").mkdir()
+    assert "Put the path in quotes: 'photos 3'" in run("encode", "photos", "3", *ENCODE[1:]).err
+
+
+def test_a_number_after_an_options_first_number_is_explained(folder: Path, run: Any) -> None:
+    """`--layers 1 3` once encoded with layer 1, and skipped the image 3."""
+    expected = "error: 3: does not exist. Check the path, or pass an option's numbers with commas"
+    for command in (
+        ("encode", "a.png", *ENCODE[1:], "--layers", "1", "3"),
+        ("export", "a.png", "--model", "tiny", "--out", "e", "--layers", "1", "3"),
+    ):
+        done = run(*command)
+        assert (done.code, done.out) == (2, "")
+        assert done.err.startswith(expected)
 
 
 def test_an_empty_value_of_layers_is_an_error(folder: Path, run: Any) -> None:

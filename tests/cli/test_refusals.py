@@ -267,29 +267,6 @@ def test_a_mistyped_path_is_refused_before_a_model_is_loaded(qwen_vit: Any) -> N
     assert "Qwen" not in done.err
 
 
-def test_a_path_that_the_shell_split_is_named_whole(
-    folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Three errors once named three parts of the path."""
-    monkeypatch.setattr(VisionEncoder, "from_pretrained", no_model)
-    Path("my photos").mkdir()
-    shutil.copy("b.jpg", "my photos/the cat.jpg")
-    split = ("my", "photos/the", "cat.jpg")
-    expected = (
-        "error: my photos/the cat.jpg: the shell split this path at its spaces. "
-        "Put the path in quotes: 'my photos/the cat.jpg'.\n"
-    )
-    for command in (
-        ("encode", *split, *TO_FILE),
-        ("encode", "a.png", *split, *TO_FILE),
-        ("export", *split, "a.png", "--model", "tiny", "--out", "e"),
-        ("show", *split, "--model", "tiny"),
-        ("compare", "b.jpg", *split, "--model", "tiny"),
-    ):
-        done = run(*command)
-        assert (done.code, done.out, done.err) == (2, "", expected), command
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -276,6 +276,9 @@ def test_odd_names_are_text_on_the_page_and_no_paths(undrawn: None, folder: Path
     assert not any("onerror" in attributes for _, attributes in page.tags)
 
 
+SEARCH = "drew 2 images without their files; pass the folder of their files as --images\n"
+
+
 def test_an_option_without_effect_is_named(undrawn: None, folder: Path, run: Any) -> None:
     encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
     export_features(encoder, ["p"], "stored", ExportOptions(layers=(1,)))
@@ -289,7 +292,9 @@ def test_an_option_without_effect_is_named(undrawn: None, folder: Path, run: Any
         assert (done.code, done.err.count("ignored ")) == (0, 1)
         assert f"ignored {words}" in done.err
     done = run("stored", "--output", "merged", "--overwrite")
-    assert (done.code, done.err) == (0, "drew 2 images without the picture; --images finds it\n")
+    assert (done.code, done.err) == (0, SEARCH)
+    done = run("stored", "--output", "merged", "--overwrite", "--limit", "1")
+    assert "drew 1 image without its file; pass the folder of its file as --images\n" in done.err
     done = run("stored", "--output", "merged", "--overwrite", "--images", "p")
     assert (done.code, done.err) == (0, "")
     done = run("stored", "--output", "patch", "--overwrite")
