@@ -120,9 +120,11 @@ def verdict_lines(comparison: Comparison) -> list[str]:
         counts = [plural(n_images, "image")] * bool(n_images) + [plural(n_videos, "video")] * bool(
             n_videos
         )
+        n_skipped = len(comparison.skipped)
+        skipped = f" ({n_skipped:,} skipped)" if n_skipped else ""
         unit = " relative" if is_fp32 else " times Hugging Face's error"
         lines.append(
-            f"agrees: {len(agreeing)} of {' and '.join(counts)}, "
+            f"agrees: {len(agreeing)} of {' and '.join(counts)}{skipped}, "
             f"{plural(len(stages), 'stage')}; the worst is {worst.verdict.measured:.2g}{unit}, "
             f"allowed {worst.verdict.allowed:.2g} ({worst.name} of {display_name(image.id)})"
         )

@@ -1,6 +1,7 @@
 """Read lists of images: .txt or .lst with one path per line, or .jsonl with one object per line."""
 
 import codecs
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any, BinaryIO, TypeGuard
 from qwen_vit.common.arguments import short_repr
 from qwen_vit.common.storage import is_remote
 from qwen_vit.common.strict_json import is_integer, parse_json
-from qwen_vit.errors import IMAGE_CODES, CheckpointError, ExportError, ImageError
+from qwen_vit.errors import IMAGE_CODES, CheckpointError, ExportError, ImageError, display_name
 from qwen_vit.images.image import ADDRESS
 from qwen_vit.images.lookalikes import JSON_SUFFIX, LIST_SUFFIXES
 from qwen_vit.inputs.listing import MAX_NAME_BYTES, Item
@@ -20,14 +21,25 @@ from qwen_vit.inputs.remote import below, open_input, refuse
 
 __all__ = ["JSON_SUFFIX", "LIST_SUFFIXES", "json_list_items", "stdin_items", "text_list_items"]
 
+logger = logging.getLogger("qwen_vit")
+
 MAX_FILE = 2**63 - 1  # bytes
 CORRECT = "correct that line"
 
 
 def text_list_items(path: str) -> Iterator[Item]:
+    """Yield the images of a list, and warn if none of them exists: the file may be another text."""
+    is_empty, exists = True, False
     for number, line in _lines(path):
         name = _path_in(line, path, number)
-        yield _listed(path, name, name)
+        item = _listed(path, name, name)
+        is_empty = False
+        exists = exists or bool(ADDRESS.match(item.source)) or os.path.lexists(item.source)
+        yield item
+    if not (is_empty or exists):
+        logger.warning(
+            "%s: read as a list of paths, but no line names an existing file", display_name(path)
+        )
 
 
 def stdin_items() -> Iterator[Item]:

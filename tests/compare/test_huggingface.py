@@ -236,7 +236,7 @@ def test_an_image_that_cannot_be_read_is_skipped_and_ends_with_1(run: Any, tmp_p
     assert out.splitlines()[0] == "nothing was compared: every image was skipped"
     saved = tmp_path.parent / f"{tmp_path.name}.safetensors"
     _, out, err = run(CHELSEA, torn, *SMALL, "--save-golden", saved)
-    assert "agrees: 1 of 1 image," in out
+    assert "agrees: 1 of 1 image (1 skipped), 7 stages;" in out
     assert out.endswith(f"\nwrote {saved}\n")
     code, out, err = run(torn, *SMALL, "--save-golden", tmp_path / "golden.safetensors")
     assert (code, out, list(tmp_path.iterdir())) == (2, "", [torn])

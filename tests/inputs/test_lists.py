@@ -37,6 +37,18 @@ def test_the_error_of_a_missing_image_of_a_list_has_the_complete_path(here: Path
     assert caught.value.code == "missing"
 
 
+def test_a_text_whose_lines_are_no_paths_is_named(
+    here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch("sets/a.jpg")
+    for text, n_warnings in (("my notes\nof today\n", 1), ("gone.jpg\na.jpg\n", 0), ("", 0)):
+        Path("sets/notes.txt").write_text(text)
+        caplog.clear()
+        assert len(list(find_items(["sets/notes.txt"]))) == len(text.splitlines())
+        named = "sets/notes.txt: read as a list of paths, but no line names an existing file"
+        assert [named in each for each in caplog.messages] == [True] * n_warnings
+
+
 @pytest.mark.parametrize("name", ["l.txt", "l.jsonl"])
 def test_a_list_is_utf8_and_may_have_a_byte_order_mark(here: Path, name: str) -> None:
     text = "a.jpg\r\nb.jpg\r\n" if name == "l.txt" else '{"path": "a.jpg"}\r\n{"path": "b.jpg"}'
