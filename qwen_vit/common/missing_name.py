@@ -64,6 +64,8 @@ def similar_path(path: str) -> str | None:
             names = {os.path.splitext(each.name)[0]: each.name for each in islice(entries, MOST)}
     except (OSError, ValueError):
         return None
+    if os.path.lexists(path):  # such as a link to a missing file
+        return None
     plain = DIGITS.sub("", stem)
     close = [
         each
