@@ -61,6 +61,8 @@ class ImageFeatures:
             is the map of block 7.
         output: the kind of rows in `embeds`.
         normalized: whether `encode` scaled each row to unit length.
+        sha256: the hash of the encoded image or video file. `qwen-vit encode` and exports store it.
+            None means unknown.
     """
 
     id: str
@@ -71,6 +73,7 @@ class ImageFeatures:
     layers: Mapping[int, Tensor] = field(default_factory=dict)
     output: FeatureOutput = "merged"
     normalized: bool = False
+    sha256: str | None = field(default=None, kw_only=True)
 
     def __repr__(self) -> str:
         shape, dtype = tuple(self.embeds.shape), dtype_name(self.embeds.dtype)

@@ -147,7 +147,7 @@ def download(
             "an address" if "://" in name else "does not exist",
             name=name,
             expected=MODELS,
-            remedy=did_you_mean(name) or missing_remedy(name, "check the name"),
+            remedy=did_you_mean(name) or "check the name",
         )
     repository = Repository(name, revision, token, cache_dir, local_files_only, subfolder)
     try:

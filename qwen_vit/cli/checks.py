@@ -10,6 +10,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from qwen_vit.common.atomic_file import cannot_write, check_parent, check_utf8, refuse_protected
 from qwen_vit.errors import ArgumentError, ExportError, plural
 
@@ -129,13 +131,13 @@ def check_distinct(images: Sequence[str], items: "Sequence[Item]" = ()) -> None:
 
 
 def check_paths(inputs: Sequence[str], *, must_exist: bool = False) -> None:
-    """Raise ArgumentError if the shell split a path at its spaces.
+    """Raise ArgumentError if the shell split a path, or the numbers of --layers, at spaces.
 
     With `must_exist`, also raise ExportError if no input exists.
 
-    >>> check_paths(["gone.png"], must_exist=True)
+    >>> check_paths(["no/such/a.png"], must_exist=True)
     Traceback (most recent call last):
-    qwen_vit.errors.ExportError: gone.png: does not exist. Check the path.
+    qwen_vit.errors.ExportError: no/such/a.png: does not exist. Check the path.
     """
     from qwen_vit.images.image import ADDRESS
     from qwen_vit.inputs.find import check_inputs, is_missing
@@ -155,12 +157,14 @@ def check_paths(inputs: Sequence[str], *, must_exist: bool = False) -> None:
                 name=path,
                 remedy=f"put the path in quotes: {shlex.quote(path)}",
             )
-    numbers = [inputs[index] for index in missing if inputs[index].isdecimal()]
+    layers = _passed_layers()
+    numbers = [inputs[index] for index in missing if layers and inputs[index].isdecimal()]
     if numbers:
         raise ArgumentError(
             "does not exist",
             name=numbers[0],
-            remedy="check the path, or pass an option's numbers with commas, such as --layers 1,3",
+            expected="an image, or blocks separated by commas",
+            remedy=f"to select blocks, pass --layers {','.join([*map(str, layers), *numbers])}",
         )
     if must_exist and missing and len(missing) == len(inputs):
         check_inputs(inputs[:1])
@@ -201,6 +205,11 @@ another folder.
                 expected="config.json and model.safetensors, or export.json of `qwen-vit export`",
                 remedy="pass another folder",
             )
+
+
+def _passed_layers() -> tuple[int, ...]:
+    ctx = click.get_current_context(silent=True)
+    return () if ctx is None else ctx.params.get("layers") or ()
 
 
 def _refuse_ec_cache(path: str) -> None:

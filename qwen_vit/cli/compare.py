@@ -1,11 +1,8 @@
 """Compare our encoder with Hugging Face's encoder, stage by stage: `qwen-vit compare`."""
 
-import glob
 import json
 import os
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +29,6 @@ from qwen_vit.cli.options import (
     video_options,
 )
 from qwen_vit.cli.sections import SectionedCommand
-from qwen_vit.common.arguments import is_address
 from qwen_vit.common.progress import shows_progress
 from qwen_vit.compare.choices import ATTENTIONS, PROCESSORS
 from qwen_vit.errors import display_name
@@ -76,10 +72,8 @@ def compare(
 
     \b
     qwen-vit compare photo.jpg --model tiny --report page
-    qwen-vit compare photos/ clip.mp4 --model tiny --n-frames 4
+    qwen-vit compare clip.mp4 --model tiny --n-frames 4
     qwen-vit compare --model Qwen/Qwen2.5-VL-7B-Instruct --golden 7b.safetensors
-
-    IMAGES are files, folders and quoted patterns.
 
     The exit code is 0 if pixels, sampled frames and stages agree. It is 1 if a stage exceeds its
     tolerance, if frames or the Pillow processor's pixels differ, or if the command skipped an
@@ -98,6 +92,7 @@ def compare(
     if save_golden is not None:
         check_output(save_golden, overwrite, "--save-golden")
         check_not_weights(save_golden, options["model"], "--save-golden")
+        check_distinct(images)
     with slow_imports():
         from qwen_vit.compare.report import check_report, write_report
         from qwen_vit.compare.run import compare_checkpoint
@@ -109,11 +104,8 @@ def compare(
     if report is not None:
         check_report(report, overwrite=overwrite)
     check_paths(images, must_exist=True)
-    images = tuple(_files(images))
-    if images and all(map(ADDRESS.match, images)):
+    if images and all(os.path.isdir(each) or ADDRESS.match(each) for each in images):
         read_image_file(images[0], images[0], ImageLimits())  # raises the error
-    if save_golden is not None:
-        check_distinct(images)
     if images or options["golden"] is not None:  # the stored pixels of videos need no sampling
         unused = UnusedOptions(video=video.changed)
         items = list(unused.watch(Item(path, path) for path in images))
@@ -142,27 +134,3 @@ def compare(
         sys.exit(EXIT_ERROR)
     if not comparison.passed:
         sys.exit(EXIT_SKIPPED)
-
-
-def _files(images: Sequence[str]) -> Iterator[str]:
-    """Yield the paths of files, and of the images and videos in folders and patterns."""
-    from qwen_vit.inputs.find import find_items, warn_of_skipped
-    from qwen_vit.inputs.suffixes import count_left_out
-    from qwen_vit.inputs.unsupported import no_image_found
-
-    left_out: Counter[str] = Counter()
-    for given in images:
-        is_pattern = glob.has_magic(given) and not is_address(given)
-        if not os.path.isdir(given) and (os.path.lexists(given) or not is_pattern):
-            yield given
-            continue
-        n_files = 0
-        for item in find_items([given], left_out):
-            if item.is_file or item.error is not None:
-                n_files += 1
-                yield item.source if os.path.isabs(given) else os.path.relpath(item.source)
-            else:
-                count_left_out(left_out, item.source)
-        if not n_files:
-            raise no_image_found([given], left_out)
-    warn_of_skipped(left_out)

@@ -82,8 +82,9 @@ def encode(
 
     IMAGES are images, videos, folders, quoted patterns, tars and lists. The command searches
     folders recursively. A .txt list has one path per line. Each line of a .jsonl list has a "path"
-    and, optionally, an "id". Pass '-' to read a list from standard input. Parquet files need
-    --column, and https:// addresses in a list need --allow-urls.
+    and, optionally, an "id". Paths in a list are relative to the list's folder. Pass '-' to read a
+    list from standard input. Paths in this list are relative to the current folder. Parquet files
+    need --column, and https:// addresses in a list need --allow-urls.
 
     The file contains image_embeds, image_grid_thw and image_token_offsets. Each block of --layers
     adds a tensor layer_K. Read the file with qwen_vit.load_features. By default, the command skips

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +112,7 @@ def encode_one_by_one(
         size_px = None
         result: ImageFeatures | FailedImage
         try:
-            loaded = _load(item, loader)
+            loaded, digest = _load(item, loader)
             size_px = loaded.size_px
             if loaded.patches is None:
                 raise loaded.error or not_finite(item.id)
@@ -119,7 +120,7 @@ def encode_one_by_one(
             if not all(map(all_finite, (encoded.embeds, *encoded.layers.values()))):
                 raise not_finite(item.id)
             kept = replace(
-                encoded, id=item.id, size_px=size_px, notes=loaded.notes,
+                encoded, id=item.id, size_px=size_px, notes=loaded.notes, sha256=digest,
                 embeds=encoded.embeds.cpu(),
                 layers={block: rows.cpu() for block, rows in encoded.layers.items()},
             )  # fmt: skip
@@ -153,12 +154,14 @@ def _loader(
     )  # fmt: skip
 
 
-def _load(item: "Item", loader: "ImageLoader") -> "LoadedImage":
+def _load(item: "Item", loader: "ImageLoader") -> "tuple[LoadedImage, str]":
+    """Return an image or video, and the SHA-256 of its bytes."""
     from qwen_vit.inputs.pages import as_page
     from qwen_vit.inputs.read import read_item
     from qwen_vit.video.items import open_video_item, video_of_item
 
     if item.is_video:
-        with open_video_item(item, loader.video_limits) as (file, _):
-            return loader.load_video(video_of_item(item, loader.video), item.id, file)
-    return loader.load(as_page(read_item(item, loader.limits), item), item.id)
+        with open_video_item(item, loader.video_limits) as (file, digest):
+            return loader.load_video(video_of_item(item, loader.video), item.id, file), digest
+    data = read_item(item, loader.limits)
+    return loader.load(as_page(data, item), item.id), sha256(data).hexdigest()

@@ -118,26 +118,18 @@ def show(
         from qwen_vit.show.views import view_features
     check_packages("qwen-vit show", "jinja2", "matplotlib")
     check_not_input(out, (*inputs, *pictures))
-    check_target(out, overwrite)
     check_paths(inputs, must_exist=True)
-    required = _required_output(output, layer)
-    if any(map(holds_features, inputs)):
+    if is_stored := any(map(holds_features, inputs)):
         _check_stored(inputs, model)
-        given = read_stored(inputs[0], ids, limit, pictures, output=required)
     else:
         check_inputs(inputs)
-        if model is None:
-            raise ArgumentError(
-                "--model is missing",
-                expected="--model for images, or one feature file or export folder",
-                remedy="pass --model to encode images",
-            )
-        if pictures or ids:
-            raise ArgumentError(
-                "--images and --id work only for stored features",
-                remedy="omit both options for images",
-            )
-        given = encode_images(inputs, model, output, layer, limit, out, **loading)
+        _check_images(model, has_stored_options=bool(pictures or ids))
+    check_target(out, overwrite)
+    required = _required_output(output, layer)
+    if is_stored or model is None:
+        given = read_stored(inputs[0], ids, limit, pictures, output=required)
+    else:
+        given = encode_images(inputs, model, output, layer, limit, out, point=point, **loading)
     shown = len(given.features) + len(given.failed)
     if shown < given.total:
         print_log(
@@ -189,3 +181,17 @@ def _check_stored(inputs: tuple[str, ...], model: str | None) -> None:
             remedy="omit --model for stored features",
         )
     warn_of_ignored(OF_ENCODING, "stored features are already encoded")
+
+
+def _check_images(model: str | None, *, has_stored_options: bool) -> None:
+    if model is None:
+        raise ArgumentError(
+            "--model is missing",
+            expected="--model for images, or one feature file or export folder",
+            remedy="pass --model to encode images",
+        )
+    if has_stored_options:
+        raise ArgumentError(
+            "--images and --id work only for stored features",
+            remedy="omit both options for images",
+        )

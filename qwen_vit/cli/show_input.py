@@ -23,7 +23,7 @@ from qwen_vit.inputs.find import find_items
 from qwen_vit.inputs.listing import Item
 from qwen_vit.inputs.pages import as_page, page_items
 from qwen_vit.inputs.read import read_item
-from qwen_vit.show.views import WINDOW_PATCHES
+from qwen_vit.show.views import WINDOW_PATCHES, check_point
 
 __all__ = ["ShowInput", "encode_images", "read_stored"]
 
@@ -42,7 +42,7 @@ class ShowInput:
         window: the side of an attention window, in patches.
         full_attention: the blocks with full attention, or None if they are unknown.
         total: the number of images without `limit`.
-        has_images: whether `read_stored` searched for the images.
+        has_images: whether the user passed --images.
     """
 
     features: list[ImageFeatures]
@@ -65,11 +65,13 @@ class ShowInput:
 
 def encode_images(
     inputs: Sequence[str], model: str, output: str, layer: int | None, limit: int, out: Path,
-    **loading: Any,
+    *, point: tuple[float, float] | None = None, **loading: Any,
 ) -> ShowInput:  # fmt: skip
+    """Encode the first `limit` images. Check after the first one that it contains `point`."""
     items = list_images(inputs, out)
     chosen = items[:limit]
-    check_one_picture(out, len(chosen))
+    if limit > 1:
+        check_one_picture(out, len(items))
     encoder = load_encoder(model, **loading)
     if layer is not None and layer >= encoder.config.depth:
         raise ArgumentError(
@@ -79,14 +81,20 @@ def encode_images(
         )
     layers = () if layer is None else (layer,)
     encoded = encode_one_by_one(encoder, chosen, "skip", output=output, layers=layers)
-    results = [each for each, _ in encoded]
-    failed = [each for each in results if isinstance(each, FailedImage)]
+    features: list[ImageFeatures] = []
+    failed: list[FailedImage] = []
+    for each, _ in encoded:
+        if isinstance(each, FailedImage):
+            failed.append(each)
+            continue
+        if point is not None and not features:
+            check_point(point, each.id, each.size_px)
+        features.append(each)
     videos = {item.id for item in chosen if item.is_video}
     if any(each.id in videos and each.code in VIDEO_CODES for each in failed):
         print_log(
             "`show` has no video options: pass them to `qwen-vit encode`, and show its feature file"
         )
-    features = [each for each in results if isinstance(each, ImageFeatures)]
     good = {each.id for each in features}
     config: VisionConfig = encoder.config
     return ShowInput(

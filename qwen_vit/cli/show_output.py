@@ -72,9 +72,9 @@ def write(
         contents = [feature_page(views, _text(views, given, command, layer)), *_sheets(views)]
     missing = sum(view.picture is None and view.n_frames == 1 for view in views.views)
     if missing and not given.has_images:
-        theirs = "its file" if missing == 1 else "their files"
-        drew = f"drew {plural(missing, 'image')} without {theirs}"
-        print_log(f"{drew}; pass the folder of {theirs} as --images")
+        whose, s = ("its", "") if missing == 1 else ("their", "s")
+        drew = f"drew {plural(missing, 'image')} without {whose} picture{s}"
+        print_log(f"{drew}; pass the original{s} as --images")
     sources = [each for each in given.pictures.values() if isinstance(each, str)]
     for path in files:
         check_not_input(path, (*sources, *(view.id for view in views.views)))

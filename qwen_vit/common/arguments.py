@@ -5,8 +5,7 @@ import re
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 
-from qwen_vit.common.missing_name import similar_path
-from qwen_vit.errors import ArgumentError, display_name
+from qwen_vit.errors import ArgumentError
 
 __all__ = [
     "check_choice", "check_local_path", "check_ordered", "check_path", "check_paths",
@@ -98,20 +97,15 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 
 
 def missing_remedy(path: str | os.PathLike[str], remedy: str = "check the path") -> str:
-    """Return how to write a path that begins with ~, a similar path that exists, or `remedy`.
+    """Return `remedy` for a path that does not exist, or how to write a path that begins with ~.
 
     >>> missing_remedy("a.jpg")
     'check the path'
     >>> missing_remedy("~root/a.jpg")
     'write the path without ~: /root/a.jpg'
-    >>> missing_remedy("tests/photographs/rokcet.jpg")
-    'did you mean tests/photographs/rocket.jpg?'
     """
     full = os.path.expanduser(path)
-    if full != os.fspath(path):
-        return f"write the path without ~: {full}"
-    similar = similar_path(full)
-    return remedy if similar is None else f"did you mean {display_name(similar)}?"
+    return remedy if full == os.fspath(path) else f"write the path without ~: {full}"
 
 
 def typed_repr(value: object) -> str:

@@ -1,22 +1,16 @@
-"""Describe a name that a collection or a folder lacks, and suggest a similar name."""
+"""Describe a name that a collection lacks, and suggest a similar name or an existing one."""
 
 import difflib
-import os
-import re
 from collections.abc import Collection
 from itertools import accumulate, islice
 
 from qwen_vit.errors import plural
 
-__all__ = ["missing_name", "similar_path"]
+__all__ = ["missing_name"]
 
 # A program may look up many missing names, so the search takes at most a few milliseconds.
 MAX_ENDINGS, MAX_SIMILAR = 10_000, 200
 MAX_PAIRS = 200_000  # of characters: difflib takes quadratic time for long names
-MOST = 1_000  # names of a folder
-MAX_EXTRA = 2  # characters of the longer of two similar names
-SAME_SHARE = 0.75  # of their characters
-DIGITS = re.compile(r"\d")
 
 
 def missing_name(wanted: str, where: object, names: Collection[str], verb: str = "contains") -> str:
@@ -46,32 +40,3 @@ def _first_names(wanted: str, names: Collection[str]) -> list[str]:
 
 def _last_part(name: str) -> str:
     return name.rpartition("/")[2]
-
-
-def similar_path(path: str) -> str | None:
-    """Return an existing path whose last part resembles the last part of a missing path, or None.
-
-    >>> similar_path("tests/photographs/rokcet.jpg")
-    'tests/photographs/rocket.jpg'
-
-    The function compares names without their extensions. Names that differ only in digits, such as
-    the frames of a video, do not resemble each other.
-    """
-    folder, wanted = os.path.split(path)
-    stem = os.path.splitext(wanted)[0]
-    try:
-        with os.scandir(folder or ".") as entries:
-            names = {os.path.splitext(each.name)[0]: each.name for each in islice(entries, MOST)}
-    except (OSError, ValueError):
-        return None
-    if os.path.lexists(path):  # such as a link to a missing file
-        return None
-    plain = DIGITS.sub("", stem)
-    close = [
-        each
-        for each in names
-        if abs(len(each) - len(stem)) <= MAX_EXTRA
-        and (each == stem or DIGITS.sub("", each) != plain)
-    ]
-    similar = difflib.get_close_matches(stem, _first_names(stem, close), 1, SAME_SHARE)
-    return os.path.join(folder, names[similar[0]]) if similar else None

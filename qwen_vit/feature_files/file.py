@@ -134,8 +134,10 @@ class FeatureFile(Features):
             normalized,
         )  # fmt: skip
         if facts.second_per_grid_t is None:
-            return ImageFeatures(*found)
-        return VideoFeatures(*found, facts.second_per_grid_t, facts.frame_seconds)
+            return ImageFeatures(*found, sha256=facts.sha256)
+        return VideoFeatures(
+            *found, facts.second_per_grid_t, facts.frame_seconds, sha256=facts.sha256
+        )
 
     @cached_property
     def _patches(self) -> list[int]:

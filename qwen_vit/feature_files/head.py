@@ -18,7 +18,9 @@ from qwen_vit.feature_files.schema import (
 __all__ = ["WRITE_AGAIN", "cannot_read", "open_tensors"]
 
 WRITE_AGAIN = "write it again with `qwen-vit encode`"
-PASS_OR_WRITE = "pass another file, or, if it is truncated, write it again with `qwen-vit encode`"
+PASS_OR_WRITE = (
+    "pass another file. If this file is truncated, write it again with `qwen-vit encode`"
+)
 OTHER_FILE = (
     "pass a file of `qwen-vit encode`. For a checkpoint, pass its folder as the model. For a "
     "golden file, use `qwen-vit compare --golden`"

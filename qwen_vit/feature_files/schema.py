@@ -263,6 +263,7 @@ class StoredFacts(NamedTuple):
     notes: tuple[str, ...] = ()
     second_per_grid_t: float | None = None  # only for a video
     frame_seconds: tuple[float, ...] = ()
+    sha256: str | None = None
 
 
 def parse_image_facts(value: Any, path: AnyPath, remedy: str) -> Sequence[StoredFacts]:
@@ -274,6 +275,7 @@ def parse_image_facts(value: Any, path: AnyPath, remedy: str) -> Sequence[Stored
             StoredFacts(
                 tuple(entry["size_px"] or UNKNOWN_SIZE), tuple(entry["notes"]),
                 entry.get("second_per_grid_t"), tuple(entry.get("frame_seconds") or ()),
+                entry.get("sha256"),
             )
             for entry in value
         ]  # fmt: skip
@@ -296,6 +298,7 @@ def _is_right(facts: StoredFacts) -> bool:
         and all(map(is_integer, facts.size_px))
         and (seconds is None or (is_number(seconds) and seconds > 0))
         and all(map(is_number, facts.frame_seconds))
+        and isinstance(facts.sha256, str | None)
     )
 
 
@@ -308,7 +311,7 @@ def read_description(path: AnyPath, names: Iterable[str] = ()) -> dict[str, Any]
             f"a folder {'of shards ' * has_shards}without {path.name}",
             name=str(path.parent),
             expected="a folder of `qwen-vit export`",
-            remedy=RESTORE if has_shards else "",
+            remedy=RESTORE if has_shards else "check the path",
         )
     try:
         description = read_json(path)

@@ -159,12 +159,12 @@ def _item_of(feature: ImageFeatures) -> ItemFacts:
     if isinstance(feature, VideoFeatures):
         return ItemFacts(
             feature.id, feature.grid_thw, len(feature.embeds), size_px, feature.notes,
-            kind="video", second_per_grid_t=feature.second_per_grid_t,
+            feature.sha256, kind="video", second_per_grid_t=feature.second_per_grid_t,
             frame_seconds=feature.frame_seconds,
         )  # fmt: skip
     return ItemFacts(
         feature.id, feature.grid_thw, len(feature.embeds), size_px,
-        feature.notes, exif=_exif(feature) if is_image else None,
+        feature.notes, feature.sha256, exif=_exif(feature) if is_image else None,
     )  # fmt: skip
 
 

@@ -143,10 +143,10 @@ def unwrap(source: Mapping[str, Any], name: str) -> ImageSource:
     lists = [key for key, value in source.items() if _is_image_list(value)]
     if not keys and len(lists) == 1:
         raise ImageError(
-            f"a dict whose {lists[0]!r} is a list of images",
+            f"a dict whose {short_repr(lists[0])} is a list of images",
             name=name,
             expected="{bytes, path}, or a row with one image",
-            remedy=f"pass the list alone, such as rows[{lists[0]!r}]",
+            remedy=f"pass the list alone, such as rows[{short_repr(lists[0])}]",
             code="source-type",
         )
     raise ImageError(

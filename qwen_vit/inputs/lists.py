@@ -28,18 +28,30 @@ CORRECT = "correct that line"
 
 
 def text_list_items(path: str) -> Iterator[Item]:
-    """Yield the images of a list, and warn if none of them exists: the file may be another text."""
+    """Yield the images of a list. Warn if no image exists, because the file may be another text."""
     is_empty, exists = True, False
     for number, line in _lines(path):
         name = _path_in(line, path, number)
         item = _listed(path, name, name)
         is_empty = False
-        exists = exists or bool(ADDRESS.match(item.source)) or os.path.lexists(item.source)
+        exists = exists or bool(ADDRESS.match(item.source)) or not _is_absent(item.source)
         yield item
     if not (is_empty or exists):
         logger.warning(
-            "%s: read as a list of paths, but no line names an existing file", display_name(path)
+            "%s: read as a list of paths, but no line names an existing file; if it is not a list, "
+            "omit it",
+            display_name(path),
         )
+
+
+def _is_absent(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # such as a folder without permission
+        return False
+    return False
 
 
 def stdin_items() -> Iterator[Item]:

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from hashlib import file_digest, sha256
 from typing import Literal, Protocol
 
 import numpy as np
@@ -18,7 +19,10 @@ from qwen_vit.images.load import load_image, read_image_file
 from qwen_vit.images.pages import split_page_id
 from qwen_vit.show.colours import PrincipalColours, similarity_map
 
-__all__ = ["WINDOW_PATCHES", "DenseFeatures", "FeatureView", "FeatureViews", "view_features"]
+__all__ = [
+    "WINDOW_PATCHES", "DenseFeatures", "FeatureView", "FeatureViews", "check_point",
+    "view_features",
+]  # fmt: skip
 
 WINDOW_PATCHES = 8  # patches: 112 px in every published checkpoint
 MAX_SIDE_PX = 1_600  # pixels of a drawn image; a panel has 720
@@ -221,7 +225,8 @@ def _picture_of(
             picture = load_image(ImagePage(data, page))
     except ImageError:
         return None
-    return picture if _fits(picture, features) else None
+    is_same = _fits(picture, features) and not _is_changed(path, features)
+    return picture if is_same else None
 
 
 def _given_picture(features: DenseFeatures, source: ImageSource) -> RgbImage:
@@ -236,7 +241,30 @@ def _given_picture(features: DenseFeatures, source: ImageSource) -> RgbImage:
             name=features.id,
             remedy="pass the image that these features come from",
         )
+    if _is_changed(source, features):
+        raise ArgumentError(
+            "the features come from an image file with other content",
+            name=features.id,
+            remedy="pass the file that these features come from",
+        )
     return picture
+
+
+def _is_changed(source: ImageSource, features: DenseFeatures) -> bool:
+    """Return whether an image file differs from the encoded one. The hash of an array, or of
+    features that `VisionEncoder.encode` returned, is unknown."""
+    recorded: str | None = getattr(features, "sha256", None)
+    if recorded is None:
+        return False
+    if isinstance(source, str | os.PathLike):
+        try:
+            with open(source, "rb") as file:
+                found = file_digest(file, "sha256")
+        except OSError:  # removed meanwhile
+            return True
+        return found.hexdigest() != recorded
+    data = source.data if isinstance(source, ImagePage) else source
+    return isinstance(data, bytes) and sha256(data).hexdigest() != recorded
 
 
 def _fits(picture: RgbImage, features: DenseFeatures) -> bool:
@@ -261,15 +289,21 @@ def _cell_at(
             expected="the image that contains the point",
             remedy="also pass this image",
         )
+    (x, y), (height, width) = check_point(point, features.id, size_px), size_px
+    rows, columns = cells.shape[:2]
+    return int(y * rows / height), int(x * columns / width)
+
+
+def check_point(point: Point, name: str, size_px: tuple[int, int]) -> Point:
+    """Return a point as floats, or raise ArgumentError if the point is outside the named image."""
     (x, y), (height, width) = _xy(point), size_px
     if not (0 <= x < width and 0 <= y < height):
         raise ArgumentError(
             f"the point {x:.15g},{y:.15g} is outside the image",
-            name=features.id,
+            name=name,
             expected=f"x from 0 to {width - 1} and y from 0 to {height - 1}",
         )
-    rows, columns = cells.shape[:2]
-    return int(y * rows / height), int(x * columns / width)
+    return x, y
 
 
 def _xy(point: Point) -> Point:

@@ -42,9 +42,8 @@ def test_an_empty_revision_is_refused() -> None:
 
 @pytest.mark.parametrize("model", ["weights.safetensors", "a b/c", "seven"])
 def test_a_name_of_neither_a_folder_nor_a_repository_is_refused_without_the_network(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(HubError, match="does not exist") as caught:
         find_checkpoint(model)
     assert str(caught.value).startswith(f"{model}: does not exist. Expected a local")

@@ -6,10 +6,8 @@ import math
 import os
 import re
 import resource
-import shutil
 import subprocess
 import sys
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -199,26 +197,6 @@ def test_another_grid_is_reported_before_any_value(monkeypatch: pytest.MonkeyPat
     assert (part.same_grid, part.values_differ, part.passed) == (False, None, False)
     assert "its grid is (1, 4, 32)" in image.problems[0]
     assert "different grid" in as_text(compare(encoder(), [CHELSEA]), has_stages=True)
-
-
-def test_folders_and_patterns_stand_for_their_images(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "p"
-    (folder / "deep").mkdir(parents=True)
-    shutil.copy(CHELSEA, folder / "deep" / "a.png")
-    (folder / "README.md").touch()
-    (folder / "notes.txt").touch()
-    with tarfile.open(folder / "b.tar", "w") as tar:
-        tar.add(CHELSEA, "c.png")
-    monkeypatch.chdir(tmp_path)
-    for given, skipped in (("p", "1 .tar, 1 .txt"), ("p/d*/*.png", ""), (str(folder), "1 .tar")):
-        code, out, err = run(given, *SMALL, "--json")
-        document = json.loads(out)
-        name = str(folder / "deep/a.png") if os.path.isabs(given) else "p/deep/a.png"
-        assert (code, [image["id"] for image in document["images"]]) == (0, [name]), err
-        assert ("skipped files" in err) == bool(skipped)
-        assert skipped in err
 
 
 def test_an_image_that_cannot_be_read_is_skipped_and_ends_with_1(run: Any, tmp_path: Path) -> None:

@@ -87,8 +87,7 @@ BAD_USAGE = {
         (CHELSEA, *SMALL, "--report", "no/page"),
         "no: does not exist. Create the folder first.",
     ),
-    "an empty folder": ((".", *SMALL), "no image found in ."),
-    "an empty pattern": (("*.png", *SMALL), "*.png: no file matches. Check the pattern."),
+    "a folder": ((".", *SMALL), "a directory. Expected an image file. Pass its files, such as ./*"),
     "an address": (("s3://bucket/a.png", *SMALL), "an address, not a file. Download it first."),
     "same image twice": (
         (CHELSEA, CHELSEA, *SMALL, "--save-golden", "g"),

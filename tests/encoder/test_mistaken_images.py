@@ -43,7 +43,7 @@ def test_an_address_a_tar_and_a_pattern_name_the_function_that_reads_them(tmp_pa
     assert words in message_of(tar)
     assert message_of(tar).endswith("Pass it to export_features or `qwen-vit export`.")
     assert message_of(pattern).endswith("does not exist. Pass the paths that glob.glob returns.")
-    assert message_of("none.png").endswith("does not exist. Check the path.")
+    assert message_of(tmp_path / "none.png").endswith("does not exist. Check the path.")
 
 
 @pytest.mark.parametrize("kind", [set, frozenset])

@@ -58,7 +58,7 @@ def test_every_truncation_of_a_file_is_refused_with_its_name(path: Path) -> None
 )
 def test_a_file_that_is_not_safetensors_is_refused(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    assert "a feature file. Pass another file, or, if it is truncated, write it" in refused(path)
+    assert "a feature file. Pass another file. If this file is truncated, write it" in refused(path)
 
 
 def test_a_missing_or_irregular_path_is_refused(tmp_path: Path) -> None:

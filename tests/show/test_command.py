@@ -276,7 +276,7 @@ def test_odd_names_are_text_on_the_page_and_no_paths(undrawn: None, folder: Path
     assert not any("onerror" in attributes for _, attributes in page.tags)
 
 
-SEARCH = "drew 2 images without their files; pass the folder of their files as --images\n"
+SEARCH = "drew 2 images without their pictures; pass the originals as --images\n"
 
 
 def test_an_option_without_effect_is_named(undrawn: None, folder: Path, run: Any) -> None:
@@ -293,8 +293,13 @@ def test_an_option_without_effect_is_named(undrawn: None, folder: Path, run: Any
         assert f"ignored {words}" in done.err
     done = run("stored", "--output", "merged", "--overwrite")
     assert (done.code, done.err) == (0, SEARCH)
+    Path("other").mkdir()
+    Image.new("RGB", (28, 28)).save("other/c.png")
+    done = run("stored", "--output", "merged", "--overwrite", "--images", "other")
+    assert done.err.startswith("found no file for 2 images, first a.png: --images contains no")
+    assert done.err.count("\n") == 1
     done = run("stored", "--output", "merged", "--overwrite", "--limit", "1")
-    assert "drew 1 image without its file; pass the folder of its file as --images\n" in done.err
+    assert "drew 1 image without its picture; pass the original as --images\n" in done.err
     done = run("stored", "--output", "merged", "--overwrite", "--images", "p")
     assert (done.code, done.err) == (0, "")
     done = run("stored", "--output", "patch", "--overwrite")
@@ -324,6 +329,20 @@ def test_the_error_for_wrong_usage_names_the_cause(
     assert words in done.err
     assert done.err.splitlines()[-1].startswith("error: ")
     assert sorted(os.listdir()) == ["p"]
+
+
+def test_a_point_is_checked_before_the_second_image_is_encoded(folder: Path, run: Any) -> None:
+    Path("p/b.png").write_bytes(b"not an image")
+    done = run("p", *TINY, "--point", "56,0")
+    assert (done.code, done.out) == (2, "")
+    assert "a.png: the point 56,0 is outside the image." in done.err
+    assert "b.png" not in done.err
+
+
+def test_a_missing_model_is_named_before_an_existing_output(folder: Path, run: Any) -> None:
+    Path("show.html").touch()
+    assert "--model is missing" in run("p").err
+    assert "show.html: already exists" in run("p", *TINY).err
 
 
 def test_without_the_extra_the_package_to_install_is_named(

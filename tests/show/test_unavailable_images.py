@@ -1,5 +1,6 @@
 """Test `qwen-vit show` with videos, and with images that cannot be drawn behind features."""
 
+import io
 import json
 import tarfile
 from functools import partial
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qwen_vit.errors import ArgumentError
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
+from qwen_vit.feature_files.read import load_features
+from qwen_vit.show.views import view_features
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder
 from tests.support.interrupted_exports import Stop
@@ -91,6 +95,10 @@ def test_a_stored_video_is_drawn_if_images_contains_its_file(
         ("truncated", "p/a.png: a truncated PNG"),
         ("size", "p/a.png: the image is 90 x 80, but the features come from 84 x 56 pixels."),
         ("video", "p/a.png: a video, not an image. Expected JPEG, PNG"),
+        (
+            "content",
+            "a.png: the features come from an image file with other content. Pass the file",
+        ),
     ],
 )
 def test_an_image_that_cannot_be_drawn_leaves_its_features(
@@ -101,8 +109,8 @@ def test_an_image_that_cannot_be_drawn_leaves_its_features(
     path = Path("p/a.png")
     if fault == "truncated":
         path.write_bytes(path.read_bytes()[:200])
-    elif fault == "size":
-        Image.new("RGB", (90, 80)).save(path)
+    elif fault in ("size", "content"):
+        Image.new("RGB", (90, 80) if fault == "size" else (84, 56), "red").save(path)
     else:
         Path("p/clip.mp4").rename(path)
     done = run("f.safetensors", "--images", "p", "--json")
@@ -110,6 +118,27 @@ def test_an_image_that_cannot_be_drawn_leaves_its_features(
     assert not json.loads(done.out)["images"][0]["has_picture"]
     assert "drew the features without their image: " in done.err
     assert words in done.err
+
+
+def test_a_replaced_image_is_not_drawn_beside_the_features_of_the_old_one(
+    folder: Path, run: Any, qwen_vit: Any
+) -> None:
+    """An image of the same size once stood beside the features of the image that it replaced."""
+    assert qwen_vit("export", "p/a.png", *TINY, "--out", "stored").code == 0
+    assert qwen_vit("encode", "p/a.png", *TINY, "--out", "f.safetensors").code == 0
+    content = Path("p/a.png").read_bytes()
+    for is_same in (True, False):
+        if not is_same:
+            Image.new("RGB", (84, 56), "red").save("p/a.png")
+        for given in ("stored", "f.safetensors"):  # whose id is a path
+            done = run(given, "--overwrite", "--json")
+            assert [e["has_picture"] for e in json.loads(done.out)["images"]] == [is_same]
+            [features] = load_features(given)
+            assert (view_features([features]).views[0].picture is not None) == is_same
+    with pytest.raises(ArgumentError, match=r"an image file with other content\. Pass the file"):
+        view_features([features], {"p/a.png": "p/a.png"})
+    for source in (content, Image.open(io.BytesIO(content))):
+        assert view_features([features], {"p/a.png": source}).views[0].picture is not None
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_a_video_agrees_with_hugging_face_at_every_stage(tmp_path: Path) -> None
     assert min(errors) <= merger.ours <= max(errors)  # the steps' errors bound it
     assert torch.equal(image.maps.steps[0].ours, image.maps.stages["merger"][0])
     text = as_text(done, has_stages=True)
-    assert "agrees: 1 of 1 video, 7 stages" in text
+    assert "agrees: 1 of 1 video (1 skipped), 7 stages" in text
     assert "4 of 12 frames, at 30 a second" in text
     assert "step 1" in text
     page = write_report(tmp_path / "page", done).read_text("utf-8")
