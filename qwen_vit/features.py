@@ -61,8 +61,8 @@ class ImageFeatures:
             is the map of block 7.
         output: the kind of rows in `embeds`.
         normalized: whether `encode` scaled each row to unit length.
-        sha256: the hash of the encoded image or video file. `qwen-vit encode` and exports store it.
-            None means unknown.
+        sha256: the hash of the encoded file, tar member or Parquet value. `qwen-vit encode` and
+            exports store it. For features that `VisionEncoder.encode` returns, it is None.
     """
 
     id: str

@@ -1,6 +1,7 @@
 """Check inputs and output files before any work."""
 
 import os
+import re
 import shlex
 import stat
 from collections import Counter
@@ -24,6 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 MAX_SPACES = 8  # in a path that the shell may have split
+NUMBERS = re.compile(r"\d+(,\d+)*")
 MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -157,14 +159,12 @@ def check_paths(inputs: Sequence[str], *, must_exist: bool = False) -> None:
                 name=path,
                 remedy=f"put the path in quotes: {shlex.quote(path)}",
             )
-    layers = _passed_layers()
-    numbers = [inputs[index] for index in missing if layers and inputs[index].isdecimal()]
-    if numbers:
+    numbers = [inputs[index] for index in missing if NUMBERS.fullmatch(inputs[index])]
+    if numbers and _has_layers():
         raise ArgumentError(
             "does not exist",
             name=numbers[0],
-            expected="an image, or blocks separated by commas",
-            remedy=f"to select blocks, pass --layers {','.join([*map(str, layers), *numbers])}",
+            remedy="check the path, or separate the blocks of --layers with commas: --layers 1,3",
         )
     if must_exist and missing and len(missing) == len(inputs):
         check_inputs(inputs[:1])
@@ -207,9 +207,9 @@ another folder.
             )
 
 
-def _passed_layers() -> tuple[int, ...]:
+def _has_layers() -> bool:
     ctx = click.get_current_context(silent=True)
-    return () if ctx is None else ctx.params.get("layers") or ()
+    return ctx is not None and bool(ctx.params.get("layers"))
 
 
 def _refuse_ec_cache(path: str) -> None:

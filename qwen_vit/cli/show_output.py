@@ -9,7 +9,7 @@ from qwen_vit.cli.checks import check_not_input, check_one_picture, check_output
 from qwen_vit.cli.console import print_log
 from qwen_vit.cli.show_input import ShowInput
 from qwen_vit.common.atomic_file import atomic_file, cannot_write
-from qwen_vit.errors import ExportError, plural
+from qwen_vit.errors import ExportError, display_name, plural
 from qwen_vit.features import UNKNOWN_SIZE
 from qwen_vit.show.draw import sheet_png
 from qwen_vit.show.page import PageText, feature_page
@@ -113,6 +113,12 @@ def _text(views: FeatureViews, given: ShowInput, command: str, layer: int | None
         notices.append(
             "For a video, the pictures show the features of its first two sampled frames, without "
             "the frames themselves."
+        )
+    changed = [view.id for view in views.views if view.is_changed]
+    if changed:
+        first = f"{plural(len(changed), 'image file')}, first {display_name(changed[0])}"
+        notices.append(
+            f"{first}, changed after the encoding, so the picture may not match the features."
         )
     view = views.views[0]
     px = given.patch_px * view.w // view.colours.shape[1]

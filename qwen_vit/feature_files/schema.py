@@ -275,7 +275,7 @@ def parse_image_facts(value: Any, path: AnyPath, remedy: str) -> Sequence[Stored
             StoredFacts(
                 tuple(entry["size_px"] or UNKNOWN_SIZE), tuple(entry["notes"]),
                 entry.get("second_per_grid_t"), tuple(entry.get("frame_seconds") or ()),
-                entry.get("sha256"),
+                digest if isinstance(digest := entry.get("sha256"), str) else None,
             )
             for entry in value
         ]  # fmt: skip
@@ -298,7 +298,6 @@ def _is_right(facts: StoredFacts) -> bool:
         and all(map(is_integer, facts.size_px))
         and (seconds is None or (is_number(seconds) and seconds > 0))
         and all(map(is_number, facts.frame_seconds))
-        and isinstance(facts.sha256, str | None)
     )
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from errno import ENAMETOOLONG, ENOENT, ENOTDIR
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
@@ -47,10 +48,8 @@ def text_list_items(path: str) -> Iterator[Item]:
 def _is_absent(path: str) -> bool:
     try:
         os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:  # such as a folder without permission
-        return False
+    except OSError as error:  # a file in a folder without permission may exist
+        return error.errno in (ENOENT, ENOTDIR, ENAMETOOLONG)
     return False
 
 

@@ -36,7 +36,8 @@ def show_features(
         features: features from one encoder with one output, "merged" or "patch". The function
             fits the principal components to all feature maps together, so that colours are
             comparable.
-        pictures: the images by id, if the ids are not the images' paths.
+        pictures: the images by id, if the ids are not the images' paths. For features with a
+            `sha256`, the function logs a warning for an image file other than the encoded one.
         point: (x, y) in pixels of the first image. The function compares the cell at this point
             with every cell.
         layer: a block of `features.layers` to draw instead of the embeddings.

@@ -13,9 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen_vit.common.arguments import short_repr, typed_repr
-from qwen_vit.errors import TO_ENCODE, ArgumentError, ImageError, QwenVitError, with_options
+from qwen_vit.errors import (
+    TO_ENCODE,
+    ArgumentError,
+    ImageError,
+    QwenVitError,
+    display_name,
+    with_options,
+)
 from qwen_vit.images.image import ImageLimits, ImagePage, ImageSource, RgbImage
-from qwen_vit.images.load import load_image, read_image_file
+from qwen_vit.images.load import load_image, read_image_file, unwrap
 from qwen_vit.images.pages import split_page_id
 from qwen_vit.show.colours import PrincipalColours, similarity_map
 
@@ -73,6 +80,7 @@ class FeatureView:
         mark: the chosen cell's centre as (x, y) in patches, only in the image of that cell.
         frame: the index of the drawn pair of frames.
         n_frames: the number of pairs of frames: 1 for an image.
+        is_changed: whether the picture's file differs from the encoded one.
     """
 
     id: str
@@ -85,6 +93,7 @@ class FeatureView:
     mark: tuple[float, float] | None = None
     frame: int = 0
     n_frames: int = 1
+    is_changed: bool = False
 
     def n_windows(self, window: int) -> int:
         """Return the number of attention windows, including windows that an edge cuts."""
@@ -124,7 +133,8 @@ def view_features(
     `pictures`, the function reads the file or page that the id names. If this file is missing, is
     unreadable or does not fit the features, the view has no picture. With on_error="skip", the view
     also has no picture if the image in `pictures` is unreadable or does not fit. The function then
-    logs a warning. `window` is the side of an attention window, in patches.
+    logs a warning. It also logs a warning for an image file other than the encoded one. `window` is
+    the side of an attention window, in patches.
     """
     features = list(features) if isinstance(features, Iterable) else [features]
     for each in features:
@@ -155,7 +165,7 @@ def view_features(
     similarities: list[NDArray[np.float32] | None] = [None] * len(maps)
     mark = span = None
     if point is not None:
-        row, column = _cell_at(point, features[0], found[0], maps[0])
+        row, column = _cell_at(point, features[0], found[0][0], maps[0])
         rows, columns = maps[0].shape[:2]
         _, h, w = features[0].grid_thw
         mark = ((column + 0.5) * w / columns, (row + 0.5) * h / rows)
@@ -167,9 +177,9 @@ def view_features(
             each.id, *each.grid_thw[1:],
             each.size_px if picture is None else (picture.height, picture.width),
             colours.paint(cells), None if picture is None else _drawable(picture, each.grid_thw),
-            similarity, mark if index == 0 else None, frame, each.grid_thw[0],
+            similarity, mark if index == 0 else None, frame, each.grid_thw[0], is_changed,
         )
-        for index, (each, cells, picture, similarity) in enumerate(
+        for index, (each, cells, (picture, is_changed), similarity) in enumerate(
             zip(features, maps, found, similarities, strict=True)
         )
     )  # fmt: skip
@@ -205,28 +215,37 @@ def _map_of(features: DenseFeatures, layer: int | None, frame: int) -> Tensor:
 
 def _picture_of(
     features: DenseFeatures, pictures: Mapping[str, ImageSource], on_error: OnError
-) -> RgbImage | None:
+) -> tuple[RgbImage | None, bool]:
+    """Return an image's picture, or None, and whether its file differs from the encoded one."""
+    source: ImageSource = pictures.get(features.id, features.id)
     if features.id in pictures:
         try:
-            return _given_picture(features, pictures[features.id])
+            picture = _given_picture(features, source)
         except QwenVitError as error:
             if on_error == "raise":
                 raise
             logger.warning("drew the features without their image: %s", error)
-            return None
-    path, page = split_page_id(features.id)
-    if not os.path.isfile(path):
-        return None
-    try:
-        if page is None:
-            picture = load_image(path)
-        else:
-            data = read_image_file(path, features.id, ImageLimits())
-            picture = load_image(ImagePage(data, page))
-    except ImageError:
-        return None
-    is_same = _fits(picture, features) and not _is_changed(path, features)
-    return picture if is_same else None
+            return None, False
+    else:
+        path, page = split_page_id(features.id)
+        if not os.path.isfile(path):
+            return None, False
+        try:
+            if page is not None:
+                source = ImagePage(read_image_file(path, features.id, ImageLimits()), page)
+            picture = load_image(source)
+        except ImageError:
+            return None, False
+        if not _fits(picture, features):
+            return None, False
+    if is_changed := _is_changed(source, features):
+        place = display_name(str(source)) if isinstance(source, str | os.PathLike) else "the image"
+        logger.warning(
+            "%s: %s is not the encoded file, or has changed since, so the picture may not match "
+            "the features",
+            display_name(features.id), place,
+        )  # fmt: skip
+    return picture, is_changed
 
 
 def _given_picture(features: DenseFeatures, source: ImageSource) -> RgbImage:
@@ -241,30 +260,27 @@ def _given_picture(features: DenseFeatures, source: ImageSource) -> RgbImage:
             name=features.id,
             remedy="pass the image that these features come from",
         )
-    if _is_changed(source, features):
-        raise ArgumentError(
-            "the features come from an image file with other content",
-            name=features.id,
-            remedy="pass the file that these features come from",
-        )
     return picture
 
 
 def _is_changed(source: ImageSource, features: DenseFeatures) -> bool:
-    """Return whether an image file differs from the encoded one. The hash of an array, or of
-    features that `VisionEncoder.encode` returned, is unknown."""
+    """Return whether the bytes of an encoded image differ from the recorded hash. For an array, a
+    frame of a video, and features without a hash, return False."""
     recorded: str | None = getattr(features, "sha256", None)
-    if recorded is None:
+    if recorded is None or features.grid_thw[0] > 1:
         return False
+    if isinstance(source, Mapping):
+        source = unwrap(source, features.id)
     if isinstance(source, str | os.PathLike):
         try:
             with open(source, "rb") as file:
-                found = file_digest(file, "sha256")
+                return file_digest(file, "sha256").hexdigest() != str(recorded)
         except OSError:  # removed meanwhile
             return True
-        return found.hexdigest() != recorded
     data = source.data if isinstance(source, ImagePage) else source
-    return isinstance(data, bytes) and sha256(data).hexdigest() != recorded
+    if not isinstance(data, bytes | bytearray | memoryview):
+        return False
+    return sha256(data).hexdigest() != recorded
 
 
 def _fits(picture: RgbImage, features: DenseFeatures) -> bool:

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import tarfile
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from PIL import Image
 from qwen_vit.encoder import VisionEncoder
 from qwen_vit.feature_files.read import load_features
 from tests.support.commands import TO_FILE
+from tests.support.inputs import write_tar
 
 AGAIN = (*TO_FILE, "--overwrite")
 
@@ -145,6 +147,17 @@ def test_the_file_has_the_features_that_encode_returns(folder: Path, run: Any) -
         assert expected.embeds is not None
         assert torch.equal(stored.embeds, expected.embeds)
     assert written.metadata["model"] == "tiny"
+
+
+def test_the_file_has_the_hash_of_each_image(folder: Path, run: Any) -> None:
+    content = Path("a.png").read_bytes()
+    write_tar("t.tar", {"b.png": content})
+    pages = [Image.new("RGB", (28, 28), colour) for colour in ("red", "blue")]
+    pages[0].save("c.tif", save_all=True, append_images=pages[1:])
+    assert run("encode", "a.png", "t.tar", "c.tif", "--pages", "all", *TO_FILE).code == 0
+    found = [each.sha256 for each in load_features("f.safetensors")]
+    expected = [sha256(data).hexdigest() for data in (content, Path("c.tif").read_bytes())]
+    assert found == [expected[0]] * 2 + [expected[1]] * 2
 
 
 def test_a_broken_image_is_skipped_and_ends_with_1(folder: Path, run: Any) -> None:

@@ -68,14 +68,14 @@ def test_a_path_that_the_shell_split_is_named_whole(
 
 def test_numbers_after_the_first_block_are_explained(folder: Path, run: Any) -> None:
     """`--layers 1 3` once encoded with layer 1, and skipped the image 3."""
-    expected = "error: 3: does not exist. Expected an image, or blocks separated by commas. To "
+    expected = "does not exist. Check the path, or separate the blocks of --layers with commas"
     for command in (
         ("encode", "a.png", *ENCODE[1:], "--layers", "1", "3"),
         ("export", "a.png", "--model", "tiny", "--out", "e", "--layers", "1", "3"),
     ):
         done = run(*command)
         assert (done.code, done.out) == (2, "")
-        assert done.err == f"{expected}select blocks, pass --layers 1,3.\n"
+        assert done.err == f"error: 3: {expected}: --layers 1,3.\n"
     done = run("encode", "a.png", "3", *ENCODE[1:])
     assert "skipped: 3: does not exist. Check the path." in done.err
 

@@ -41,8 +41,9 @@ def test_a_text_whose_lines_are_no_paths_is_named(
     here: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     touch("sets/a.jpg")
-    texts = ("gone.jpg\na.jpg\n", "gone.jpg\nhttps://x/a.jpg\n", "", f"{'x' * 300}\n")
-    for text, n_warnings in (("my notes\nof today\n", 1), *((text, 0) for text in texts)):
+    prose = ("my notes\nof today\n", f"{'x' * 300}\n", "a.jpg/b\n")
+    lists = ("gone.jpg\na.jpg\n", "gone.jpg\nhttps://x/a.jpg\n", "")
+    for text, n_warnings in (*((text, 1) for text in prose), *((text, 0) for text in lists)):
         Path("sets/notes.txt").write_text(text)
         caplog.clear()
         assert len(list(find_items(["sets/notes.txt"]))) == len(text.splitlines())

@@ -1,9 +1,10 @@
 """Test `qwen-vit show` with videos, and with images that cannot be drawn behind features."""
 
-import io
 import json
 import tarfile
+from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwen_vit.errors import ArgumentError
 from qwen_vit.export.options import ExportOptions
 from qwen_vit.export.run import export_features
 from qwen_vit.feature_files.read import load_features
+from qwen_vit.images.image import ImagePage
 from qwen_vit.show.views import view_features
+from tests.support.encoders import tiny
 from tests.support.export_stress import tiny_png
 from tests.support.fake_encoder import FakeEncoder
 from tests.support.interrupted_exports import Stop
@@ -95,10 +97,6 @@ def test_a_stored_video_is_drawn_if_images_contains_its_file(
         ("truncated", "p/a.png: a truncated PNG"),
         ("size", "p/a.png: the image is 90 x 80, but the features come from 84 x 56 pixels."),
         ("video", "p/a.png: a video, not an image. Expected JPEG, PNG"),
-        (
-            "content",
-            "a.png: the features come from an image file with other content. Pass the file",
-        ),
     ],
 )
 def test_an_image_that_cannot_be_drawn_leaves_its_features(
@@ -109,8 +107,8 @@ def test_an_image_that_cannot_be_drawn_leaves_its_features(
     path = Path("p/a.png")
     if fault == "truncated":
         path.write_bytes(path.read_bytes()[:200])
-    elif fault in ("size", "content"):
-        Image.new("RGB", (90, 80) if fault == "size" else (84, 56), "red").save(path)
+    elif fault == "size":
+        Image.new("RGB", (90, 80)).save(path)
     else:
         Path("p/clip.mp4").rename(path)
     done = run("f.safetensors", "--images", "p", "--json")
@@ -120,25 +118,56 @@ def test_an_image_that_cannot_be_drawn_leaves_its_features(
     assert words in done.err
 
 
-def test_a_replaced_image_is_not_drawn_beside_the_features_of_the_old_one(
+def test_a_replaced_image_is_named_in_the_log_and_on_the_page(
     folder: Path, run: Any, qwen_vit: Any
 ) -> None:
     """An image of the same size once stood beside the features of the image that it replaced."""
-    assert qwen_vit("export", "p/a.png", *TINY, "--out", "stored").code == 0
+    assert qwen_vit("export", "p", *TINY, *SMALL, "--out", "stored").code == 0
     assert qwen_vit("encode", "p/a.png", *TINY, "--out", "f.safetensors").code == 0
-    content = Path("p/a.png").read_bytes()
-    for is_same in (True, False):
-        if not is_same:
+    for n_changed in (0, 1):
+        if n_changed:
             Image.new("RGB", (84, 56), "red").save("p/a.png")
-        for given in ("stored", "f.safetensors"):  # whose id is a path
-            done = run(given, "--overwrite", "--json")
-            assert [e["has_picture"] for e in json.loads(done.out)["images"]] == [is_same]
-            [features] = load_features(given)
-            assert (view_features([features]).views[0].picture is not None) == is_same
-    with pytest.raises(ArgumentError, match=r"an image file with other content\. Pass the file"):
-        view_features([features], {"p/a.png": "p/a.png"})
-    for source in (content, Image.open(io.BytesIO(content))):
-        assert view_features([features], {"p/a.png": source}).views[0].picture is not None
+        for given in (("stored", "--images", "p"), ("f.safetensors",)):  # whose id is a path
+            done = run(*given, "--overwrite")
+            assert done.code == 0
+            assert (
+                done.err.count("p/a.png is not the encoded file, or has changed since, so")
+                == n_changed
+            )
+            page = " ".join(Path("show.html").read_text("utf-8").split())
+            assert page.count("a.png, changed after the encoding, so the picture") == n_changed
+
+
+def test_the_encoded_bytes_of_a_picture_are_compared_in_every_form(folder: Path) -> None:
+    good = Path("p/a.png").read_bytes()
+    Image.new("RGB", (84, 56), "red").save("other.png")
+    other = Path("other.png").read_bytes()
+    features = replace(tiny().encode("p/a.png", output="patch"), sha256=sha256(good).hexdigest())
+
+    def is_changed(picture: Any, features: Any = features) -> bool:
+        [view] = view_features([features], {"p/a.png": picture}).views
+        assert view.picture is not None
+        return view.is_changed
+
+    assert not is_changed("p/a.png")
+    assert is_changed(Path("other.png"))
+    for form in (bytes, bytearray, memoryview, lambda data: {"bytes": data, "path": None}):
+        assert (is_changed(form(good)), is_changed(form(other))) == (False, True)
+    pages = (ImagePage(good, 1), ImagePage(other, 1))
+    assert [is_changed(page) for page in pages] == [False, True]
+    assert not is_changed(Image.open("other.png"))  # without encoded bytes
+    assert not is_changed("other.png", replace(features, sha256=None))
+
+
+def test_a_frame_of_a_video_has_no_recorded_hash(folder: Path, qwen_vit: Any) -> None:
+    assert qwen_vit("encode", "p/clip.mp4", *TINY, *SMALL, "--out", "v.safetensors").code == 0
+    [clip] = load_features("v.safetensors")
+    assert clip.sha256 == sha256(Path("p/clip.mp4").read_bytes()).hexdigest()
+    height, width = clip.size_px
+    [view] = view_features([clip], {"clip.mp4": Image.new("RGB", (width, height))}).views
+    Image.new("RGB", (width, height)).save("frame.png")
+    [view] = view_features([clip], {clip.id: "frame.png"}).views
+    assert (view.picture is not None, view.is_changed) == (True, False)
 
 
 @pytest.mark.parametrize(
