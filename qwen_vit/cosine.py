@@ -41,12 +41,15 @@ def similarity(a: Rows, b: Rows | None = None) -> Tensor:
 
     Raises:
         ArgumentError: An argument is neither features nor floating-point rows (N, D), contains no
-            image, or contains NaN or infinity. The widths differ, or one of several images does not
-            have exactly one row.
+            image, or contains NaN or infinity. The outputs or the widths differ, or one of several
+            images does not have exactly one row.
         ExportError: One of the images failed.
     """
-    left = _unit_rows("a", a)
-    right = left if b is None else _unit_rows("b", b).to(left.device)
+    left, output = _unit_rows("a", a)
+    right, other = (left, output) if b is None else _unit_rows("b", b)
+    right = right.to(left.device)
+    if None not in (output, other) and output != other:
+        raise _other_output(f"a contains {output} features, and b contains {other} features")
     if left.shape[1] != right.shape[1]:
         raise ArgumentError(
             f"a has rows of {left.shape[1]} values, and b has rows of {right.shape[1]} values",
@@ -57,8 +60,17 @@ def similarity(a: Rows, b: Rows | None = None) -> Tensor:
         return (left @ right.T).clamp_(-1.0, 1.0)
 
 
-def _unit_rows(name: str, given: Rows) -> Tensor:
-    rows = _rows(name, given)
+def _other_output(fact: str) -> ArgumentError:
+    return ArgumentError(
+        fact,
+        expected="features of one output",
+        remedy="encode all images with one output, or pass rows, such as features.embeds",
+    )
+
+
+def _unit_rows(name: str, given: Rows) -> tuple[Tensor, str | None]:
+    """Return the rows with unit length, and the output of features, or None for other rows."""
+    rows, output = _rows(name, given)
     if rows.dim() != 2 or not rows.is_floating_point():
         raise ArgumentError(
             f"{name} has the dtype {rows.dtype} and the shape {tuple(rows.shape)}",
@@ -71,25 +83,29 @@ def _unit_rows(name: str, given: Rows) -> Tensor:
             expected="finite numbers",
             remedy=TRY_FLOAT32,
         )
-    return unit_rows(rows.detach().float())
+    return unit_rows(rows.detach().float()), output
 
 
-def _rows(name: str, given: Rows) -> Tensor:
+def _rows(name: str, given: Rows) -> tuple[Tensor, str | None]:
     if isinstance(given, Tensor):
-        return given
+        return given, None
     if isinstance(given, np.ndarray):
-        return torch.from_numpy(given)
+        return torch.from_numpy(given), None
     images: list[Tensor] = []
+    output = None
     for image in check_features(given, name):
         if isinstance(image, FailedImage):
             raise ExportError(
                 f"this image failed: {image.error.fact}", name=image.id, remedy="omit the image"
             )
         images.append(image.embeds)
+        if output not in (None, image.output):
+            raise _other_output(f"{name} contains {output} features, and {image.output} features")
+        output = image.output
     if not images:
         raise ArgumentError(f"{name} contains no image", remedy="pass at least one image")
     if len(images) == 1:
-        return images[0]
+        return images[0], output
     many = next((rows for rows in images if len(rows) != 1), None)
     if many is not None:
         raise ArgumentError(
@@ -108,4 +124,4 @@ def _rows(name: str, given: Rows) -> Tensor:
             remedy="compare features of one model and output",
         )
     device = images[0].device
-    return torch.cat([rows.to(device) for rows in images])
+    return torch.cat([rows.to(device) for rows in images]), output

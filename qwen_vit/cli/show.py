@@ -170,7 +170,7 @@ def _required_output(output: str, layer: int | None) -> str | None:
 def _check_stored(inputs: tuple[str, ...], model: str | None) -> None:
     if len(inputs) > 1:
         raise ArgumentError(
-            "`show` accepts no other input beside stored features",
+            f"{len(inputs)} inputs, but stored features must be the only input",
             expected="one feature file or export folder",
             remedy="omit the other inputs",
         )  # fmt: skip

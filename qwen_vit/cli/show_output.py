@@ -116,9 +116,10 @@ def _text(views: FeatureViews, given: ShowInput, command: str, layer: int | None
         )
     changed = [view.id for view in views.views if view.is_changed]
     if changed:
-        first = f"{plural(len(changed), 'image file')}, first {display_name(changed[0])}"
+        first = f"{plural(len(changed), 'picture')}, first {display_name(changed[0])},"
         notices.append(
-            f"{first}, changed after the encoding, so the picture may not match the features."
+            f"{first} may not match the features, because the file is not the encoded one, or has "
+            "changed since."
         )
     view = views.views[0]
     px = given.patch_px * view.w // view.colours.shape[1]

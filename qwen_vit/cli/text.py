@@ -40,7 +40,7 @@ def estimate_text(estimate: Estimate, folder: AnyPath) -> str:
     unfit = [
         f"{count:,} {what}"
         for count, what in (
-            (estimate.missing, "missing"), (estimate.unreadable, "unreadable or too large")
+            (estimate.missing, "missing"), (estimate.unreadable, "that cannot be encoded")
         )
         if count
     ]  # fmt: skip

@@ -332,7 +332,7 @@ def test_a_dry_run_names_missing_and_failed_images(growing_dir: Path) -> None:
     fresh = estimate_export(FakeEncoder(), ["list.txt"], OPTIONS)
     assert (fresh.to_do, fresh.missing, fresh.unreadable) == (3, 1, 1)
     text = estimate_text(fresh, Path("out"))
-    assert text.startswith("images       3 to do (1 missing, 1 unreadable or too large)\n")
+    assert text.startswith("images       3 to do (1 missing, 1 that cannot be encoded)\n")
 
 
 def test_a_changed_image_is_found_without_new_images_and_after_a_resume(growing_dir: Path) -> None:

@@ -1,5 +1,6 @@
 """Test cosine similarities of images and of their parts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,18 @@ REFUSED: dict[str, tuple[Any, Any, type[Exception], str]] = {
         vectors(2, 5),
         ArgumentError,
         "a has rows of 6 values, and b has rows of 5 values",
+    ),
+    "outputs": (
+        vectors(2),
+        [replace(vectors(1)[0], output="merged")],
+        ArgumentError,
+        "a contains mean features, and b contains merged features. Expected features of one",
+    ),
+    "outputs in b": (
+        vectors(1),
+        [*vectors(1), replace(vectors(1)[0], output="merged")],
+        ArgumentError,
+        "b contains mean features, and merged features",
     ),
     "widths in a": ([*vectors(1), *vectors(1, 5)], None, ArgumentError, r"shapes \(5,\), \(6,\)"),
     "failed": (

@@ -313,7 +313,10 @@ def test_an_option_without_effect_is_named(undrawn: None, folder: Path, run: Any
         (("p",), "--model for images, or one feature file or export folder. Pass --model to"),
         (("p", *TINY, "--id", "a.png"), "--images and --id work only for stored features"),
         (("s3://f", "--model", "tiny"), "s3://f: --model works only for images. Omit --model"),
-        (("f.safetensors", "p"), "`show` accepts no other input beside stored features"),
+        (
+            ("f.safetensors", "p"),
+            "2 inputs, but stored features must be the only input. Expected one",
+        ),
         (("f.safetensors",), "f.safetensors: does not exist"),
         (("p", *TINY, "--out", "a.jpeg"), "Expected .html for a page, .png for a picture, or"),
         (("p", *TINY, "--out", "no/a.html"), "no: does not exist. Create the folder first."),
