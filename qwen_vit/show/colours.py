@@ -13,6 +13,7 @@ __all__ = ["COMPONENTS", "PrincipalColours", "component_colours", "similarity_ma
 
 MAX_FIT_ROWS = 16_384  # rows of 3,584 values: 235 MB in float32
 EXTRA_AXES = 13  # extra components: the axes then match an exact decomposition to 1e-6
+NOISE = 1e-5  # relative difference: above rounding errors, and below one grey level's effect
 TAILS = (0.01, 0.99)  # otherwise a few outliers would use the whole range of colours
 COMPONENTS = ("lightness", "blue to yellow", "green to red")  # what each component sets
 # OKLab: lightness, green to red, blue to yellow. Within these ranges few colours are clipped.
@@ -31,7 +32,7 @@ class PrincipalColours:
     The first component sets the lightness, the second blue to yellow, and the third green to red.
     With the usual red, green and blue, colour-blind readers would distinguish fewer colours. Most
     of these readers confuse red and green. The third component has these colours, because it has
-    the least variance.
+    the least variance. A component that varies no more than rounding errors has one colour.
 
     Attributes:
         explained: the share of the variance that each component explains.
@@ -63,10 +64,18 @@ class PrincipalColours:
         largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
         axes = axes * torch.where(largest < 0, -1.0, 1.0)
         along = centred @ axes
+        least = NOISE * rows.square().sum(1).mean().sqrt()
         low, high = along.quantile(torch.tensor(TAILS), dim=0)
+        is_rare = high - low <= least  # only a few cells differ, or none
+        low = torch.where(is_rare, along.amin(0), low)
+        high = torch.where(is_rare, along.amax(0), high)
+        is_noise = high - low <= least
         total = float(centred.square().sum())
-        shares = [float(s) ** 2 / total if total else 0.0 for s in strength[:3]]
-        return cls(mean, axes, low, high, tuple(shares))
+        shares = [
+            0.0 if noise or not total else float(s) ** 2 / total
+            for s, noise in zip(strength[:3], is_noise.tolist(), strict=True)
+        ]
+        return cls(mean, axes, low, torch.where(is_noise, low, high), tuple(shares))
 
     def paint(self, features: Tensor) -> NDArray[np.float32]:
         """Return the colour of every cell of a map (..., D), in sRGB from 0 to 1."""

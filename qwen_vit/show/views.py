@@ -34,6 +34,7 @@ __all__ = [
 WINDOW_PATCHES = 8  # patches: 112 px in every published checkpoint
 MAX_SIDE_PX = 1_600  # pixels of a drawn image; a panel has 720
 UNKNOWN_SIZE = (0, 0)
+MIN_SPAN = 1e-3  # of a scale of similarities, whose rounding errors are about 1e-7
 
 logger = logging.getLogger("qwen_vit")
 
@@ -108,7 +109,7 @@ class FeatureViews:
         window: the side of an attention window, in patches.
         explained: the share of the variance that each component explains.
         span: the similarities at the two ends of the colour scale, or None. The lower end is the
-            lowest of the images' 1 % quantiles, and the upper end is 1.
+            lowest of the images' 1 % quantiles, but at most 0.999. The upper end is 1.
     """
 
     views: tuple[FeatureView, ...]
@@ -171,7 +172,8 @@ def view_features(
         mark = ((column + 0.5) * w / columns, (row + 0.5) * h / rows)
         cosines = [similarity_map(each, maps[0][row, column]) for each in maps]
         similarities = [*cosines]
-        span = min(float(np.quantile(each, 0.01)) for each in cosines), 1.0
+        lowest = min(float(np.quantile(each, 0.01)) for each in cosines)
+        span = min(lowest, 1 - MIN_SPAN), 1.0
     views = tuple(
         FeatureView(
             each.id, *each.grid_thw[1:],

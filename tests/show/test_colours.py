@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from qwen_vit import VisionEncoder
 from qwen_vit.show.colours import PrincipalColours, component_colours, similarity_map
+from qwen_vit.show.views import view_features
 
 
 def features(rows: int, columns: int, width: int = 48, seed: int = 0) -> torch.Tensor:
@@ -74,6 +77,29 @@ def test_unusual_features_have_valid_colours(cells: torch.Tensor) -> None:
     assert np.isfinite(painted).all()
     assert painted.min() >= 0
     assert painted.max() <= 1
+
+
+def test_rounding_errors_have_no_colours() -> None:
+    """An image of one colour was once drawn as a patchwork of strong colours."""
+    encoder = VisionEncoder.from_pretrained("tiny", device="cpu")
+    red = encoder.encode(Image.new("RGB", (140, 112), "red"), output="patch")
+    assert float(red.map.std(dim=(0, 1, 2)).max()) > 0  # the rows differ in their last bits
+    [view] = view_features([red], point=(5, 5)).views
+    assert len(np.unique(view.colours.reshape(-1, 3), axis=0)) == 1
+    found = view_features([red], point=(5, 5))
+    assert found.explained == (0, 0, 0)
+    assert found.span == (0.999, 1)
+    assert view.similarity is not None
+    assert float(view.similarity.min()) > 1 - 1e-6
+
+
+def test_a_few_cells_that_differ_have_another_colour() -> None:
+    noise = 1 + 1e-7 * torch.randn(20, 20, 48, generator=torch.Generator().manual_seed(0))
+    noise[3, 4] += features(1, 1)[0, 0]
+    colours = PrincipalColours.fit([noise]).paint(noise)
+    others = np.delete(colours.reshape(-1, 3), 3 * 20 + 4, axis=0)
+    assert np.abs(others - others[0]).max() < 1e-3
+    assert np.abs(colours[3, 4] - others[0]).max() > 0.1
 
 
 def test_the_first_component_is_lightness() -> None:
