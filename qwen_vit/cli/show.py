@@ -119,14 +119,14 @@ def show(
     check_packages("qwen-vit show", "jinja2", "matplotlib")
     check_not_input(out, (*inputs, *pictures))
     check_paths(inputs, must_exist=True)
-    if is_stored := any(map(holds_features, inputs)):
+    if any(map(holds_features, inputs)):
         _check_stored(inputs, model)
     else:
         check_inputs(inputs)
         _check_images(model, has_stored_options=bool(pictures or ids))
     check_target(out, overwrite)
     required = _required_output(output, layer)
-    if is_stored or model is None:
+    if model is None:  # stored features, as checked above
         given = read_stored(inputs[0], ids, limit, pictures, output=required)
     else:
         given = encode_images(inputs, model, output, layer, limit, out, point=point, **loading)

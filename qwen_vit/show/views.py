@@ -276,7 +276,7 @@ def _is_changed(source: ImageSource, features: DenseFeatures) -> bool:
     if isinstance(source, str | os.PathLike):
         try:
             with open(source, "rb") as file:
-                return file_digest(file, "sha256").hexdigest() != str(recorded)
+                return file_digest(file, "sha256").hexdigest() != recorded
         except OSError:  # removed meanwhile
             return True
     data = source.data if isinstance(source, ImagePage) else source
